@@ -1,0 +1,30 @@
+# make demo: install and train a small model.  make test: lint, types, tests.  make test-all: the slow ones too.
+PYTHON ?= python3
+BIN := .venv/bin
+
+demo: .venv/installed
+	$(BIN)/craton demo
+
+test: .venv/dev
+	$(BIN)/ruff check craton tests benchmarks
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+test-all: .venv/dev
+	$(BIN)/python -m pytest -m ''
+
+# torch first and alone: its CPU build satisfies everything that comes after.
+.venv/installed: pyproject.toml setup.py constraints.txt craton/model/kernels.cpp
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check $$(grep ^torch== constraints.txt)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[parquet]'
+	touch $@
+
+.venv/dev: .venv/installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv build runs craton.egg-info craton/model/*.so
+
+.PHONY: demo test test-all clean

@@ -1,0 +1,3 @@
+from craton.cli import main
+
+main()

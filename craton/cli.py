@@ -1,0 +1,191 @@
+"""The command line: one thin function a command. Nothing heavy is imported before a command runs."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from craton.base import UserError, count, say
+
+app = typer.Typer(
+    no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+    help="From a folder of documents to a foundation model of your own.\n\n"
+    "craton corpus build DOCUMENTS --out CORPUS, craton train CORPUS --out MODEL --budget 10m, craton generate MODEL PROMPT.",
+)  # fmt: skip
+corpus_app = typer.Typer(no_args_is_help=True, help="Make, look at and trace a corpus: cleaned, deduplicated, tokenised documents.")
+app.add_typer(corpus_app, name="corpus")
+
+Json = Annotated[bool, typer.Option("--json", help="End with one JSON object on the last line of stdout.")]
+
+
+def _emit(wanted: bool, value: dict[str, Any]) -> None:
+    if wanted:
+        print(json.dumps(value, ensure_ascii=False), flush=True)
+
+
+@corpus_app.command("build")
+def corpus_build(
+    sources: Annotated[list[str], typer.Argument(metavar="SRC...", help="Files, folders, globs (quoted), or hub datasets (hf://ORG/NAME). Text, Markdown, reStructuredText, HTML, source code, .jsonl (also .gz, .xz, .zst), .parquet.")],
+    out: Annotated[Path, typer.Option(help="Folder to make.")],
+    skip: Annotated[list[str] | None, typer.Option(help="A step to leave out: repair, html, quality, english (rules that fit English only), exact, near, decontaminate. Repeatable.")] = None,
+    decontaminate: Annotated[list[str] | None, typer.Option(help="Evaluation files; documents that share 13 words in a row with one are dropped. Repeatable.")] = None,
+    mask_pii: Annotated[bool, typer.Option("--mask-pii", help="Replace e-mail addresses, public IP addresses and phone numbers.")] = False,
+    tokenizer: Annotated[str | None, typer.Option(help="A folder with tokenizer.json to use, instead of training one.")] = None,
+    vocab_size: Annotated[int | None, typer.Option(help="Vocabulary of the trained tokenizer; chosen by corpus size if left out.")] = None,
+    skip_bad: Annotated[bool, typer.Option("--skip-bad", help="Pass over files and lines that cannot be read, and count them.")] = False,
+    json_: Json = False,
+) -> None:  # fmt: skip
+    """Clean, deduplicate and tokenise documents into a corpus.
+
+    Run the same command again after an interruption: it goes on where it stopped.
+    """
+    from craton.corpus.build import BuildOptions, build
+
+    options = BuildOptions(sources, sorted(skip or []), list(decontaminate or []), mask_pii, tokenizer, vocab_size, skip_bad)
+    manifest = build(options, out)
+    kept = {s: {k: v for k, v in facts.items() if k != "shards"} for s, facts in manifest["splits"].items()}
+    _emit(json_, {"out": str(out), "splits": kept, "counts": manifest["counts"], "dropped": {k: v["documents"] for k, v in manifest["dropped"].items()},
+                  "vocab_size": manifest["vocab_size"], "seconds": manifest["seconds"], "digest": manifest["digest"]})  # fmt: skip
+
+
+@corpus_app.command("show")
+def corpus_show(folder: Annotated[Path, typer.Argument(metavar="DIR")], examples: Annotated[int, typer.Option(help="Examples a rule, at most 3.")] = 2, json_: Json = False) -> None:
+    """What a corpus holds, what was dropped, and why, with examples."""
+    from craton.corpus.show import show
+
+    _emit(json_, show(folder, examples))
+
+
+@corpus_app.command("trace")
+def corpus_trace(run: Annotated[Path, typer.Argument(metavar="MODEL", help="A folder that 'craton train' wrote.")], step: Annotated[int, typer.Option(help="The training step, from 1.")], json_: Json = False) -> None:
+    """Which documents a training step saw."""
+    from craton.train.trace import trace
+
+    _emit(json_, trace(run, step))
+
+
+@app.command()
+def train(
+    corpora: Annotated[list[str], typer.Argument(metavar="CORPUS...", help="Corpora to train on, each as DIR or DIR=WEIGHT.")],
+    out: Annotated[Path, typer.Option(help="The model folder to make.")],
+    budget: Annotated[str | None, typer.Option(help="Time on this machine (90s, 10m, 2h) or compute (1e16flop); everything else follows from it.")] = None,
+    depth: Annotated[int | None, typer.Option(help="Layers; fixes the model's size instead.")] = None,
+    steps: Annotated[int | None, typer.Option(help="Steps; fixes the run's length instead.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of initialisation and data order.")] = None,
+    checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
+    recipe: Annotated[Path | None, typer.Option(help="A TOML file of settings; see recipes/.")] = None,
+    set_: Annotated[list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override one setting, for example optimizer.matrix_lr=0.01. Repeatable.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    json_: Json = False,
+) -> None:  # fmt: skip
+    """Train a model from a corpus.
+
+    Say how much: --budget, or --depth, or --steps. --out becomes a Hugging Face model folder with a report.
+    Under torchrun the same command trains on many processes: torchrun --nproc-per-node 2 -m craton train ...
+    """
+    from craton.train.loop import Interrupted
+    from craton.train.recipe import Recipe, assign, parse_setting, read_recipe
+    from craton.train.start import train as run
+
+    settings = Recipe()
+    if recipe:
+        read_recipe(recipe, settings)
+    flags = {"run.budget": budget, "model.num_hidden_layers": depth, "run.steps": steps, "run.seed": seed, "run.checkpoint_every": checkpoint_every}
+    for key, value in flags.items():
+        if value is not None:
+            assign(settings, key, value, "--" + {"model.num_hidden_layers": "depth"}.get(key, key.split(".")[1].replace("_", "-")))
+    for text in set_ or []:
+        parse_setting(settings, text)
+    if not (budget or depth or steps or resume or settings.run.budget or settings.run.steps or settings.model.num_hidden_layers):
+        settings.run.budget = "10m"
+    try:
+        result = run(corpora, out, settings, resume)
+    except Interrupted as signal:
+        _emit(json_, {"out": str(out), "status": "interrupted", "signal": str(signal)})
+        raise typer.Exit(130 if str(signal) == "SIGINT" else 143) from None
+    if result:
+        _emit(json_, result)
+
+
+@app.command()
+def generate(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder.")],
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT")],
+    max_tokens: Annotated[int, typer.Option()] = 256,
+    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.8,
+    seed: Annotated[int, typer.Option()] = 0,
+    json_: Json = False,
+) -> None:
+    """Continue a prompt."""
+    from craton.engine.generate import stream
+    from craton.engine.model import load_model
+
+    loaded, ids, shown = load_model(model), list[int](), ""
+    say_now = not json_
+    if say_now:
+        print(prompt, end="", flush=True)
+    for token in stream(loaded.network, loaded.tokenizer.encode(prompt), max_tokens, temperature, seed, loaded.network.config.eos_token_id):
+        ids.append(token)
+        text = loaded.tokenizer.decode(ids)
+        if say_now and not text.endswith("\ufffd"):
+            print(text[len(shown) :], end="", flush=True)
+            shown = text
+    if say_now:
+        print()
+    _emit(json_, {"text": loaded.tokenizer.decode(ids), "token_ids": ids})
+
+
+@app.command()
+def chat(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder.")],
+    max_tokens: Annotated[int, typer.Option(help="A turn.")] = 256,
+    temperature: Annotated[float, typer.Option()] = 0.8,
+    seed: Annotated[int, typer.Option()] = 0,
+    json_: Json = False,
+) -> None:
+    """Talk with a model, line by line; an empty line or Ctrl-D ends it."""
+    from craton.engine.chat import chat as run
+
+    _emit(json_, run(model, max_tokens, temperature, seed))
+
+
+@app.command()
+def report(folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that 'craton train' wrote.")], json_: Json = False) -> None:
+    """Write DIR/report.html from DIR/record.json."""
+    from craton.report.page import write_report
+
+    path = write_report(folder)
+    say(f"{path}: {count(path.stat().st_size)}B")
+    _emit(json_, {"report": str(path)})
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="The model folder to make.")] = Path("runs/demo"),
+    budget: Annotated[str, typer.Option(help="Training time.")] = "3m",
+    json_: Json = False,
+) -> None:
+    """Train a small model on the Python library of this installation, from documents to report, without a network."""
+    from craton.demo import demo as run
+
+    _emit(json_, run(out, budget))
+
+
+def main() -> None:
+    """Run the command; bad input is one line on stderr and exit code 2."""
+    try:
+        app(standalone_mode=True)
+    except UserError as error:
+        print(f"craton: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        sys.exit(141)
+    except OSError as error:
+        print(f"craton: error: {error.filename or 'file system'}: {error.strerror}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

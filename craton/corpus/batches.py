@@ -1,0 +1,142 @@
+"""Corpora to training batches: a pure function of (corpora, weights, seed, batch number).
+
+Nothing is drawn from a running generator, so any batch can be made again, on any number of processes, after any
+interruption, and its documents can be named.
+
+An epoch of a corpus is its documents in an order drawn from the seed, joined end to end and cut into rows of T + 1
+tokens that overlap by one (input and target); rows are dealt out in a second random order, so that a long document
+does not fill a batch. Only the tail of an epoch, under one row, is left out. Several corpora are interleaved row by
+row in the exact proportion of their weights.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from craton.base import UserError
+from craton.corpus.store import Corpus
+
+PATTERN = 1024  # rows over which the weights come out exactly
+
+
+@dataclass
+class Batch:
+    """ids, target: (rows, time) int64. weight: (rows, time) fp32, 0 where no loss is taken. start: (rows, time) int32,
+    the first position of each token's document, or None where documents are not kept apart."""
+
+    ids: Tensor
+    target: Tensor
+    weight: Tensor
+    start: Tensor | None
+
+
+class _Stream:
+    """One corpus as an endless sequence of rows of length + 1 tokens."""
+
+    def __init__(self, corpus: Corpus, split: str, length: int, seed: int, shuffle: bool = True):
+        self.corpus, self.split, self.length, self.seed, self.shuffle = corpus, split, length, seed, shuffle
+        rows = corpus.rows(split)
+        first = np.flatnonzero(rows["continued"] == 0) if len(rows) else np.empty(0, int)
+        if len(first) and first[0] != 0:
+            first = np.concatenate([[0], first])
+        self.first = first  # document rows that start a document; its parts follow it
+        self.start = rows["start"][first].astype(np.int64)
+        end = np.append(self.start[1:], corpus.length(split))
+        self.tokens = end - self.start
+        self.per_epoch = (int(self.tokens.sum()) - 1) // length if len(first) else 0
+        self.order = lru_cache(maxsize=2)(self._order)
+
+    def _order(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Document order, where each begins in the epoch's stream, and row order."""
+        if not self.shuffle:
+            documents, rows = np.arange(len(self.first)), np.arange(self.per_epoch)
+        else:
+            random = np.random.default_rng([self.seed, epoch])
+            documents, rows = random.permutation(len(self.first)), random.permutation(self.per_epoch)
+        begins = np.concatenate([[0], np.cumsum(self.tokens[documents])])
+        return documents, begins, rows
+
+    def pieces(self, number: int) -> list[tuple[int, int, int]]:
+        """Row `number` as (document, first token within it, tokens)."""
+        epoch, place = divmod(number, self.per_epoch)
+        documents, begins, rows = self.order(epoch)
+        at, left = int(rows[place]) * self.length, self.length + 1
+        i = int(np.searchsorted(begins, at, "right")) - 1
+        out = []
+        while left:
+            take = min(left, int(begins[i + 1]) - at)
+            if take:
+                out.append((int(documents[i]), at - int(begins[i]), take))
+            at, left, i = at + take, left - take, i + 1
+        return out
+
+    def row(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens (length + 1,) and, for the first `length`, where their document begins in the row."""
+        tokens, starts, at = np.empty(self.length + 1, np.int64), np.empty(self.length + 1, np.int32), 0
+        for document, offset, take in self.pieces(number):
+            tokens[at : at + take] = self.corpus.read(self.split, int(self.start[document]) + offset, take)
+            starts[at : at + take] = at
+            at += take
+        return tokens, starts[:-1]
+
+
+class Batches:
+    """`batch(n)` for n = 0, 1, ...: rows_per_batch rows of `length` tokens from weighted corpora."""
+
+    def __init__(self, corpora: list[Corpus], weights: list[float], length: int, rows_per_batch: int, seed: int, document_mask: bool):
+        self.streams = [_Stream(c, "train", length, seed * 1_000_003 + i) for i, c in enumerate(corpora)]
+        for stream in self.streams:
+            if not stream.per_epoch:
+                raise UserError(f"{stream.corpus.folder}: {stream.corpus.length('train')} training tokens, fewer than one row of {length}; give more text or a smaller data.sequence_length")
+        self.length, self.rows_per_batch, self.document_mask = length, rows_per_batch, document_mask
+        # Sources of PATTERN consecutive rows: shares by largest remainder, placed at random.
+        share = np.array(weights, float) / sum(weights) * PATTERN
+        counts = np.floor(share).astype(int)
+        counts[np.argsort(counts - share)[: PATTERN - counts.sum()]] += 1
+        self.counts = counts
+        self.pattern = np.random.default_rng([seed, 7]).permutation(np.repeat(np.arange(len(corpora)), counts))
+        self.rank = np.array([int((self.pattern[:i] == s).sum()) for i, s in enumerate(self.pattern)])
+
+    def _place(self, row: int) -> tuple[_Stream, int]:
+        """The stream of a global row and its number there."""
+        block, i = divmod(row, PATTERN)
+        source = int(self.pattern[i])
+        return self.streams[source], block * int(self.counts[source]) + int(self.rank[i])
+
+    def batch(self, number: int, rank: int = 0, world: int = 1) -> Batch:
+        """This rank's rows of a batch. Weights sum to 1 over all ranks."""
+        mine = range(number * self.rows_per_batch + rank, (number + 1) * self.rows_per_batch, world)
+        rows = [stream.row(n) for stream, n in map(self._place, mine)]
+        tokens = torch.from_numpy(np.stack([t for t, _ in rows]))
+        start = torch.from_numpy(np.stack([s for _, s in rows])) if self.document_mask else None
+        weight = torch.full((len(rows), self.length), 1.0 / (self.rows_per_batch * self.length))
+        return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), weight, start)
+
+    def documents(self, number: int) -> list[dict[str, Any]]:
+        """The documents that batch `number` is made of."""
+        out = []
+        for i in range(self.rows_per_batch):
+            stream, n = self._place(number * self.rows_per_batch + i)
+            rows = stream.corpus.rows("train")
+            for document, offset, take in stream.pieces(n):
+                row = rows[stream.first[document]]
+                digest = f"{row['digest'][0]:016x}{row['digest'][1]:016x}"
+                out.append({"row": i, "corpus": str(stream.corpus.folder), "document": stream.corpus.name_of(row), "digest": digest, "first_token": offset, "tokens": take})
+        return out
+
+
+def heldout_rows(corpora: list[Corpus], length: int, most_tokens: int, document_mask: bool) -> list[Batch]:
+    """Fixed rows of the held-out documents, one batch a row, spread over the corpora; empty if nothing is held out."""
+    out = []
+    for corpus in corpora:
+        stream = _Stream(corpus, "heldout", length, 0, shuffle=False)
+        wanted = min(stream.per_epoch, max(1, most_tokens // length // len(corpora)))
+        for n in range(wanted):
+            tokens, start = stream.row(n * stream.per_epoch // wanted)
+            t = torch.from_numpy(tokens)[None]
+            out.append(Batch(t[:, :-1].contiguous(), t[:, 1:].contiguous(), torch.ones(1, length), torch.from_numpy(start)[None] if document_mask else None))
+    return out

@@ -1,0 +1,238 @@
+"""Where documents come from: files, folders, globs and hub datasets, read as a stream of `Document`."""
+
+import glob
+import gzip
+import json
+import lzma
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from craton.base import UserError
+
+PROSE = {".txt", ".md", ".rst", ".tex", ".org", ".adoc"}
+HTML = {".html", ".htm", ".xhtml"}
+CODE = {
+    ".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".rs", ".go", ".java", ".kt", ".scala", ".js", ".mjs", ".ts",
+    ".tsx", ".jsx", ".rb", ".php", ".swift", ".cs", ".sh", ".pl", ".lua", ".r", ".jl", ".sql", ".hs", ".ml", ".toml",
+    ".yaml", ".yml", ".css",
+}  # fmt: skip
+COMPRESSED = {".gz", ".xz", ".zst"}
+PART_BYTES = 128 << 10  # a longer document is cut at a paragraph into parts, so that memory stays bounded
+
+
+@dataclass
+class Document:
+    """One text. name: where it came from (file, file:line); kind: 'prose', 'html', 'code' or 'unknown'."""
+
+    name: str
+    text: str
+    source: int  # index into the build's list of sources
+    kind: str
+    license: str = ""
+    part: int = 0  # 0: the start of a document; 1...: its continuation
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    path: Path
+    source: int
+    kind: str  # 'prose', 'html', 'code', 'jsonl', 'parquet' or 'hub'
+
+
+def _kind(path: Path) -> str | None:
+    suffix = path.suffix.lower()
+    if suffix in COMPRESSED:
+        suffix = path.with_suffix("").suffix.lower()
+    for kind, known in (("prose", PROSE), ("html", HTML), ("code", CODE), ("jsonl", {".jsonl", ".ndjson"}), ("parquet", {".parquet"})):
+        if suffix in known:
+            return kind
+    return None
+
+
+def find(sources: list[str]) -> tuple[list[SourceFile], list[Path]]:
+    """Files to read, in order, and those passed over for their type. UserError for a source that gives none."""
+    found: list[SourceFile] = []
+    passed: list[Path] = []
+    for number, source in enumerate(sources):
+        path, before = Path(source), len(found)
+        if path.is_dir():
+            # No hidden folders, no caches: what a person sees when listing the folder.
+            inside = sorted(p for p in path.rglob("*") if p.is_file() and not any(x.startswith(".") or x == "__pycache__" for x in p.relative_to(path).parts))
+            for p in inside:
+                if (kind := _kind(p)) is None:
+                    passed.append(p)
+                else:
+                    found.append(SourceFile(p, number, kind))
+            if len(found) == before:
+                what = "is empty" if not inside else f"holds no text file ({len(inside)} files of other types, such as {inside[0].name})"
+                raise UserError(f"{source}: the folder {what}; give .txt, .md, .html, source code, .jsonl or .parquet files")
+        elif path.is_file():
+            if (kind := _kind(path)) is None:
+                kind = "prose"  # named by hand: its content decides
+            found.append(SourceFile(path, number, kind))
+        elif matches := sorted(glob.glob(source, recursive=True)):
+            for name in matches:
+                if Path(name).is_file():
+                    found.append(SourceFile(Path(name), number, _kind(Path(name)) or "prose"))
+        elif source.startswith("hf://") or (source.count("/") == 1 and source[0] not in "./~" and not path.suffix):
+            found.append(SourceFile(Path(source.removeprefix("hf://")), number, "hub"))
+        else:
+            raise UserError(f"{source}: no such file, folder or pattern")
+    return found, passed
+
+
+def open_binary(path: Path) -> Any:
+    if path.suffix == ".gz":
+        return gzip.open(path, "rb")
+    if path.suffix == ".xz":
+        return lzma.open(path, "rb")
+    if path.suffix == ".zst":
+        import zstandard
+
+        return zstandard.open(path, "rb")
+    return open(path, "rb")
+
+
+def _decode(data: bytes, path: Path) -> str:
+    """UTF-8, else UTF-16 by its mark, else Windows-1252 if that is plausible text. UserError for binary data."""
+    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
+        return data.decode("utf-16", errors="replace")
+    if b"\0" in data:
+        raise UserError(f"{path}: binary file, not text; leave it out, or pass --skip-bad to pass over such files")
+    try:
+        return data.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        pass
+    control = sum(data.count(bytes([c])) for c in (*range(1, 9), *range(14, 27), *range(28, 32)))
+    if control > len(data) / 1000:
+        raise UserError(f"{path}: binary file, not text; leave it out, or pass --skip-bad to pass over such files")
+    return data.decode("cp1252", errors="replace")
+
+
+def _parts(text: str) -> Iterator[str]:
+    """Pieces of at most PART_BYTES characters, cut after a paragraph or else after a line."""
+    at = 0
+    while len(text) - at > PART_BYTES:
+        half, end = at + PART_BYTES // 2, at + PART_BYTES
+        cut = text.rfind("\n\n", half, end) + 2
+        if cut == 1:
+            cut = text.rfind("\n", half, end) + 1
+        cut = cut or end
+        yield text[at:cut]
+        at = cut
+    yield text[at:]
+
+
+def _whole(file: SourceFile) -> Iterator[tuple[str, str, str]]:
+    """A text file as one document, read in pieces so that its size does not matter."""
+    with open_binary(file.path) as f:
+        rest = b""
+        while piece := f.read(16 << 20):
+            data = rest + piece
+            cut = data.rfind(b"\n") + 1 if len(piece) == 16 << 20 and data[:2] not in (b"\xff\xfe", b"\xfe\xff") else len(data)
+            cut = cut or len(data)
+            yield str(file.path), _decode(data[:cut], file.path), ""
+            rest = data[cut:]
+        if rest:
+            yield str(file.path), _decode(rest, file.path), ""
+
+
+TEXT_FIELDS = ("text", "content", "markdown", "code")
+
+
+def _text_of(row: Any, where: str) -> tuple[str, str]:
+    """The text and licence of one record. UserError if it has no text."""
+    if isinstance(row, str):
+        return row, ""
+    if isinstance(row, dict):
+        for field in TEXT_FIELDS:
+            if isinstance(row.get(field), str):
+                return row[field], str(row.get("license") or row.get("licence") or "")
+        strings = [v for v in row.values() if isinstance(v, str)]
+        if {"prompt", "response"} <= set(row) or {"question", "answer"} <= set(row) or {"instruction", "output"} <= set(row):
+            return "\n\n".join(s for s in strings if s), ""
+    raise UserError(f"{where}: no text in this record; expected a field named {', '.join(TEXT_FIELDS)}; --skip-bad passes over such records")
+
+
+def _jsonl(file: SourceFile) -> Iterator[tuple[str, str, str] | UserError]:
+    with open_binary(file.path) as f:
+        for number, line in enumerate(f, 1):
+            where = f"{file.path}:{number}"
+            if not line.strip():
+                continue
+            try:
+                text, license = _text_of(json.loads(line.decode("utf-8")), where)
+            except UserError as error:
+                yield error
+            except (UnicodeDecodeError, json.JSONDecodeError) as error:
+                yield UserError(f"{where}: broken JSON line ({error}); mend it, or pass --skip-bad to pass over such lines")
+            else:
+                yield where, text, license
+
+
+def _parquet(file: SourceFile) -> Iterator[tuple[str, str, str] | UserError]:
+    try:
+        import pyarrow.parquet as parquet
+    except ImportError:
+        raise UserError(f"{file.path}: reading parquet needs pyarrow; pip install 'craton[parquet]'") from None
+    try:
+        table = parquet.ParquetFile(file.path)
+    except Exception as error:
+        raise UserError(f"{file.path}: not a readable parquet file ({str(error).splitlines()[0]})") from None
+    names = [n for n in (*TEXT_FIELDS, "license", "licence") if n in table.schema_arrow.names]
+    if not set(names) & set(TEXT_FIELDS):
+        raise UserError(f"{file.path}: no column named {', '.join(TEXT_FIELDS)} (it has {', '.join(table.schema_arrow.names)})")
+    number = 0
+    for batch in table.iter_batches(batch_size=64, columns=names):
+        for row in batch.to_pylist():
+            number += 1
+            try:
+                yield (where := f"{file.path}:{number}", *_text_of(row, where))
+            except UserError as error:
+                yield error
+
+
+def _hub(file: SourceFile) -> Iterator[tuple[str, str, str] | UserError]:
+    try:
+        from datasets import load_dataset
+    except ImportError:
+        raise UserError(f"{file.path}: reading a hub dataset needs the datasets library; pip install 'craton[hf]'") from None
+    try:
+        rows = load_dataset(str(file.path), split="train", streaming=True)
+        for number, row in enumerate(rows):
+            try:
+                yield (where := f"{file.path}:{number}", *_text_of(row, where))
+            except UserError as error:
+                yield error
+    except Exception as error:
+        raise UserError(f"{file.path}: no such path here, and not readable from the hub ({str(error).splitlines()[0]})") from None
+
+
+def read(files: list[SourceFile], skip_bad: bool, bad: Callable[[str], None]) -> Iterator[Document]:
+    """All documents in order. What cannot be read is a UserError, or with skip_bad is passed to `bad` and left out."""
+    readers = {"jsonl": _jsonl, "parquet": _parquet, "hub": _hub}
+    for file in files:
+        kind = "unknown" if file.kind in readers else file.kind
+        rows = readers.get(file.kind, _whole)(file)
+        part = 0
+        while True:
+            try:
+                row = next(rows, None)
+            except UserError as error:
+                row = error
+            except (OSError, EOFError, lzma.LZMAError, ValueError) as error:
+                row = UserError(f"{file.path}: cannot be read ({error}); mend it, or pass --skip-bad to pass over it")
+            if row is None:
+                break
+            if isinstance(row, UserError):
+                if not skip_bad:
+                    raise row
+                bad(str(row))
+                continue
+            name, text, license = row
+            part = part if file.kind not in readers else 0  # a text file's pieces continue one document
+            for piece in _parts(text):
+                yield Document(name, piece, file.source, kind, license, part)
+                part += 1

@@ -1,0 +1,54 @@
+"""`craton chat`: a conversation in the terminal.
+
+A model that was only pretrained has never seen a conversation: its lines are continued as one text. A model whose
+record says otherwise, or that has none, is spoken to in its chat template.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+from craton.base import UserError, read_json, say
+from craton.engine.generate import stream
+from craton.engine.model import load_model
+from craton.text.tokenizer import render_chat
+
+
+def _lines() -> Any:
+    while True:
+        try:
+            line = input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        if not line.strip():
+            return
+        yield line
+
+
+def chat(path: str, max_tokens: int, temperature: float, seed: int) -> dict[str, Any]:
+    """Reads lines from stdin, prints answers, returns the messages."""
+    model, folder = load_model(path), Path(path)
+    base = (folder / "record.json").exists() and read_json(folder / "record.json").get("objective") == "pretraining"
+    if base:
+        say("This model was only pretrained: it goes on with your text rather than answering. An empty line ends.")
+    elif not model.tokenizer.config.get("chat_template"):
+        raise UserError(f"{path}: tokenizer_config.json has no chat_template; use 'craton generate'")
+    messages: list[dict[str, str]] = []
+    text, context = "", model.network.config.max_position_embeddings
+    for turn, line in enumerate(_lines()):
+        messages.append({"role": "user", "content": line})
+        text = text + line if base else render_chat(model.tokenizer, messages)
+        prompt = model.tokenizer.encode(text)[-(context - min(max_tokens, context // 2)) :]
+        ids: list[int] = []
+        shown = ""
+        for token in stream(model.network, prompt, max_tokens, temperature, seed + turn, model.network.config.eos_token_id):
+            ids.append(token)
+            answer = model.tokenizer.decode(ids)
+            if not answer.endswith("\ufffd"):
+                print(answer[len(shown) :], end="", flush=True)
+                shown = answer
+        print()
+        answer = model.tokenizer.decode(ids)
+        messages.append({"role": "assistant", "content": answer})
+        text += answer
+    return {"messages": messages}

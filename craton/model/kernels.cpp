@@ -1,0 +1,415 @@
+// The decoder's small operations, fused, for CPUs. Plain C interface, loaded by kernels.py.
+//
+// PyTorch runs each of these as several passes over memory; here each is one pass. Matrix products stay with
+// oneDNN (ops.py), except inside attention, where the operands are too small for a library call.
+//
+// One source, compiled once per instruction set (-march=x86-64-v3, -v4); the loader picks. The object has no OpenMP
+// runtime of its own: it binds to the one that PyTorch has loaded, because two thread pools on the same cores would
+// spin against each other. Work is divided by index, never by who is free, where a sum crosses threads: results
+// depend on the number of threads alone.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#ifdef _OPENMP
+extern "C" int omp_get_max_threads();
+extern "C" int omp_get_thread_num();
+extern "C" int omp_get_num_threads();
+#endif
+
+#if defined(__AVX512F__)
+constexpr int W = 16;
+#else
+constexpr int W = 8;
+#endif
+typedef float vec __attribute__((vector_size(W * 4), aligned(4), may_alias));
+typedef int32_t veci __attribute__((vector_size(W * 4), aligned(4), may_alias));
+
+static inline vec load(const float* p) { return *(const vec*)p; }
+static inline void store(float* p, vec v) { *(vec*)p = v; }
+static inline vec splat(float x) { return vec{} + x; }
+
+// exp(x) for x <= ~88, relative error 2e-7: 2^n by exponent bits, the rest by a degree-6 polynomial (Cephes expf).
+static inline vec vexp(vec x) {
+    x = x < -87.f ? splat(-87.f) : x;
+    x = x > 88.f ? splat(88.f) : x;
+    const vec magic = splat(12582912.f);                 // 1.5 * 2^23: adding it rounds to the nearest integer
+    vec n = (x * 1.44269504f + magic) - magic;
+    vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    vec p = splat(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.f;
+    veci e = (__builtin_convertvector(n, veci) + 127) << 23;
+    return p * (vec)e;
+}
+
+static inline float sum(vec v) {
+    float s = 0;
+    for (int i = 0; i < W; i++) s += v[i];
+    return s;
+}
+
+static inline float dot(const float* a, const float* b, int64_t n) {
+    vec s0{}, s1{};
+    int64_t i = 0;
+    for (; i + 2 * W <= n; i += 2 * W) {
+        s0 += load(a + i) * load(b + i);
+        s1 += load(a + i + W) * load(b + i + W);
+    }
+    float s = sum(s0 + s1);
+    for (; i < n; i++) s += a[i] * b[i];
+    return s;
+}
+
+// Per-thread rows of partial sums, added up in thread order.
+struct Partials {
+    int64_t n;
+    std::vector<float> rows;
+    explicit Partials(int64_t n) : n(n), rows((size_t)omp_get_max_threads() * n, 0.f) {}
+    float* mine() { return rows.data() + (size_t)omp_get_thread_num() * n; }
+    void into(float* out) {
+        std::memset(out, 0, n * sizeof(float));
+        for (size_t t = 0; t < rows.size() / n; t++)
+            for (int64_t i = 0; i < n; i++) out[i] += rows[t * n + i];
+    }
+};
+
+extern "C" {
+
+// s = x + delta (skipped when delta is null); y = s / rms(s) * w. Rows of n.
+void add_rms_norm_forward(const float* x, const float* delta, const float* w, float* s, float* y, float* rstd,
+                          int64_t rows, int64_t n, float eps) {
+#pragma omp parallel for schedule(static)
+    for (int64_t r = 0; r < rows; r++) {
+        const float* src = x + r * n;
+        if (delta) {
+            float* sum_row = s + r * n;
+            for (int64_t i = 0; i < n; i++) sum_row[i] = src[i] + delta[r * n + i];
+            src = sum_row;
+        }
+        float k = 1.f / std::sqrt(dot(src, src, n) / n + eps);
+        rstd[r] = k;
+        for (int64_t i = 0; i < n; i++) y[r * n + i] = src[i] * k * w[i];
+    }
+}
+
+// dx = dresidual (skipped when null) + d(rms_norm); dw summed over rows.
+void rms_norm_backward(const float* dy, const float* s, const float* w, const float* rstd, const float* dresidual,
+                       float* dx, float* dw, int64_t rows, int64_t n) {
+    Partials partial(n);
+#pragma omp parallel
+    {
+        float* pw = partial.mine();
+#pragma omp for schedule(static)
+        for (int64_t r = 0; r < rows; r++) {
+            const float *g = dy + r * n, *v = s + r * n;
+            float k = rstd[r], c = 0;
+            vec acc{};
+            int64_t i = 0;
+            for (; i + W <= n; i += W) acc += load(g + i) * load(w + i) * load(v + i);
+            c = sum(acc);
+            for (; i < n; i++) c += g[i] * w[i] * v[i];
+            c *= k * k * k / n;
+            float* out = dx + r * n;
+            if (dresidual) {
+                const float* dr = dresidual + r * n;
+                for (i = 0; i < n; i++) {
+                    pw[i] += g[i] * v[i] * k;
+                    out[i] = dr[i] + g[i] * w[i] * k - v[i] * c;
+                }
+            } else {
+                for (i = 0; i < n; i++) {
+                    pw[i] += g[i] * v[i] * k;
+                    out[i] = g[i] * w[i] * k - v[i] * c;
+                }
+            }
+        }
+    }
+    partial.into(dw);
+}
+
+// Per head: optional RMSNorm with weight w (null: none), then rotation of halves (x1, x2) by position.
+// x, y: (rows, heads, d); cos, sin: (period, d/2), row r uses position r % period.
+void norm_rope_forward(const float* x, const float* w, const float* cos, const float* sin, float* y, float* rstd,
+                       int64_t rows, int64_t heads, int64_t d, int64_t period, float eps) {
+    int64_t half = d / 2;
+#pragma omp parallel for schedule(static)
+    for (int64_t r = 0; r < rows; r++) {
+        const float *c = cos + (r % period) * half, *s = sin + (r % period) * half;
+        for (int64_t h = 0; h < heads; h++) {
+            const float* a = x + (r * heads + h) * d;
+            float* o = y + (r * heads + h) * d;
+            if (w) {
+                float k = 1.f / std::sqrt(dot(a, a, d) / d + eps);
+                rstd[r * heads + h] = k;
+                for (int64_t i = 0; i < half; i++) {
+                    float p = a[i] * k * w[i], q = a[i + half] * k * w[i + half];
+                    o[i] = p * c[i] - q * s[i];
+                    o[i + half] = q * c[i] + p * s[i];
+                }
+            } else {
+                for (int64_t i = 0; i < half; i++) {
+                    float p = a[i], q = a[i + half];
+                    o[i] = p * c[i] - q * s[i];
+                    o[i + half] = q * c[i] + p * s[i];
+                }
+            }
+        }
+    }
+}
+
+void norm_rope_backward(const float* dy, const float* x, const float* w, const float* cos, const float* sin,
+                        const float* rstd, float* dx, float* dw, int64_t rows, int64_t heads, int64_t d,
+                        int64_t period) {
+    int64_t half = d / 2;
+    Partials partial(d);
+#pragma omp parallel
+    {
+        float* pw = partial.mine();
+        float g[1024];
+#pragma omp for schedule(static)
+        for (int64_t r = 0; r < rows; r++) {
+            const float *c = cos + (r % period) * half, *s = sin + (r % period) * half;
+            for (int64_t h = 0; h < heads; h++) {
+                const float* o = dy + (r * heads + h) * d;
+                float* out = dx + (r * heads + h) * d;
+                float* t = w ? g : out;
+                for (int64_t i = 0; i < half; i++) {
+                    float p = o[i], q = o[i + half];
+                    t[i] = p * c[i] + q * s[i];
+                    t[i + half] = q * c[i] - p * s[i];
+                }
+                if (!w) continue;
+                const float* a = x + (r * heads + h) * d;
+                float k = rstd[r * heads + h], z = 0;
+                vec acc{};
+                for (int64_t i = 0; i < d; i += W) acc += load(g + i) * load(w + i) * load(a + i);
+                z = sum(acc) * k * k * k / d;
+                for (int64_t i = 0; i < d; i++) {
+                    pw[i] += g[i] * a[i] * k;
+                    out[i] = g[i] * w[i] * k - a[i] * z;
+                }
+            }
+        }
+    }
+    if (w) partial.into(dw);
+}
+
+// y = silu(gate) * up, elementwise over n; n a multiple of 16.
+void swiglu_forward(const float* gate, const float* up, float* y, int64_t n) {
+#pragma omp parallel for schedule(static)
+    for (int64_t i = 0; i < n; i += W) {
+        vec g = load(gate + i);
+        store(y + i, g / (1.f + vexp(-g)) * load(up + i));
+    }
+}
+
+void swiglu_backward(const float* dy, const float* gate, const float* up, float* dgate, float* dup, int64_t n) {
+#pragma omp parallel for schedule(static)
+    for (int64_t i = 0; i < n; i += W) {
+        vec g = load(gate + i), d = load(dy + i), sig = 1.f / (1.f + vexp(-g)), silu = g * sig;
+        store(dup + i, d * silu);
+        store(dgate + i, d * load(up + i) * (sig + silu * (1.f - sig)));
+    }
+}
+
+// Rows of logits become, in place, the gradient weight[r] * (softmax - onehot(target)); loss[r] is the negative log
+// likelihood in nats. Rows with weight 0 get gradient 0.
+void cross_entropy(float* logits, const int64_t* target, const float* weight, float* loss, int64_t rows, int64_t n) {
+#pragma omp parallel for schedule(static)
+    for (int64_t r = 0; r < rows; r++) {
+        float *x = logits + r * n, top = -INFINITY, z = 0;
+        int64_t i = 0;
+        vec m = splat(-INFINITY), acc{};
+        for (; i + W <= n; i += W) {
+            vec v = load(x + i);
+            m = v > m ? v : m;
+        }
+        for (int j = 0; j < W; j++) top = m[j] > top ? m[j] : top;
+        for (; i < n; i++) top = x[i] > top ? x[i] : top;
+        float at_target = x[target[r]] - top;
+        for (i = 0; i + W <= n; i += W) {
+            vec e = vexp(load(x + i) - top);
+            store(x + i, e);
+            acc += e;
+        }
+        z = sum(acc);
+        for (; i < n; i++) z += x[i] = std::exp(x[i] - top);
+        loss[r] = std::log(z) - at_target;
+        float k = weight[r] / z;
+        for (i = 0; i < n; i++) x[i] *= k;
+        x[target[r]] -= weight[r];
+    }
+}
+
+}  // extern "C"
+
+// C[m, n] (+)= sum_k A[m, k] * B[k, n]; A has any strides, B and C have contiguous columns; n a multiple of W.
+template <int M, int N>
+static inline void tile(const float* a, int64_t am, int64_t ak, const float* b, int64_t ldb, float* c, int64_t ldc,
+                        int64_t depth, bool add) {
+    vec acc[M][N];
+    for (int i = 0; i < M; i++)
+        for (int j = 0; j < N; j++) acc[i][j] = add ? load(c + i * ldc + j * W) : vec{};
+    for (int64_t k = 0; k < depth; k++) {
+        vec col[N];
+        for (int j = 0; j < N; j++) col[j] = load(b + k * ldb + j * W);
+        for (int i = 0; i < M; i++) {
+            vec row = splat(a[i * am + k * ak]);
+            for (int j = 0; j < N; j++) acc[i][j] += row * col[j];
+        }
+    }
+    for (int i = 0; i < M; i++)
+        for (int j = 0; j < N; j++) store(c + i * ldc + j * W, acc[i][j]);
+}
+
+constexpr int TM = W == 16 ? 8 : 4;
+
+template <int N>
+static void columns(int64_t m, const float* a, int64_t am, int64_t ak, const float* b, int64_t ldb, float* c,
+                    int64_t ldc, int64_t depth, bool add) {
+    int64_t i = 0;
+    for (; i + TM <= m; i += TM) tile<TM, N>(a + i * am, am, ak, b, ldb, c + i * ldc, ldc, depth, add);
+    for (; i < m; i++) tile<1, N>(a + i * am, am, ak, b, ldb, c + i * ldc, ldc, depth, add);
+}
+
+static void gemm(int64_t m, int64_t n, int64_t depth, const float* a, int64_t am, int64_t ak, const float* b,
+                 int64_t ldb, float* c, int64_t ldc, bool add) {
+    int64_t j = 0;
+    for (; j + 2 * W <= n; j += 2 * W) columns<2>(m, a, am, ak, b + j, ldb, c + j, ldc, depth, add);
+    for (; j < n; j += W) columns<1>(m, a, am, ak, b + j, ldb, c + j, ldc, depth, add);
+}
+
+static inline int64_t up_to(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
+// (time, d) with row stride -> (d, padded time), padding zero.
+static void transpose(const float* x, int64_t stride, int64_t time, int64_t d, int64_t padded, float* out) {
+    for (int64_t t0 = 0; t0 < time; t0 += 16)
+        for (int64_t i = 0; i < d; i++)
+            for (int64_t t = t0; t < time && t < t0 + 16; t++) out[i * padded + t] = x[t * stride + i];
+    for (int64_t i = 0; i < d; i++) std::memset(out + i * padded + time, 0, (padded - time) * sizeof(float));
+}
+
+constexpr int64_t BQ = 64;  // queries a block
+
+// The keys that a block of queries may see: from the first query's document start to the last query, in whole tiles.
+struct Span {
+    int64_t from, to;
+    Span(const int32_t* start, int64_t q0, int64_t q1) {
+        from = start ? start[q0] / (2 * W) * (2 * W) : 0;
+        to = up_to(q1, 2 * W);
+    }
+    int64_t size() const { return to - from; }
+};
+
+extern "C" {
+
+// Causal attention, exact softmax, one document per query: start[b, t] is the first position that t may see (null: 0).
+// q, o: (batch, time, heads, d); k, v: (batch, time, kv_heads, d); lse: (batch, heads, time). d a multiple of 16.
+void attention_forward(const float* q, const float* k, const float* v, const int32_t* start, float* o, float* lse,
+                       int64_t batch, int64_t time, int64_t heads, int64_t kv_heads, int64_t d, float scale) {
+    int64_t group = heads / kv_heads, padded = up_to(time, 2 * W), qs = heads * d, ks = kv_heads * d;
+#pragma omp parallel
+    {
+        std::vector<float> kt(d * padded), score(BQ * padded);
+#pragma omp for collapse(2) schedule(dynamic, 1)
+        for (int64_t b = 0; b < batch; b++)
+            for (int64_t g = 0; g < kv_heads; g++) {
+                const float *kb = k + b * time * ks + g * d, *vb = v + b * time * ks + g * d;
+                const int32_t* first = start ? start + b * time : nullptr;
+                transpose(kb, ks, time, d, padded, kt.data());
+                for (int64_t h = g * group; h < (g + 1) * group; h++)
+                    for (int64_t q0 = 0; q0 < time; q0 += BQ) {
+                        int64_t q1 = q0 + BQ < time ? q0 + BQ : time;
+                        Span span(first, q0, q1);
+                        float* s = score.data();
+                        const float* qb = q + (b * time + q0) * qs + h * d;
+                        float* ob = o + (b * time + q0) * qs + h * d;
+                        gemm(q1 - q0, span.size(), d, qb, qs, 1, kt.data() + span.from, padded, s, padded, false);
+                        float inverse[BQ];
+                        for (int64_t i = 0; i < q1 - q0; i++) {
+                            float* row = s + i * padded;
+                            int64_t lo = first ? first[q0 + i] - span.from : 0, hi = q0 + i + 1 - span.from;
+                            for (int64_t j = 0; j < lo; j++) row[j] = -INFINITY;
+                            for (int64_t j = hi; j < span.size(); j++) row[j] = -INFINITY;
+                            vec m = splat(-INFINITY), acc{};
+                            for (int64_t j = 0; j < span.size(); j += W) {
+                                vec x = load(row + j);
+                                m = x > m ? x : m;
+                            }
+                            float top = -INFINITY;
+                            for (int j = 0; j < W; j++) top = m[j] > top ? m[j] : top;
+                            for (int64_t j = 0; j < span.size(); j += W) {
+                                vec x = load(row + j), e = vexp((x - top) * scale);
+                                e = x == -INFINITY ? vec{} : e;
+                                store(row + j, e);
+                                acc += e;
+                            }
+                            float z = sum(acc);
+                            lse[(b * heads + h) * time + q0 + i] = top * scale + std::log(z);
+                            inverse[i] = 1.f / z;
+                        }
+                        int64_t depth = q1 - span.from;
+                        gemm(q1 - q0, d, depth, s, padded, 1, vb + span.from * ks, ks, ob, qs, false);
+                        for (int64_t i = 0; i < q1 - q0; i++)
+                            for (int64_t j = 0; j < d; j++) ob[i * qs + j] *= inverse[i];
+                    }
+            }
+    }
+}
+
+void attention_backward(const float* dout, const float* q, const float* k, const float* v, const float* o,
+                        const float* lse, const int32_t* start, float* dq, float* dk, float* dv, int64_t batch,
+                        int64_t time, int64_t heads, int64_t kv_heads, int64_t d, float scale) {
+    int64_t group = heads / kv_heads, padded = up_to(time, 2 * W), qs = heads * d, ks = kv_heads * d;
+#pragma omp parallel
+    {
+        std::vector<float> kt(d * padded), vt(d * padded), prob(BQ * padded), grad(BQ * padded);
+#pragma omp for collapse(2) schedule(dynamic, 1)
+        for (int64_t b = 0; b < batch; b++)
+            for (int64_t g = 0; g < kv_heads; g++) {
+                int64_t at = b * time * ks + g * d;
+                const float *kb = k + at, *vb = v + at;
+                float *dkb = dk + at, *dvb = dv + at;
+                const int32_t* first = start ? start + b * time : nullptr;
+                transpose(kb, ks, time, d, padded, kt.data());
+                transpose(vb, ks, time, d, padded, vt.data());
+                for (int64_t t = 0; t < time; t++) {
+                    std::memset(dkb + t * ks, 0, d * sizeof(float));
+                    std::memset(dvb + t * ks, 0, d * sizeof(float));
+                }
+                for (int64_t h = g * group; h < (g + 1) * group; h++)
+                    for (int64_t q0 = 0; q0 < time; q0 += BQ) {
+                        int64_t q1 = q0 + BQ < time ? q0 + BQ : time, m = q1 - q0;
+                        Span span(first, q0, q1);
+                        float *p = prob.data(), *ds = grad.data();
+                        int64_t qat = (b * time + q0) * qs + h * d, depth = q1 - span.from;
+                        gemm(m, span.size(), d, q + qat, qs, 1, kt.data() + span.from, padded, p, padded, false);
+                        gemm(m, span.size(), d, dout + qat, qs, 1, vt.data() + span.from, padded, ds, padded, false);
+                        for (int64_t i = 0; i < m; i++) {
+                            float *pr = p + i * padded, *dr = ds + i * padded;
+                            int64_t lo = first ? first[q0 + i] - span.from : 0, hi = q0 + i + 1 - span.from;
+                            float norm = lse[(b * heads + h) * time + q0 + i];
+                            float delta = dot(dout + qat + i * qs, o + qat + i * qs, d);
+                            for (int64_t j = 0; j < span.size(); j += W) {
+                                vec e = vexp(load(pr + j) * scale - norm);
+                                store(pr + j, e);
+                                store(dr + j, e * (load(dr + j) - delta) * scale);
+                            }
+                            for (int64_t j = 0; j < lo; j++) pr[j] = dr[j] = 0;
+                            for (int64_t j = hi; j < span.size(); j++) pr[j] = dr[j] = 0;
+                        }
+                        gemm(m, d, depth, ds, padded, 1, kb + span.from * ks, ks, dq + qat, qs, false);
+                        gemm(depth, d, m, p, 1, padded, dout + qat, qs, dvb + span.from * ks, ks, true);
+                        gemm(depth, d, m, ds, 1, padded, q + qat, qs, dkb + span.from * ks, ks, true);
+                    }
+            }
+    }
+}
+
+}  // extern "C"

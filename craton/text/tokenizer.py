@@ -1,0 +1,188 @@
+"""Text to tokens and back: the tokenizer of a model folder, and training one from text.
+
+Training and the general case are the `tokenizers` library's. Byte-level BPE, which is what is trained here, is encoded
+by tiktoken with the same merges: the same ids (checked when the tokenizer is opened for bulk work) several times faster.
+"""
+
+import json
+import math
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
+from tokenizers import Tokenizer as Backend
+
+from craton.base import UserError, publish, read_json, write_json
+
+# Qwen 2's pattern, but numbers in groups of at most two digits: for small vocabularies that lowers bits per byte
+# (nanochat measured 0.972 -> 0.965).
+PATTERN = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+    r"\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+END = "<|endoftext|>"  # before every document, so it both starts and ends one
+SPECIAL = [END, "<|im_start|>", "<|im_end|>", "<think>", "</think>", "<tool_call>", "</tool_call>",
+           "<tool_response>", "</tool_response>", "<|pad|>"] + [f"<|reserved_{i}|>" for i in range(6)]  # fmt: skip
+
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def _unicode_to_byte() -> dict[str, int]:
+    """The printable stand-ins that byte-level BPE uses for bytes (GPT-2's table)."""
+    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    rest = [b for b in range(256) if b not in plain]
+    return {chr(c): b for b, c in zip(plain + rest, plain + [256 + i for i in range(len(rest))], strict=True)}
+
+
+class Tokenizer:
+    """A tokenizer folder: `tokenizer.json` with `tokenizer_config.json`."""
+
+    def __init__(self, backend: Backend, config: dict[str, Any]):
+        self.backend = backend
+        self.config = config
+        self.bos_id = self._special("bos_token")
+        self.eos_id = self._special("eos_token")
+
+    @classmethod
+    def open(cls, folder: Path) -> "Tokenizer":
+        """Raises UserError if the folder holds no usable tokenizer."""
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise UserError(f"{folder}: no tokenizer.json there; give a folder that holds one")
+        try:
+            backend = Backend.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise UserError(f"{path}: not a tokenizer file ({str(error).splitlines()[0]})") from None
+        config_path = folder / "tokenizer_config.json"
+        return cls(backend, read_json(config_path) if config_path.exists() else {})
+
+    def save(self, folder: Path) -> None:
+        with publish(folder / "tokenizer.json") as temporary:
+            self.backend.save(str(temporary))
+        write_json(folder / "tokenizer_config.json", self.config)
+
+    def _special(self, name: str) -> int | None:
+        token = self.config.get(name)
+        if isinstance(token, dict):
+            token = token.get("content")
+        return None if token is None else self.backend.token_to_id(token)
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id, added tokens included."""
+        return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    @property
+    def document_id(self) -> int:
+        """The token put before every document in training. UserError if the tokenizer names none."""
+        for i in (self.bos_id, self.eos_id, self.backend.token_to_id(END)):
+            if i is not None:
+                return i
+        raise UserError("tokenizer_config.json: neither bos_token nor eos_token is set; name the token that ends a document")
+
+    def encode(self, text: str) -> list[int]:
+        """Ids as the published tokenizer gives them, with the special tokens it adds at the start."""
+        return self.backend.encode(text).ids
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of ids, special tokens left out."""
+        return self.backend.decode(ids, skip_special_tokens=True)
+
+    def token_bytes(self) -> np.ndarray:
+        """(vocab_size,) int64: bytes of text that each id stands for; 0 for special tokens."""
+        state = json.loads(self.backend.to_str())
+        special = {t["id"] for t in state["added_tokens"]}
+        level = "ByteLevel" in json.dumps(state["pre_tokenizer"]) + json.dumps(state["decoder"])
+        out = np.zeros(self.vocab_size, np.int64)
+        for token, i in self.backend.get_vocab(with_added_tokens=True).items():
+            if i in special:
+                continue
+            if level:
+                out[i] = len(token)  # one stand-in character a byte
+            else:
+                out[i] = 1 if re.fullmatch(r"<0x[0-9A-F]{2}>", token) else len(token.replace("\u2581", " ").encode())
+        return out
+
+    @cached_property
+    def _fast(self) -> Any:
+        """tiktoken's encoder with these merges, or None where it cannot give the same ids."""
+        state = json.loads(self.backend.to_str())
+        model, pre = state["model"], state["pre_tokenizer"]
+        if model["type"] != "BPE" or state["normalizer"] or not pre or pre["type"] != "Sequence":
+            return None
+        split, level = (pre["pretokenizers"] + [{}, {}])[:2]
+        if split.get("type") != "Split" or "Regex" not in split["pattern"] or level.get("type") != "ByteLevel" or level["use_regex"]:
+            return None
+        import tiktoken
+
+        table, special = _unicode_to_byte(), {t["content"] for t in state["added_tokens"]}
+        ranks = {bytes(table[c] for c in k): i for k, i in model["vocab"].items() if k not in special}
+        fast = tiktoken.Encoding("craton", pat_str=split["pattern"]["Regex"], mergeable_ranks=ranks, special_tokens={})
+        probes = ["def f(x):\n\treturn x ** 2  # 12345\n\n\n", "It's 3.14159 — naïve “quotes”, 日本語 and 🙂🙂  end ", PATTERN * 3]
+        probes.append("".join(chr(c) for c in range(32, 3000) if unicodedata.category(chr(c))[0] not in "C"))
+        same = all(fast.encode_ordinary(p) == self.backend.encode(p, add_special_tokens=False).ids for p in probes)
+        return fast if same else None
+
+    def encode_documents(self, texts: Iterable[str]) -> Iterator[list[int]]:
+        """Ids of each text with no special tokens; a special token's name in a document is ordinary text."""
+        if self._fast is not None:
+            for text in texts:
+                yield self._fast.encode_ordinary(text)
+        else:
+            self.backend.encode_special_tokens = True  # "<|endoftext|>" in a document must not end it
+            for text in texts:
+                yield self.backend.encode(text, add_special_tokens=False).ids
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Byte-level BPE of vocab_size ids (special tokens first, then the 256 bytes, then merges)."""
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(PATTERN), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )  # type: ignore[assignment]
+    backend.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size, special_tokens=SPECIAL, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
+    )
+    backend.train_from_iterator(texts, trainer)
+    backend.post_processor = processors.TemplateProcessing(single=f"{END} $A", pair=f"{END} $A {END} $B:1", special_tokens=[(END, 0)])  # type: ignore[assignment]
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": END, "eos_token": END, "pad_token": "<|pad|>",
+        "clean_up_tokenization_spaces": False,
+        "chat_template": CHAT_TEMPLATE,
+    }  # fmt: skip
+    return Tokenizer(backend, config)
+
+
+def choose_vocab_size(text_bytes: int) -> int:
+    """Vocabulary for a corpus of this many bytes: 4,096 at 10 MB, 8,192 at 100 MB, 32,768 at 10 GB, 65,536 at most.
+
+    A power of two near 13 * bytes^0.35: vocabulary grows as about the 0.5-0.6 power of model size (arXiv 2407.13623)
+    and model size as about the 0.6 power of a corpus that is used up.
+    """
+    size = 13 * max(text_bytes, 1) ** 0.355
+    return min(65_536, max(1_024, 2 ** round(math.log2(size))))
+
+
+def render_chat(tokenizer: Tokenizer, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+    """Messages as the text that the model's chat template makes of them. UserError if it has none or refuses them."""
+    from jinja2 import TemplateError
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    template = tokenizer.config.get("chat_template")
+    if not template:
+        raise UserError("tokenizer_config.json: no chat_template, so this model cannot chat")
+    names = {k: tokenizer.config.get(k) or "" for k in ("bos_token", "eos_token")}
+    try:
+        return ImmutableSandboxedEnvironment().from_string(template).render(messages=messages, add_generation_prompt=add_generation_prompt, **names)
+    except TemplateError as error:
+        raise UserError(f"tokenizer_config.json: chat_template failed ({error})") from None
