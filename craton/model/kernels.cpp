@@ -5,18 +5,11 @@
 //
 // One source, compiled once per instruction set (-march=x86-64-v3, -v4); the loader picks. The object has no OpenMP
 // runtime of its own: it binds to the one that PyTorch has loaded, because two thread pools on the same cores would
-// spin against each other. Work is divided by index, never by who is free, where a sum crosses threads: results
-// depend on the number of threads alone.
+// spin against each other. Sums are added in an order fixed by the shapes: results do not depend on the threads.
 #include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <vector>
-
-#ifdef _OPENMP
-extern "C" int omp_get_max_threads();
-extern "C" int omp_get_thread_num();
-extern "C" int omp_get_num_threads();
-#endif
 
 #if defined(__AVX512F__)
 constexpr int W = 16;
@@ -66,16 +59,17 @@ static inline float dot(const float* a, const float* b, int64_t n) {
     return s;
 }
 
-// Per-thread rows of partial sums, added up in thread order.
+// Sums over rows: CHUNKS runs of rows each have a partial sum, added up in order whatever thread made them.
+constexpr int64_t CHUNKS = 32;
 struct Partials {
     int64_t n;
-    std::vector<float> rows;
-    explicit Partials(int64_t n) : n(n), rows((size_t)omp_get_max_threads() * n, 0.f) {}
-    float* mine() { return rows.data() + (size_t)omp_get_thread_num() * n; }
+    std::vector<float> sums;
+    explicit Partials(int64_t n) : n(n), sums(CHUNKS * n, 0.f) {}
+    float* of(int64_t chunk) { return sums.data() + chunk * n; }
     void into(float* out) {
         std::memset(out, 0, n * sizeof(float));
-        for (size_t t = 0; t < rows.size() / n; t++)
-            for (int64_t i = 0; i < n; i++) out[i] += rows[t * n + i];
+        for (int64_t c = 0; c < CHUNKS; c++)
+            for (int64_t i = 0; i < n; i++) out[i] += sums[c * n + i];
     }
 };
 
@@ -102,11 +96,10 @@ void add_rms_norm_forward(const float* x, const float* delta, const float* w, fl
 void rms_norm_backward(const float* dy, const float* s, const float* w, const float* rstd, const float* dresidual,
                        float* dx, float* dw, int64_t rows, int64_t n) {
     Partials partial(n);
-#pragma omp parallel
-    {
-        float* pw = partial.mine();
-#pragma omp for schedule(static)
-        for (int64_t r = 0; r < rows; r++) {
+#pragma omp parallel for schedule(static)
+    for (int64_t chunk = 0; chunk < CHUNKS; chunk++) {
+        float* pw = partial.of(chunk);
+        for (int64_t r = chunk * rows / CHUNKS; r < (chunk + 1) * rows / CHUNKS; r++) {
             const float *g = dy + r * n, *v = s + r * n;
             float k = rstd[r], c = 0;
             vec acc{};
@@ -168,12 +161,11 @@ void norm_rope_backward(const float* dy, const float* x, const float* w, const f
                         int64_t period) {
     int64_t half = d / 2;
     Partials partial(d);
-#pragma omp parallel
-    {
-        float* pw = partial.mine();
+#pragma omp parallel for schedule(static)
+    for (int64_t chunk = 0; chunk < CHUNKS; chunk++) {
+        float* pw = partial.of(chunk);
         float g[1024];
-#pragma omp for schedule(static)
-        for (int64_t r = 0; r < rows; r++) {
+        for (int64_t r = chunk * rows / CHUNKS; r < (chunk + 1) * rows / CHUNKS; r++) {
             const float *c = cos + (r % period) * half, *s = sin + (r % period) * half;
             for (int64_t h = 0; h < heads; h++) {
                 const float* o = dy + (r * heads + h) * d;

@@ -33,17 +33,14 @@ class Processes:
         return self.rank == 0
 
     def shard(self, network: Decoder, bf16: bool) -> None:
-        """FSDP2: each block, then the rest; parameters become DTensors. Gradients are summed, not averaged, because
-        batch weights already sum to 1 over all processes."""
+        """FSDP2: each block, then the rest; parameters become DTensors. It averages gradients over processes; batch
+        weights sum to 1 over all of them, so the loop multiplies the loss by their number (`gradients`)."""
         if self.mesh is None:
             return
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 and self.device == "cuda" else MixedPrecisionPolicy()
         for block in network.model.layers:
             fully_shard(block, mesh=self.mesh, mp_policy=policy)
         fully_shard(network, mesh=self.mesh, mp_policy=policy)
-        for module in network.modules():
-            if hasattr(module, "set_gradient_divide_factor"):
-                module.set_gradient_divide_factor(1.0)
         register_fsdp_forward_method(network, "loss")
 
     def sum(self, values: Tensor) -> Tensor:
@@ -75,6 +72,13 @@ def whole(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def norm(parameters: list[nn.Parameter], limit: float) -> float:
-    """Global gradient norm; gradients are scaled down to `limit` where it is above (0: never)."""
-    total = nn.utils.clip_grad_norm_(parameters, limit or float("inf"))
-    return float(total.full_tensor() if isinstance(total, DTensor) else total)
+    """Global gradient norm, summed in fp64 so that it does not depend on how parameters are sharded; gradients are
+    scaled down to `limit` where it is above (0: never). Collective."""
+    grads = [p.grad.to_local() if isinstance(p.grad, DTensor) else p.grad for p in parameters if p.grad is not None]
+    squares = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64).square() for g in grads]).sum()
+    if dist.is_initialized():
+        dist.all_reduce(squares)
+    total = float(squares.sqrt())
+    if limit and total > limit:
+        torch._foreach_mul_(grads, limit / total)
+    return total

@@ -81,7 +81,7 @@ def _precision(recipe: Recipe, device: str) -> Any:
     return torch.autocast(device, torch.bfloat16) if recipe.run.precision == "bf16" else contextlib.nullcontext()
 
 
-def gradients(network: Decoder, batch: Batch, objective: Objective, recipe: Recipe, device: str) -> Tensor:
+def gradients(network: Decoder, batch: Batch, objective: Objective, recipe: Recipe, device: str, world: int = 1) -> Tensor:
     """Accumulate the gradient of a batch in slices of micro_tokens; returns the loss, this process's share of it."""
     rows = max(1, (recipe.data.micro_tokens or 1) // batch.ids.shape[1])
     total = torch.zeros((), device=device)
@@ -89,7 +89,7 @@ def gradients(network: Decoder, batch: Batch, objective: Objective, recipe: Reci
         piece = _on(Batch(*(None if x is None else x[at : at + rows] for x in vars(batch).values())), device)  # type: ignore[arg-type]
         with _precision(recipe, device):
             loss, _ = objective(network, piece)
-        loss.backward()  # type: ignore[no-untyped-call]
+        (loss * world if world > 1 else loss).backward()  # type: ignore[no-untyped-call]
         total += loss.detach().float()
     return total
 
@@ -246,8 +246,7 @@ class Run:
                 start = time.perf_counter()
                 while p.cursor in p.skipped:
                     p.cursor += 1
-                batch = self.batches.batch(p.cursor, self.processes.rank, self.processes.world)
-                loss = float(self.processes.sum(gradients(self.network, batch, self.objective, r, self.device)))
+                loss = self._gradients(p.cursor)
                 size = norm(list(self.network.parameters()), r.optimizer.clip)
                 if (problem := self._problem(loss, size)) is not None:
                     line.clear()
@@ -290,6 +289,16 @@ class Run:
             if metrics:
                 metrics.close()
             self.logger.close()
+
+    def _gradients(self, number: int) -> float:
+        """Accumulate a batch's gradient; returns its loss, over all processes. One process adds up the same two halves
+        as two processes do, so that both give the same bits (Muon and Adam turn rounding into visible differences)."""
+        rank, world = self.processes.rank, self.processes.world
+        shares = 2 if world == 1 and self.rows % 2 == 0 else world
+        total = torch.zeros((), device=self.device)
+        for share in range(rank, shares, world):
+            total += gradients(self.network, self.batches.batch(number, share, shares), self.objective, self.recipe, self.device, world)
+        return float(self.processes.sum(total))
 
     def _stop(self, number: int, _: Any) -> None:
         self.stopped_by = number

@@ -85,8 +85,7 @@ class Optimizers:
             kind = "norm" if p.ndim == 1 else "embedding" if "embed_tokens" in n else "head" if "lm_head" in n else "matrix"
             parts[kind].append(p)
         groups = [{"params": ps, "lr": lrs[k], "weight_decay": weight_decay if k == "matrix" and name == "adamw" else 0.0} for k, ps in parts.items() if ps and (name == "adamw" or k != "matrix")]
-        sharded = any(isinstance(p, DTensor) for p in self.names)
-        self.parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, betas=betas, eps=1e-10, fused=not sharded)]
+        self.parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, betas=betas, eps=1e-10, fused=True)]
         if name == "muon":
             self.parts.append(Muon(parts["matrix"], lrs["matrix"], momentum, weight_decay))
         for part in self.parts:

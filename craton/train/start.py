@@ -82,6 +82,17 @@ def _train(
             problem = str(error)
     if problem := processes.agree(problem):
         raise UserError(problem)
+    try:
+        return _go(opened, weights, out, recipe, resume, objective, device, processes, began, made)
+    finally:
+        if lock is not None:
+            lock.close()
+
+
+def _go(
+    opened: list[Corpus], weights: list[float], out: Path, recipe: Recipe, resume: bool, objective: Objective,
+    device: str, processes: Processes, began: float, made: bool,
+) -> dict[str, Any]:  # fmt: skip
     asked = {"recipe": as_dict(recipe), "corpora": [c.digest for c in opened], "weights": weights}
     stored = out / "training" / "recipe.json"
     plan_path = stored if stored.exists() else None

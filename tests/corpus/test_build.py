@@ -1,0 +1,212 @@
+"""Building corpora: planted copies and evaluation items are found, formats are read, faults are told, kills survived."""
+
+import gzip
+import json
+import lzma
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from tests.conftest import WORDS, craton, prose
+
+from craton.base import UserError
+from craton.corpus.build import BuildOptions, build
+from craton.corpus.store import Corpus
+
+
+def write(path, texts):
+    path.write_text("".join(json.dumps({"text": t, "license": "CC0"}) + "\n" for t in texts))
+    return str(path)
+
+
+def options(*sources, **more):
+    return BuildOptions(list(sources), more.pop("skip", []), more.pop("decontaminate", []), vocab_size=more.pop("vocab_size", 400), **more)
+
+
+def altered(text, seed):
+    """One word in a hundred replaced, case and punctuation changed here and there."""
+    r = random.Random(seed)
+    words = text.split(" ")
+    for i in range(len(words)):
+        if r.random() < 0.01:
+            words[i] = r.choice(WORDS)
+        elif r.random() < 0.05:
+            words[i] = words[i].upper() + r.choice(["", ",", "!"])
+    return " ".join(words)
+
+
+def test_planted_copies_are_found(tmp_path):
+    originals = [prose(i, 24) for i in range(3000)]
+    r = random.Random(0)
+    exact = [t.replace(" ", "  ", 1) + "\n" for t in r.sample(originals, 500)]
+    near = [altered(t, i) for i, t in enumerate(r.sample(originals, 500))]
+    out = tmp_path / "c"
+    manifest = build(options(write(tmp_path / "a.jsonl", originals), write(tmp_path / "b.jsonl", exact + near)), out)
+    kept = [s["documents"] for s in manifest["sources"]]
+    assert kept[0] >= 3000 * 0.995  # under 0.5 % of the originals falsely dropped
+    assert manifest["dropped"]["exact_duplicate"]["documents"] >= 495
+    assert kept[1] <= 500 * 0.05 + 5  # at least 95 % of near copies found
+    assert manifest["sources"][0]["license"] == ["CC0"]
+
+
+def test_planted_evaluation_items_are_found(tmp_path):
+    items = [" ".join(prose(10_000 + i, 3).split()[: 13 + i % 20]) for i in range(200)]
+    (tmp_path / "eval.jsonl").write_text("".join(json.dumps({"question": q, "choices": ["yes", "no"]}) + "\n" for q in items))
+    clean = [prose(i, 24) for i in range(500)]
+    dirty = [prose(20_000 + i, 12) + f"\n{q.upper()}!\n" + prose(30_000 + i, 12) for i, q in enumerate(items)]
+    manifest = build(options(write(tmp_path / "a.jsonl", clean), write(tmp_path / "b.jsonl", dirty), decontaminate=[str(tmp_path / "eval.jsonl")]), tmp_path / "c")
+    assert [s["documents"] for s in manifest["sources"]] == [500, 0]
+    assert manifest["evaluation"]["items"] == 200 and manifest["dropped"]["contaminated"]["documents"] == 200
+
+
+def test_formats_and_round_trip(tmp_path):
+    pq = pytest.importorskip("pyarrow.parquet", exc_type=ImportError)
+    import pyarrow
+    import zstandard
+
+    src = tmp_path / "src"
+    (src / "sub").mkdir(parents=True)
+    texts = {k: prose(i, 12) for i, k in enumerate(("txt", "md", "html", "jsonl", "gz", "xz", "zst", "parquet"))}
+    (src / "a.txt").write_text(texts["txt"])
+    (src / "sub" / "b.md").write_text(texts["md"])
+    (src / "c.html").write_text(f"<html><body><nav>Home About</nav><article><p>{texts['html'].replace(chr(10), '</p><p>')}</p></article></body></html>")
+    (src / "code.py").write_text("def f(x):\n    return x + 1\n" * 3)
+    line = {k: (json.dumps({"text": texts[k]}) + "\n").encode() for k in ("jsonl", "gz", "xz", "zst")}
+    (src / "d.jsonl").write_bytes(line["jsonl"])
+    (src / "e.jsonl.gz").write_bytes(gzip.compress(line["gz"]))
+    (src / "f.jsonl.xz").write_bytes(lzma.compress(line["xz"]))
+    (src / "g.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress(line["zst"]))
+    pq.write_table(pyarrow.table({"text": [texts["parquet"]]}), src / "h.parquet")
+    (src / "picture.png").write_bytes(b"\x89PNG\0\0")
+    manifest = build(options(str(src)), tmp_path / "c")
+    corpus = Corpus(tmp_path / "c")
+    found = {}
+    for split in ("train", "heldout"):
+        for row in corpus.rows(split):
+            ids = corpus.read(split, int(row["start"]), int(row["tokens"]))
+            assert ids[0] == corpus.manifest["document_id"]
+            found[corpus.name_of(row).split("/")[-1].split(":")[0]] = corpus.tokenizer.decode(ids.tolist())
+    names = {"txt": "a.txt", "md": "b.md", "jsonl": "d.jsonl", "gz": "e.jsonl.gz", "xz": "f.jsonl.xz", "zst": "g.jsonl.zst", "parquet": "h.parquet"}
+    assert all(found[name] == texts[key] for key, name in names.items())
+    assert found["c.html"].split() == texts["html"].split() and "code.py" in found
+    assert manifest["passed_over"]["files"] == 1 and manifest["counts"]["code"] == 1
+
+
+def test_long_documents_are_cut_and_stay_together(tmp_path):
+    text = "\n\n".join(prose(i, 8) for i in range(900))
+    (tmp_path / "long.txt").write_text(text)
+    build(options(str(tmp_path / "long.txt")), tmp_path / "c")
+    corpus = Corpus(tmp_path / "c")
+    rows = corpus.rows("train")
+    assert len(rows) > 2 and rows["continued"].sum() >= len(rows) - 3
+    ids = corpus.read("train", 0, corpus.length("train"))
+    assert (ids == corpus.manifest["document_id"]).sum() == (rows["continued"] == 0).sum()
+
+
+def test_same_sources_same_corpus(tmp_path):
+    source = write(tmp_path / "a.jsonl", [prose(i) for i in range(300)])
+    a, b = build(options(source), tmp_path / "1"), build(options(source), tmp_path / "2")
+    assert a["files"] == b["files"]
+
+
+def test_killed_builds_go_on_and_end_the_same(tmp_path):
+    source = write(tmp_path / "a.jsonl", [prose(i, 60) for i in range(4000)])
+    whole = build(options(source), tmp_path / "whole")
+    out, r = tmp_path / "killed", random.Random(0)
+    command = [sys.executable, "-m", "craton", "corpus", "build", source, "--out", str(out), "--vocab-size", "400", "--json"]
+    for _ in range(6):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        time.sleep(r.uniform(0.2, 2.0))
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert Corpus(out).manifest["files"] == whole["files"]
+    assert not (out / ".work").exists()
+
+
+BAD = {
+    "missing path": lambda p: ([str(p / "absent.txt")], "absent.txt: no such file"),
+    "empty folder": lambda p: ([str((p / "empty").mkdir() or p / "empty")], "is empty"),
+    "only other types": lambda p: ([str(make(p / "bin" / "x.png", b"\0\1"))], "no text file"),
+    "binary file": lambda p: ([str(make(p / "t" / "x.txt", bytes(range(256)) * 50))], "binary file"),
+    "broken line": lambda p: ([str(make(p / "t" / "x.jsonl", b'{"text": "a"}\n{"text": \n'))], "x.jsonl:2"),
+    "no text field": lambda p: ([str(make(p / "t" / "x.jsonl", b'{"body": "a"}\n'))], "x.jsonl:1: no text"),
+    "cut archive": lambda p: ([str(make(p / "t" / "x.jsonl.xz", lzma.compress(b'{"text": "a"}\n' * 999)[:-20]))], "x.jsonl.xz"),
+    "nothing left": lambda p: ([str(make(p / "t" / "x.txt", b"too short"))], "no document is left"),
+    "no parquet": lambda p: ([str(make(p / "t" / "x.parquet", b"PAR1"))], "parquet"),
+}
+
+
+def make(path, data):
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(data)
+    return path.parent
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_leaves_nothing(tmp_path, case):
+    sources, message = BAD[case](tmp_path)
+    done = craton("corpus", "build", *sources, "--out", tmp_path / "out")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    errors = [line for line in done.stderr.splitlines() if line.startswith("craton: error:")]
+    assert len(errors) == 1 and message in errors[0]
+    assert not (tmp_path / "out").exists()
+
+
+def test_skip_bad_goes_on(tmp_path):
+    good = json.dumps({"text": prose(1)})
+    make(tmp_path / "t" / "x.jsonl", f'{good}\n{{"text": \n{json.dumps({"text": prose(2)})}\n'.encode())
+    make(tmp_path / "t" / "y.txt", bytes(range(256)) * 50)
+    manifest = build(options(str(tmp_path / "t"), skip_bad=True), tmp_path / "c")
+    assert manifest["passed_over"]["bad"] == 2 and manifest["counts"]["kept"] == 2
+
+
+def test_folders_in_use(tmp_path):
+    source = write(tmp_path / "a.jsonl", [prose(i) for i in range(20)])
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "mine").write_text("x")
+    with pytest.raises(UserError, match="in use"):
+        build(options(source), tmp_path / "full")
+    build(options(source), tmp_path / "c")
+    with pytest.raises(UserError, match="another corpus"):
+        build(options(source, skip=["near"]), tmp_path / "c")
+    with pytest.raises(UserError, match="did you mean 'near'"):
+        build(options(source, skip=["neer"]), tmp_path / "d")
+    assert (tmp_path / "full" / "mine").read_text() == "x" and not (tmp_path / "d").exists()
+
+
+def test_given_tokenizer(tmp_path, corpus):
+    source = write(tmp_path / "a.jsonl", [prose(i) for i in range(50)])
+    build(BuildOptions([source], [], [], tokenizer=str(corpus / "tokenizer")), tmp_path / "c")
+    assert (tmp_path / "c" / "tokenizer" / "tokenizer.json").read_bytes() == (corpus / "tokenizer" / "tokenizer.json").read_bytes()
+
+
+def test_every_injected_fault_is_refused(tmp_path):
+    out = tmp_path / "c"
+    build(options(write(tmp_path / "a.jsonl", [prose(i) for i in range(60)])), out)
+    files = sorted(p for p in out.rglob("*") if p.is_file())
+    r, accepted = random.Random(0), 0
+    for _ in range(300):
+        path = r.choice(files)
+        whole = path.read_bytes()
+        kind = r.randrange(3)
+        at = r.randrange(len(whole))
+        damaged = whole[:at] if kind == 0 else whole[:at] + bytes([whole[at] ^ (1 << r.randrange(8))]) + whole[at + 1 :]
+        path.unlink() if kind == 2 else path.write_bytes(damaged)
+        try:
+            Corpus(out)
+            # White space in the manifest is not content.
+            accepted += not (path.name == "manifest.json" and whole[at : at + 1].isspace())
+        except UserError:
+            pass
+        path.write_bytes(whole)
+    assert accepted == 0
+    Corpus(out)
+
+

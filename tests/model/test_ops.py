@@ -1,0 +1,101 @@
+"""The compiled kernels against plain PyTorch in fp64, forward and backward, over shapes that do not divide evenly."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from craton.model import kernels, ops
+
+pytestmark = pytest.mark.skipif(kernels.load() is None, reason="no compiled kernels on this machine")
+
+
+def agree(function, inputs, tolerance=2e-5):
+    """Outputs and gradients of function(*inputs) in fp32 kernels and in fp64 PyTorch."""
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        args = [x.detach().to(dtype, copy=True).requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs]
+        out = function(*args)
+        out = out if isinstance(out, tuple) else (out,)
+        torch.manual_seed(1)
+        sum((o * torch.randn(o.shape, dtype=torch.float64).to(dtype)).sum() for o in out if o.requires_grad).backward()
+        results.append([o.detach().double() for o in out] + [a.grad.double() for a in args if isinstance(a, torch.Tensor) and a.grad is not None])
+    assert len(results[0]) == len(results[1])
+    for a, b in zip(*results, strict=True):
+        scale = b.abs().max().clamp_min(1e-2)
+        assert ((a - b).abs().max() / scale) < tolerance
+
+
+@settings(deadline=None, max_examples=25)
+@given(rows=st.integers(1, 40), n=st.integers(1, 300), delta=st.booleans())
+def test_add_rms_norm(rows, n, delta):
+    torch.manual_seed(rows * 1000 + n)
+    x, d, w = torch.randn(rows, n), torch.randn(rows, n) if delta else None, torch.randn(n)
+    agree(lambda x, d, w: ops.add_rms_norm(x, d, w, 1e-6), [x, d, w])
+
+
+@settings(deadline=None, max_examples=25)
+@given(batch=st.integers(1, 3), time=st.integers(1, 30), heads=st.integers(1, 5), d=st.sampled_from([16, 32, 64, 128]), norm=st.booleans())
+def test_norm_rope(batch, time, heads, d, norm):
+    torch.manual_seed(time)
+    cos, sin = ops.rope_table(torch.arange(time), d, 10_000.0)
+    agree(lambda x, w: ops.norm_rope(x, w, cos.to(x.dtype), sin.to(x.dtype), 1e-6), [torch.randn(batch, time, heads, d), torch.randn(d) if norm else None])
+
+
+@settings(deadline=None, max_examples=20)
+@given(rows=st.integers(1, 40), n=st.sampled_from([16, 48, 96]))
+def test_swiglu(rows, n):
+    torch.manual_seed(rows)
+    agree(ops.swiglu, [torch.randn(rows, n) * 4, torch.randn(rows, n)])
+
+
+@settings(deadline=None, max_examples=30)
+@given(
+    batch=st.integers(1, 3), time=st.integers(2, 200), kv=st.integers(1, 3), group=st.integers(1, 3),
+    d=st.sampled_from([16, 32, 48, 64]), documents=st.integers(0, 4), scale=st.sampled_from([1.0, 30.0]),
+)  # fmt: skip
+def test_attention(batch, time, kv, group, d, documents, scale):
+    torch.manual_seed(time * 7 + d)
+    start = None
+    if documents:
+        begins = torch.zeros(batch, time, dtype=torch.int32)
+        for b in range(batch):
+            for at in torch.randint(1, time, (documents,)).sort().values:
+                begins[b, at:] = at
+        start = begins
+    q, k, v = torch.randn(batch, time, kv * group, d) * scale, torch.randn(batch, time, kv, d), torch.randn(batch, time, kv, d)
+    agree(lambda q, k, v: ops.attention(q, k, v, start), [q, k, v], 1e-4 if scale == 1 else 3e-3)
+
+
+@settings(deadline=None, max_examples=20)
+@given(rows=st.integers(1, 50), n=st.integers(2, 300), k=st.sampled_from([8, 32]))
+def test_linear_cross_entropy(rows, n, k):
+    torch.manual_seed(rows + n)
+    target = torch.randint(n, (rows,))
+    weight = torch.rand(rows)
+    weight[0] = 0
+    agree(lambda x, w: ops.linear_cross_entropy(x, w, target, weight.to(x.dtype))[0], [torch.randn(rows, k), torch.randn(n, k)])
+    nll = ops.linear_cross_entropy(torch.randn(rows, k), torch.randn(n, k), target, weight)[1]
+    assert nll.shape == (rows,) and (nll >= 0).all()
+
+
+def test_linear_cross_entropy_in_slices(monkeypatch):
+    torch.manual_seed(0)
+    x, w, target, weight = torch.randn(33, 16), torch.randn(50, 16), torch.randint(50, (33,)), torch.rand(33)
+    whole = ops.linear_cross_entropy(x, w, target, weight)
+    monkeypatch.setattr(ops, "_LOGIT_BYTES", 50 * 4 * 5)
+    sliced = ops.linear_cross_entropy(x, w, target, weight)
+    torch.testing.assert_close(whole, sliced)
+
+
+def test_linear_gradients():
+    torch.manual_seed(0)
+    for m, k, n in ((5, 7, 3), (64, 32, 96), (100, 96, 32)):
+        agree(ops.linear, [torch.randn(2, m, k), torch.randn(n, k)])
+
+
+def test_extreme_logits_stay_finite():
+    w = torch.eye(4)
+    x = torch.tensor([[1e4, -1e4, 0.0, 0.0]])
+    _, nll = ops.linear_cross_entropy(x, w, torch.tensor([1]), torch.ones(1))
+    assert torch.isfinite(nll).all() and nll.item() == pytest.approx(2e4)

@@ -1,0 +1,91 @@
+"""Commands as a person or a script runs them."""
+
+import json
+import subprocess
+import sys
+import time
+
+import pytest
+from tests.conftest import STDLIB, craton
+
+import craton as package
+from craton.base import UserError
+
+
+def last(done):
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def test_help_is_quick_and_imports_nothing_heavy():
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        assert "corpus" in craton("--help").stdout
+        times.append(time.perf_counter() - start)
+    assert min(times) < 0.5
+    code = "import sys, craton.cli; print(sorted({'torch', 'numpy', 'tokenizers', 'matplotlib', 'transformers'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout.strip() == "[]"
+
+
+def test_generate(model_folder):
+    first = last(craton("generate", model_folder, "import os", "--max-tokens", 12, "--seed", 3, "--json"))
+    again = last(craton("generate", model_folder, "import os", "--max-tokens", 12, "--seed", 3, "--json"))
+    assert first == again and set(first) == {"text", "token_ids"} and 1 <= len(first["token_ids"]) <= 12
+    model = package.load(str(model_folder))
+    assert model.generate("import os", max_tokens=12, temperature=0.8, seed=3) == first["text"]
+    assert model.tokenizer.decode(first["token_ids"]) == first["text"]
+    plain = craton("generate", model_folder, "import os", "--max-tokens", 12, "--seed", 3)
+    assert plain.stdout.startswith("import os" + first["text"][:4])
+
+
+def test_generate_refuses_bad_input(model_folder, tmp_path):
+    for args, message in (
+        ((tmp_path / "absent", "x"), "no such model folder"),
+        ((model_folder, "word " * 5000), "context is 1024"),
+        ((model_folder, "x", "--max-tokens", 0), "at least 1"),
+        ((model_folder, "x", "--temperature", -1), "at least 0"),
+    ):
+        done = craton("generate", *args)
+        assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_foreign_tokenizer_is_refused(model_folder, tmp_path):
+    import shutil
+
+    from craton.text.tokenizer import train_tokenizer
+
+    shutil.copytree(model_folder, tmp_path / "m")
+    train_tokenizer([p.read_text() for p in STDLIB.glob("*.py")], 2000).save(tmp_path / "m")
+    with pytest.raises(UserError, match="the tokenizer has"):
+        package.load(str(tmp_path / "m"))
+
+
+def test_chat(model_folder):
+    done = craton("chat", model_folder, "--max-tokens", 8, "--json", input="import\nos\n")
+    messages = last(done)["messages"]
+    assert [m["role"] for m in messages] == ["user", "assistant"] * 2 and "only pretrained" in done.stdout
+
+
+def test_corpus_show_and_trace(corpus, model_folder):
+    shown = craton("corpus", "show", corpus, "--json")
+    assert last(shown)["counts"]["documents"] > 30 and "dropped" in shown.stdout
+    traced = last(craton("corpus", "trace", model_folder, "--step", 5, "--json"))
+    assert traced["batch"] == 4 and sum(d["tokens"] for d in traced["documents"]) == 4 * 129
+    assert craton("corpus", "trace", model_folder, "--step", 999).returncode == 2
+
+
+def test_report(model_folder, tmp_path):
+    (model_folder / "report.html").unlink()
+    made = last(craton("report", model_folder, "--json"))
+    page = (model_folder / "report.html").read_text()
+    assert made["report"].endswith("report.html")
+    assert page.count("<svg") == 4 and "src=" not in page and "bits per byte" in page and "http" not in page.replace("http://www.w3.org", "").replace("http://purl.org", "").replace("http://creativecommons.org", "").replace("https://matplotlib.org", "")
+    assert craton("report", tmp_path).returncode == 2
+
+
+def test_demo(tmp_path):
+    result = last(craton("demo", "--out", tmp_path / "demo", "--budget", "20s", "--json"))
+    assert result["status"] == "finished" and (tmp_path / "demo" / "report.html").exists()
+    assert any(s["text"].strip() for s in result["samples"])
+    assert craton("demo", "--out", tmp_path / "demo").returncode == 2

@@ -1,0 +1,73 @@
+"""The tokenizer: the fast path gives the library's ids, text survives, folders open in transformers."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.conftest import STDLIB
+from transformers import AutoTokenizer
+
+from craton.base import UserError
+from craton.text.tokenizer import END, Tokenizer, choose_vocab_size, render_chat, train_tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    texts = [(STDLIB / f).read_text() for f in ("argparse.py", "typing.py", "ast.py")]
+    return train_tokenizer(texts + ["naïve café “quoted” 日本語 🙂"], 1500)
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.text(max_size=200))
+def test_fast_ids_equal_the_library_and_text_survives(tokenizer, text):
+    ids = next(tokenizer.encode_documents([text]))
+    assert tokenizer._fast is not None
+    assert ids == tokenizer.backend.encode(text, add_special_tokens=False).ids or END in text or "<|" in text
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.token_bytes()[ids].sum() == len(text.encode())
+
+
+def test_special_tokens_in_documents_are_text(tokenizer):
+    ids = next(tokenizer.encode_documents([f"a {END} b <|im_start|>"]))
+    assert tokenizer.document_id not in ids
+    assert tokenizer.backend.token_to_id("<|im_start|>") not in ids
+    assert tokenizer.decode(ids) == f"a {END} b <|im_start|>"
+
+
+def test_numbers_are_split_in_pairs_at_most(tokenizer):
+    pieces = [tokenizer.decode([i]) for i in next(tokenizer.encode_documents(["1234567890"]))]
+    assert all(len(p) <= 2 for p in pieces)
+
+
+def test_folder_opens_in_transformers(tokenizer, tmp_path):
+    tokenizer.save(tmp_path)
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    text = "def f(x):\n    return x ** 2  # 12345 naïve\n"
+    assert theirs(text)["input_ids"] == tokenizer.encode(text) and tokenizer.encode(text)[0] == tokenizer.document_id
+    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}, {"role": "user", "content": "?"}]
+    assert theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == render_chat(tokenizer, messages)
+
+
+def test_a_tokenizer_of_another_kind_uses_the_library(tmp_path):
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import models, pre_tokenizers, trainers
+
+    backend = Backend(models.Unigram())
+    backend.pre_tokenizer = pre_tokenizers.Metaspace()
+    backend.train_from_iterator(["some words are here " * 50], trainers.UnigramTrainer(vocab_size=40, special_tokens=["</s>", "<unk>"], unk_token="<unk>", show_progress=False))
+    other = Tokenizer(backend, {"eos_token": "</s>"})
+    assert other._fast is None
+    assert next(other.encode_documents(["some words"])) == backend.encode("some words").ids
+    assert other.document_id == backend.token_to_id("</s>")
+
+
+def test_bad_folders(tmp_path):
+    with pytest.raises(UserError, match="no tokenizer.json"):
+        Tokenizer.open(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError, match="not a tokenizer file"):
+        Tokenizer.open(tmp_path)
+
+
+def test_vocabulary_grows_with_the_corpus():
+    sizes = [choose_vocab_size(b) for b in (10**5, 10**7, 10**8, 10**10, 10**13)]
+    assert sizes == sorted(sizes) and sizes[1] == 4096 and sizes[2] == 8192 and sizes[-1] == 65_536
