@@ -149,7 +149,8 @@ def main() -> None:
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        return worker(args.worker, args.shape)
+        worker(args.worker, args.shape)
+        return
 
     *_, rows, length = SHAPES[args.shape]
     tokens, flops = rows * length, 6 * matrix_parameters(args.shape)

@@ -25,8 +25,8 @@ def nearest(name: str, known: Iterable[str]) -> str:
 # ---- files ------------------------------------------------------------------------------------------------------
 
 
-def fsync_folder(path: Path) -> None:
-    """Make renames inside a folder durable."""
+def fsync(path: Path) -> None:
+    """Make a file's content, or the renames inside a folder, durable."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -40,13 +40,12 @@ def publish(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        with open(temporary, "rb") as f:
-            os.fsync(f.fileno())
+        fsync(temporary)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    fsync_folder(path.parent)
+    fsync(path.parent)
 
 
 def write_text(path: Path, text: str) -> None:

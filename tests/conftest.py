@@ -13,11 +13,7 @@ from craton.train.recipe import Recipe
 from craton.train.start import train
 
 STDLIB = Path(sysconfig.get_path("stdlib"))
-WORDS = (
-    "river stone window garden market letter winter mountain teacher engine paper silver morning village ocean music "
-    "doctor bridge forest captain yellow copper simple gentle narrow quiet broken early heavy distant walked opened "
-    "carried followed listened answered painted measured gathered returned because although before after under across"
-).split()
+WORDS = ["river", "stone", "window", "garden", "market", "letter", "winter", "mountain", "teacher", "engine", "paper", "silver", "morning", "village", "ocean", "music", "doctor", "bridge", "forest", "captain", "yellow", "copper", "simple", "gentle", "narrow", "quiet", "broken", "early", "heavy", "distant", "walked", "opened", "carried", "followed", "listened", "answered", "painted", "measured", "gathered", "returned", "because", "although", "before", "after", "under", "across"]
 COMMON = ["the", "of", "and", "to", "that", "with", "have", "be", "in", "a"]
 
 

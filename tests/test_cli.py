@@ -6,10 +6,10 @@ import sys
 import time
 
 import pytest
-from tests.conftest import STDLIB, craton
 
 import craton as package
 from craton.base import UserError
+from tests.conftest import STDLIB, craton
 
 
 def last(done):

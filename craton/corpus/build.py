@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from craton import __version__
-from craton.base import Progress, UserError, count, digest, nearest, read_json, say, sha256, span, write_json
+from craton.base import Progress, UserError, count, digest, fsync, nearest, read_json, say, sha256, span, write_json
 from craton.corpus import sources
 from craton.corpus.clean import INDEX, STEPS, Dropped, Evaluation, clean, evaluation_grams, read_batch
 from craton.corpus.dedup import exact_copies, near_copies
@@ -390,17 +390,16 @@ def _write(
                 length[split] += len(piece)
                 if document["license"]:
                     licenses.setdefault(int(index["source"][g]), set()).add(document["license"])
-    for f in open_shards.values():
-        f.close()
+    for shard in open_shards.values():
+        shard.close()
     table = np.array(rows, DOCUMENT)
-    with open(out / "documents.npy", "wb") as f:
-        np.save(f, table)
+    with open(out / "documents.npy", "wb") as rows_file:
+        np.save(rows_file, table)
     (out / "tokenizer").mkdir(exist_ok=True)
     tokenizer.save(out / "tokenizer")
     paths = [out / "documents.npy", out / "names.bin", *(out / s for names_ in shards.values() for s in names_), *sorted((out / "tokenizer").iterdir())]
     for path in paths:
-        with open(path, "rb") as f:
-            os.fsync(f.fileno())
+        fsync(path)
     return {
         "format": "craton-corpus-1",
         "dtype": dtype,

@@ -140,7 +140,11 @@ class Decoder(nn.Module):
         self.model = Backbone(config)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
         if config.tie_word_embeddings:
-            self.lm_head.weight = self.model.embed_tokens.weight
+            self.tie()
+
+    def tie(self) -> None:
+        """Make the head the embedding."""
+        self.lm_head.weight = self.model.embed_tokens.weight  # type: ignore[assignment]
 
     def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
         return self.lm_head(self.model(ids, cache=cache))

@@ -20,6 +20,11 @@ def _native(x: Tensor) -> Any:
     return kernels.load()
 
 
+def _library() -> Any:
+    """The kernels, which `_native` has found."""
+    return kernels.load()
+
+
 def _ptr(x: Tensor | None) -> int | None:
     return None if x is None else x.data_ptr()
 
@@ -48,7 +53,7 @@ class _Linear(torch.autograd.Function):
         return matmul_t(x.reshape(-1, x.shape[-1]), w).view(*x.shape[:-1], w.shape[0])
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, w = ctx.saved_tensors
         rows = dy.reshape(-1, dy.shape[-1])
         dx = matmul_t(rows, w.t()).view_as(x) if ctx.needs_input_grad[0] else None
@@ -74,21 +79,21 @@ class _AddRMSNorm(torch.autograd.Function):
         rows = x.numel() // n
         y, rstd = torch.empty_like(x), x.new_empty(rows)
         total = x if delta is None else torch.empty_like(x)
-        kernels.load().add_rms_norm_forward(_ptr(x), _ptr(delta), _ptr(w), _ptr(total), _ptr(y), _ptr(rstd), rows, n, eps)  # type: ignore[union-attr]
+        _library().add_rms_norm_forward(_ptr(x), _ptr(delta), _ptr(w), _ptr(total), _ptr(y), _ptr(rstd), rows, n, eps)
         ctx.save_for_backward(total, w, rstd)
         ctx.has_delta = delta is not None
         ctx.set_materialize_grads(False)
         return (total.view_as(x) if delta is None else total), y
 
     @staticmethod
-    def backward(ctx: Any, dtotal: Tensor | None, dy: Tensor | None) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dtotal: Tensor | None, dy: Tensor | None) -> tuple[Tensor | None, ...]:
         total, w, rstd = ctx.saved_tensors
         if dy is None:
             return dtotal, dtotal if ctx.has_delta else None, None, None
         dy, n = dy.contiguous(), total.shape[-1]
         dtotal = None if dtotal is None else dtotal.contiguous()
         dx, dw = torch.empty_like(total), torch.empty_like(w)
-        kernels.load().rms_norm_backward(  # type: ignore[union-attr]
+        _library().rms_norm_backward(
             _ptr(dy), _ptr(total), _ptr(w), _ptr(rstd), _ptr(dtotal), _ptr(dx), _ptr(dw), total.numel() // n, n
         )
         return dx, dx if ctx.has_delta else None, dw, None
@@ -121,20 +126,20 @@ class _NormRope(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor | None, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
         x = x.contiguous()
-        (batch, time, heads, d), rows = x.shape, x.shape[0] * x.shape[1]
+        (_, time, heads, d), rows = x.shape, x.shape[0] * x.shape[1]
         y, rstd = torch.empty_like(x), x.new_empty(rows * heads)
-        kernels.load().norm_rope_forward(  # type: ignore[union-attr]
+        _library().norm_rope_forward(
             _ptr(x), _ptr(w), _ptr(cos), _ptr(sin), _ptr(y), _ptr(rstd), rows, heads, d, time, eps
         )
         ctx.save_for_backward(x, w, cos, sin, rstd)
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         x, w, cos, sin, rstd = ctx.saved_tensors
         dy, (batch, time, heads, d) = dy.contiguous(), x.shape
         dx, dw = torch.empty_like(x), None if w is None else torch.empty_like(w)
-        kernels.load().norm_rope_backward(  # type: ignore[union-attr]
+        _library().norm_rope_backward(
             _ptr(dy), _ptr(x), _ptr(w), _ptr(cos), _ptr(sin), _ptr(rstd), _ptr(dx), _ptr(dw), batch * time, heads, d, time
         )
         return dx, dw, None, None, None
@@ -161,14 +166,14 @@ class _SwiGLU(torch.autograd.Function):
         gate, up = gate.contiguous(), up.contiguous()
         ctx.save_for_backward(gate, up)
         y = torch.empty_like(gate)
-        kernels.load().swiglu_forward(_ptr(gate), _ptr(up), _ptr(y), gate.numel())  # type: ignore[union-attr]
+        _library().swiglu_forward(_ptr(gate), _ptr(up), _ptr(y), gate.numel())
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         dy, dgate, dup = dy.contiguous(), torch.empty_like(gate), torch.empty_like(up)
-        kernels.load().swiglu_backward(_ptr(dy), _ptr(gate), _ptr(up), _ptr(dgate), _ptr(dup), gate.numel())  # type: ignore[union-attr]
+        _library().swiglu_backward(_ptr(dy), _ptr(gate), _ptr(up), _ptr(dgate), _ptr(dup), gate.numel())
         return dgate, dup
 
 
@@ -188,18 +193,18 @@ class _Attention(torch.autograd.Function):
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         (batch, time, heads, d), kv_heads = q.shape, k.shape[2]
         o, lse = torch.empty_like(q), q.new_empty(batch, heads, time)
-        kernels.load().attention_forward(  # type: ignore[union-attr]
+        _library().attention_forward(
             _ptr(q), _ptr(k), _ptr(v), _ptr(start), _ptr(o), _ptr(lse), batch, time, heads, kv_heads, d, d**-0.5
         )
         ctx.save_for_backward(q, k, v, o, lse, start)
         return o
 
     @staticmethod
-    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, do: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, o, lse, start = ctx.saved_tensors
         (batch, time, heads, d), kv_heads, do = q.shape, k.shape[2], do.contiguous()
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        kernels.load().attention_backward(  # type: ignore[union-attr]
+        _library().attention_backward(
             _ptr(do), _ptr(q), _ptr(k), _ptr(v), _ptr(o), _ptr(lse), _ptr(start), _ptr(dq), _ptr(dk), _ptr(dv),
             batch, time, heads, kv_heads, d, d**-0.5,
         )  # fmt: skip
@@ -265,7 +270,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return (loss * weight).sum(), loss
 
     @staticmethod
-    def backward(ctx: Any, scale: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, scale: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         dx, dw = ctx.saved_tensors
         return None if dx is None else dx * scale, None if dw is None else dw * scale, None, None
 

@@ -147,13 +147,13 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Split(Regex(PATTERN), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )  # type: ignore[assignment]
-    backend.decoder = decoders.ByteLevel()  # type: ignore[assignment]
+    )
+    backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size, special_tokens=SPECIAL, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
     )
     backend.train_from_iterator(texts, trainer)
-    backend.post_processor = processors.TemplateProcessing(single=f"{END} $A", pair=f"{END} $A {END} $B:1", special_tokens=[(END, 0)])  # type: ignore[assignment]
+    backend.post_processor = processors.TemplateProcessing(single=f"{END} $A", pair=f"{END} $A {END} $B:1", special_tokens=[(END, 0)])
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": END, "eos_token": END, "pad_token": "<|pad|>",

@@ -18,7 +18,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor
 
-from craton.base import UserError, fsync_folder, sha256, write_json
+from craton.base import UserError, fsync, sha256, write_json
 from craton.weights.folder import read_tensors, write_tensors
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
@@ -35,11 +35,11 @@ def save(folder: Path, step: int, model: dict[str, Tensor], optimizer: dict[str,
         write_tensors(temporary / "optimizer.safetensors", optimizer)
         write_json(temporary / "state.json", state)
         write_json(temporary / "manifest.json", {name: {"bytes": (temporary / name).stat().st_size, "sha256": sha256(temporary / name)} for name in FILES})
-        fsync_folder(temporary)
+        fsync(temporary)
         if final.exists():  # a damaged one of the same step, refused before
             shutil.rmtree(final)
         os.rename(temporary, final)
-        fsync_folder(folder)
+        fsync(folder)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         what = getattr(error, "strerror", None) or str(error)
@@ -88,7 +88,7 @@ def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
 
     Raises UserError if there are checkpoints and none is valid.
     """
-    refused = []
+    refused: list[str] = []
     for path in _all(folder):
         problem = verify(path)
         if problem is None:

@@ -22,7 +22,7 @@ from craton.engine.generate import stream
 from craton.model.config import ModelConfig
 from craton.model.decoder import Decoder, initialise
 from craton.text.tokenizer import Tokenizer
-from craton.train import checkpoint
+from craton.train import checkpoint, machine
 from craton.train.distributed import Processes, norm, whole
 from craton.train.loggers import Logger
 from craton.train.objective import Objective, next_token
@@ -64,7 +64,7 @@ def make(config: ModelConfig, recipe: Recipe, processes: Processes) -> tuple[Dec
         network = Decoder(config)
     network = network.to_empty(device="cpu")
     if config.tie_word_embeddings:
-        network.lm_head.weight = network.model.embed_tokens.weight
+        network.tie()
     initialise(network, recipe.run.seed)
     network.to(processes.device)
     processes.shard(network, recipe.run.precision == "bf16")
@@ -89,7 +89,7 @@ def gradients(network: Decoder, batch: Batch, objective: Objective, recipe: Reci
         piece = _on(Batch(*(None if x is None else x[at : at + rows] for x in vars(batch).values())), device)  # type: ignore[arg-type]
         with _precision(recipe, device):
             loss, _ = objective(network, piece)
-        (loss * world if world > 1 else loss).backward()  # type: ignore[no-untyped-call]
+        (loss * world if world > 1 else loss).backward()
         total += loss.detach().float()
     return total
 
@@ -98,18 +98,19 @@ def seconds_a_step(config: ModelConfig, recipe: Recipe, device: str) -> float:
     """Measured on random tokens with a throw-away network of this process: the fastest of a few steps."""
     alone = Processes.__new__(Processes)
     alone.rank, alone.world, alone.device, alone.mesh = 0, 1, device, None
-    resolved = Recipe(recipe.run, recipe.model, recipe.data, recipe.optimizer, recipe.schedule, recipe.safety)
-    network, optimizers = make(config, resolved, alone)
+    network, optimizers = make(config, recipe, alone)
     length = recipe.data.sequence_length or 512
     micro = max(1, min(recipe.data.batch_tokens or length, 8192 if device == "cpu" else 32_768) // length)
     ids = torch.randint(config.vocab_size, (micro, length + 1), device=device)
     batch = Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), torch.full((micro, length), 1e-6, device=device), None)
     slices = max(1, (recipe.data.batch_tokens or length) // (micro * length))
-    forward, update, end = [], [], time.perf_counter() + 2.0
+    forward: list[float] = []
+    update: list[float] = []
+    end = time.perf_counter() + 2.0
     while len(forward) < 3 or (time.perf_counter() < end and len(forward) < 20):
         start = time.perf_counter()
         with _precision(recipe, device):
-            next_token(network, batch)[0].backward()  # type: ignore[no-untyped-call]
+            next_token(network, batch)[0].backward()
         _synchronise(device)
         middle = time.perf_counter()
         norm(list(network.parameters()), 1.0)
@@ -117,7 +118,7 @@ def seconds_a_step(config: ModelConfig, recipe: Recipe, device: str) -> float:
         _synchronise(device)
         forward.append(middle - start)
         update.append(time.perf_counter() - middle)
-    _, world = os.environ.get("RANK"), int(os.environ.get("WORLD_SIZE", 1))
+    _, world = machine.world()
     return slices * sorted(forward)[len(forward) // 2] / world + sorted(update)[len(update) // 2]
 
 
@@ -184,7 +185,7 @@ class Run:
         model, optimizer, state = checkpoint.load(path)
         self._fill(model, path)
         self.optimizers.load(optimizer)
-        known = {k: tuple(v) if isinstance(v, list) else v for k, v in state.items()}
+        known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in state.items()}
         self.progress = Progressed(**known)
         return True
 

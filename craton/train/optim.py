@@ -65,7 +65,8 @@ def _orthogonalise_all(updates: list[Tensor]) -> list[Tensor]:
     """Sharded matrices are gathered, each is orthogonalised on one rank, and shared out again."""
     if not updates or not isinstance(updates[0], DTensor):
         return [orthogonalise(u) for u in updates]
-    world, out = dist.get_world_size(), []
+    world = dist.get_world_size()
+    out: list[Tensor] = []
     for i, u in enumerate(updates):
         assert isinstance(u, DTensor)
         full, owner = u.full_tensor(), i % world
@@ -79,7 +80,7 @@ class Optimizers:
     """The run's optimizers as one: step, learning-rate factor, and state by parameter name."""
 
     def __init__(self, network: nn.Module, name: str, lrs: dict[str, float], momentum: float, betas: tuple[float, float], weight_decay: float):
-        self.names = {p: n for n, p in network.named_parameters()}
+        self.names: dict[Tensor, str] = {p: n for n, p in network.named_parameters()}
         parts: dict[str, list[nn.Parameter]] = {"matrix": [], "embedding": [], "head": [], "norm": []}
         for n, p in network.named_parameters():
             kind = "norm" if p.ndim == 1 else "embedding" if "embed_tokens" in n else "head" if "lm_head" in n else "matrix"

@@ -112,9 +112,9 @@ def plan(recipe: Recipe, corpora: list[Corpus], peak: float, measure: Measure, b
                     depth -= 1
             why.append(f"depth {depth}: the largest that gets near {TOKENS_PER_PARAMETER} tokens a parameter within the budget")
     config = shape(r, depth, corpus)
-    for c in corpora[1:]:
-        if c.manifest["files"]["tokenizer/tokenizer.json"]["sha256"] != corpus.manifest["files"]["tokenizer/tokenizer.json"]["sha256"]:
-            raise UserError(f"{c.folder}: built with another tokenizer than {corpus.folder}; build it with --tokenizer {corpus.folder}/tokenizer")
+    for other in corpora[1:]:
+        if other.manifest["files"]["tokenizer/tokenizer.json"]["sha256"] != corpus.manifest["files"]["tokenizer/tokenizer.json"]["sha256"]:
+            raise UserError(f"{other.folder}: built with another tokenizer than {corpus.folder}; build it with --tokenizer {corpus.folder}/tokenizer")
     flops = config.flops_per_token(r.data.sequence_length)
     target = float(TOKENS_PER_PARAMETER * config.matrix_parameters)
     if r.run.steps is None:

@@ -109,7 +109,7 @@ MAY_BE_ZERO = {"run.seed", "optimizer.momentum", "optimizer.beta1", "optimizer.w
                "schedule.warmup_steps", "schedule.decay_share", "schedule.final_share", "safety.spike_sigmas", "safety.most_rollbacks"}  # fmt: skip
 
 
-def _types() -> dict[str, type]:
+def _types() -> dict[str, Any]:
     """Dotted key -> type of every setting."""
     out = {}
     for part in dataclasses.fields(Recipe):

@@ -86,7 +86,7 @@ def load_into(network: Decoder, tensors: dict[str, Tensor], where: Path) -> None
         raise UserError(f"{where}: unknown tensor {surplus[0]}; is this the model that config.json describes?")
     network.load_state_dict(tensors, assign=True)
     if network.config.tie_word_embeddings:
-        network.lm_head.weight = network.model.embed_tokens.weight
+        network.tie()
 
 
 def load_network(folder: Path, device: str = "cpu", dtype: torch.dtype | None = None) -> Decoder:

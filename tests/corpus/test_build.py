@@ -11,11 +11,11 @@ import sys
 import time
 
 import pytest
-from tests.conftest import WORDS, craton, prose
 
 from craton.base import UserError
 from craton.corpus.build import BuildOptions, build
 from craton.corpus.store import Corpus
+from tests.conftest import WORDS, craton, prose
 
 
 def write(path, texts):

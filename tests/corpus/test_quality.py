@@ -3,10 +3,10 @@
 import re
 
 import pytest
-from tests.conftest import STDLIB, prose
 
 from craton.corpus import quality
 from craton.corpus.words import Words
+from tests.conftest import STDLIB, prose
 
 
 def why(text, html=False, english=True):

@@ -3,11 +3,11 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.conftest import STDLIB
 from transformers import AutoTokenizer
 
 from craton.base import UserError
 from craton.text.tokenizer import END, Tokenizer, choose_vocab_size, render_chat, train_tokenizer
+from tests.conftest import STDLIB
 
 
 @pytest.fixture(scope="module")

@@ -3,13 +3,13 @@
 import time
 
 import pytest
-from tests.conftest import small
 
 from craton.base import UserError
 from craton.corpus.store import Corpus
 from craton.train.loop import factor
 from craton.train.plan import parse_budget, plan
 from craton.train.recipe import Recipe, as_dict, assign, from_dict, parse_setting, read_recipe
+from tests.conftest import small
 
 
 @pytest.mark.parametrize(

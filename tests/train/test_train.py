@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.conftest import craton, prose, small
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import craton as package
@@ -25,6 +24,7 @@ from craton.train import checkpoint
 from craton.train.objective import next_token
 from craton.train.record import read_metrics
 from craton.train.start import train
+from tests.conftest import craton, prose, small
 
 
 def sha(folder: Path) -> str:
@@ -101,7 +101,7 @@ def test_it_learns_and_the_control_does_not(tmp_path):
             corpus = tmp_path / f"corpus-{shuffled}"
             corpus = corpus if corpus.exists() else patterned(tmp_path, shuffled)
             out = tmp_path / f"model-{optimizer}-{shuffled}"
-            train([str(corpus)], out, small(run__steps=120, optimizer__name=optimizer))
+            train([str(corpus)], out, small(run__steps=120 if optimizer == "muon" else 400, optimizer__name=optimizer))
             scores[shuffled] = accuracy(out, corpus)
         assert scores[False] > 0.95, optimizer
         assert scores[True] < 0.6, optimizer  # words are several tokens, so their ends can be known
@@ -110,16 +110,16 @@ def test_it_learns_and_the_control_does_not(tmp_path):
 def test_resume_is_exact(corpus, tmp_path, model_folder):
     out = tmp_path / "m"
 
-    def stop_at_17(network, batch, calls=[0]):  # noqa: B006 (counts calls)
+    def stop_in_step_17(network, batch, calls=[0]):  # noqa: B006 (counts calls)
         calls[0] += 1
-        if calls[0] == 17:
+        if calls[0] == 33:  # two slices a step
             os.kill(os.getpid(), signal.SIGTERM)
         return next_token(network, batch)
 
     from craton.train.loop import Interrupted
 
     with pytest.raises(Interrupted):
-        train([str(corpus)], out, small(), objective=stop_at_17)
+        train([str(corpus)], out, small(), objective=stop_in_step_17)
     assert json.loads((out / "record.json").read_text())["status"] == "interrupted"
     assert len(losses(out)) == 17
     train([str(corpus)], out, small(), resume=True)
@@ -168,7 +168,7 @@ def test_a_bad_loss_is_rolled_back_and_skipped(corpus, tmp_path, capsys):
     def objective(network, batch):
         loss, nll = next_token(network, batch)
         if not poisoned:
-            poisoned.append(batch.ids.clone()) if network.training and objective.calls == 15 else None
+            poisoned.append(batch.ids.clone()) if objective.calls == 31 else None
         objective.calls += 1
         if poisoned and torch.equal(poisoned[0], batch.ids):
             return loss * float("nan"), nll

@@ -1,5 +1,6 @@
 """Model folders: what transformers writes loads here, what is written here loads there, damage is refused."""
 
+import contextlib
 import json
 import random
 
@@ -84,10 +85,8 @@ def test_damaged_weights_are_refused(tmp_path):
     for _ in range(50):  # a flipped bit in the header either reads as another tensor list or not at all
         at = r.randrange(8, 600)
         path.write_bytes(whole[:at] + bytes([whole[at] ^ (1 << r.randrange(8))]) + whole[at + 1 :])
-        try:
+        with contextlib.suppress(UserError):
             load_network(folder)
-        except UserError:
-            pass
     path.unlink()
     with pytest.raises(UserError, match="no such file"):
         load_network(folder)
