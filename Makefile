@@ -24,7 +24,16 @@ test-all: .venv/dev
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	touch $@
 
-clean:
-	rm -rf .venv build runs craton.egg-info craton/model/*.so
+# The peers of benchmarks/, apart from .venv: litgpt needs NumPy 1.
+bench-env: .venv-bench/installed
 
-.PHONY: demo test test-all clean
+.venv-bench/installed: pyproject.toml
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/pip install --quiet --disable-pip-version-check $$(grep ^torch== constraints.txt)
+	.venv-bench/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	touch $@
+
+clean:
+	rm -rf .venv .venv-bench build runs craton.egg-info craton/model/*.so
+
+.PHONY: demo test test-all bench-env clean
