@@ -2,6 +2,7 @@
 
 import glob
 import gzip
+import io
 import json
 import lzma
 from collections.abc import Callable, Iterator
@@ -91,7 +92,9 @@ def open_binary(path: Path) -> Any:
     if path.suffix == ".zst":
         import zstandard
 
-        return zstandard.open(path, "rb")
+        # Archives are often many frames (pzstd) or made with --long=31; the defaults would stop at the first, or refuse.
+        reader = zstandard.ZstdDecompressor(max_window_size=1 << 31).stream_reader(open(path, "rb"), read_across_frames=True)
+        return io.BufferedReader(reader, 1 << 20)
     return open(path, "rb")
 
 

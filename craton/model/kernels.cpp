@@ -279,15 +279,27 @@ static void gemm(int64_t m, int64_t n, int64_t depth, const float* a, int64_t am
 
 static inline int64_t up_to(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
 
-// (time, d) with row stride -> (d, padded time), padding zero.
-static void transpose(const float* x, int64_t stride, int64_t time, int64_t d, int64_t padded, float* out) {
+// (time, d) with row stride -> (d, ld), columns from time to ld zero.
+static void transpose(const float* x, int64_t stride, int64_t time, int64_t d, int64_t ld, float* out) {
     for (int64_t t0 = 0; t0 < time; t0 += 16)
         for (int64_t i = 0; i < d; i++)
-            for (int64_t t = t0; t < time && t < t0 + 16; t++) out[i * padded + t] = x[t * stride + i];
-    for (int64_t i = 0; i < d; i++) std::memset(out + i * padded + time, 0, (padded - time) * sizeof(float));
+            for (int64_t t = t0; t < time && t < t0 + 16; t++) out[i * ld + t] = x[t * stride + i];
+    for (int64_t i = 0; i < d; i++) std::memset(out + i * ld + time, 0, (ld - time) * sizeof(float));
+}
+
+// (time, d) with row stride -> rows one after another.
+static void compact(const float* x, int64_t stride, int64_t time, int64_t d, float* out) {
+    for (int64_t t = 0; t < time; t++) std::memcpy(out + t * d, x + t * stride, d * sizeof(float));
+}
+
+static void spread(const float* x, int64_t stride, int64_t time, int64_t d, float* out) {
+    for (int64_t t = 0; t < time; t++) std::memcpy(out + t * stride, x + t * d, d * sizeof(float));
 }
 
 constexpr int64_t BQ = 64;  // queries a block
+
+// Rows of scores are this long: whole tiles, and an odd number of cache lines, so that columns do not share sets.
+static inline int64_t score_row(int64_t time) { return up_to(time, 2 * W) + 16; }
 
 // The keys that a block of queries may see: from the first query's document start to the last query, in whole tiles.
 struct Span {
@@ -305,37 +317,36 @@ extern "C" {
 // q, o: (batch, time, heads, d); k, v: (batch, time, kv_heads, d); lse: (batch, heads, time). d a multiple of 16.
 void attention_forward(const float* q, const float* k, const float* v, const int32_t* start, float* o, float* lse,
                        int64_t batch, int64_t time, int64_t heads, int64_t kv_heads, int64_t d, float scale) {
-    int64_t group = heads / kv_heads, padded = up_to(time, 2 * W), qs = heads * d, ks = kv_heads * d;
+    int64_t group = heads / kv_heads, ld = score_row(time), qs = heads * d, ks = kv_heads * d;
 #pragma omp parallel
     {
-        std::vector<float> kt(d * padded), score(BQ * padded);
+        std::vector<float> kt(d * ld), vc(time * d), score(BQ * ld), qc(BQ * d), oc(BQ * d);
 #pragma omp for collapse(2) schedule(dynamic, 1)
         for (int64_t b = 0; b < batch; b++)
             for (int64_t g = 0; g < kv_heads; g++) {
-                const float *kb = k + b * time * ks + g * d, *vb = v + b * time * ks + g * d;
                 const int32_t* first = start ? start + b * time : nullptr;
-                transpose(kb, ks, time, d, padded, kt.data());
+                transpose(k + b * time * ks + g * d, ks, time, d, ld, kt.data());
+                compact(v + b * time * ks + g * d, ks, time, d, vc.data());
                 for (int64_t h = g * group; h < (g + 1) * group; h++)
                     for (int64_t q0 = 0; q0 < time; q0 += BQ) {
-                        int64_t q1 = q0 + BQ < time ? q0 + BQ : time;
+                        int64_t q1 = q0 + BQ < time ? q0 + BQ : time, m = q1 - q0;
                         Span span(first, q0, q1);
                         float* s = score.data();
-                        const float* qb = q + (b * time + q0) * qs + h * d;
-                        float* ob = o + (b * time + q0) * qs + h * d;
-                        gemm(q1 - q0, span.size(), d, qb, qs, 1, kt.data() + span.from, padded, s, padded, false);
+                        compact(q + (b * time + q0) * qs + h * d, qs, m, d, qc.data());
+                        gemm(m, span.size(), d, qc.data(), d, 1, kt.data() + span.from, ld, s, ld, false);
                         float inverse[BQ];
-                        for (int64_t i = 0; i < q1 - q0; i++) {
-                            float* row = s + i * padded;
+                        for (int64_t i = 0; i < m; i++) {
+                            float* row = s + i * ld;
                             int64_t lo = first ? first[q0 + i] - span.from : 0, hi = q0 + i + 1 - span.from;
                             for (int64_t j = 0; j < lo; j++) row[j] = -INFINITY;
                             for (int64_t j = hi; j < span.size(); j++) row[j] = -INFINITY;
-                            vec m = splat(-INFINITY), acc{};
+                            vec best = splat(-INFINITY), acc{};
                             for (int64_t j = 0; j < span.size(); j += W) {
                                 vec x = load(row + j);
-                                m = x > m ? x : m;
+                                best = x > best ? x : best;
                             }
                             float top = -INFINITY;
-                            for (int j = 0; j < W; j++) top = m[j] > top ? m[j] : top;
+                            for (int j = 0; j < W; j++) top = best[j] > top ? best[j] : top;
                             for (int64_t j = 0; j < span.size(); j += W) {
                                 vec x = load(row + j), e = vexp((x - top) * scale);
                                 e = x == -INFINITY ? vec{} : e;
@@ -346,10 +357,10 @@ void attention_forward(const float* q, const float* k, const float* v, const int
                             lse[(b * heads + h) * time + q0 + i] = top * scale + std::log(z);
                             inverse[i] = 1.f / z;
                         }
-                        int64_t depth = q1 - span.from;
-                        gemm(q1 - q0, d, depth, s, padded, 1, vb + span.from * ks, ks, ob, qs, false);
-                        for (int64_t i = 0; i < q1 - q0; i++)
-                            for (int64_t j = 0; j < d; j++) ob[i * qs + j] *= inverse[i];
+                        gemm(m, d, q1 - span.from, s, ld, 1, vc.data() + span.from * d, d, oc.data(), d, false);
+                        for (int64_t i = 0; i < m; i++)
+                            for (int64_t j = 0; j < d; j++) oc[i * d + j] *= inverse[i];
+                        spread(oc.data(), qs, m, d, o + (b * time + q0) * qs + h * d);
                     }
             }
     }
@@ -358,36 +369,36 @@ void attention_forward(const float* q, const float* k, const float* v, const int
 void attention_backward(const float* dout, const float* q, const float* k, const float* v, const float* o,
                         const float* lse, const int32_t* start, float* dq, float* dk, float* dv, int64_t batch,
                         int64_t time, int64_t heads, int64_t kv_heads, int64_t d, float scale) {
-    int64_t group = heads / kv_heads, padded = up_to(time, 2 * W), qs = heads * d, ks = kv_heads * d;
+    int64_t group = heads / kv_heads, ld = score_row(time), qs = heads * d, ks = kv_heads * d;
 #pragma omp parallel
     {
-        std::vector<float> kt(d * padded), vt(d * padded), prob(BQ * padded), grad(BQ * padded);
+        std::vector<float> kt(d * ld), vt(d * ld), kc(time * d), dkc(time * d), dvc(time * d);
+        std::vector<float> prob(BQ * ld), grad(BQ * ld), qc(BQ * d), doc(BQ * d), dqc(BQ * d);
 #pragma omp for collapse(2) schedule(dynamic, 1)
         for (int64_t b = 0; b < batch; b++)
             for (int64_t g = 0; g < kv_heads; g++) {
                 int64_t at = b * time * ks + g * d;
-                const float *kb = k + at, *vb = v + at;
-                float *dkb = dk + at, *dvb = dv + at;
                 const int32_t* first = start ? start + b * time : nullptr;
-                transpose(kb, ks, time, d, padded, kt.data());
-                transpose(vb, ks, time, d, padded, vt.data());
-                for (int64_t t = 0; t < time; t++) {
-                    std::memset(dkb + t * ks, 0, d * sizeof(float));
-                    std::memset(dvb + t * ks, 0, d * sizeof(float));
-                }
+                transpose(k + at, ks, time, d, ld, kt.data());
+                transpose(v + at, ks, time, d, ld, vt.data());
+                compact(k + at, ks, time, d, kc.data());
+                std::memset(dkc.data(), 0, time * d * sizeof(float));
+                std::memset(dvc.data(), 0, time * d * sizeof(float));
                 for (int64_t h = g * group; h < (g + 1) * group; h++)
                     for (int64_t q0 = 0; q0 < time; q0 += BQ) {
                         int64_t q1 = q0 + BQ < time ? q0 + BQ : time, m = q1 - q0;
                         Span span(first, q0, q1);
                         float *p = prob.data(), *ds = grad.data();
                         int64_t qat = (b * time + q0) * qs + h * d, depth = q1 - span.from;
-                        gemm(m, span.size(), d, q + qat, qs, 1, kt.data() + span.from, padded, p, padded, false);
-                        gemm(m, span.size(), d, dout + qat, qs, 1, vt.data() + span.from, padded, ds, padded, false);
+                        compact(q + qat, qs, m, d, qc.data());
+                        compact(dout + qat, qs, m, d, doc.data());
+                        gemm(m, span.size(), d, qc.data(), d, 1, kt.data() + span.from, ld, p, ld, false);
+                        gemm(m, span.size(), d, doc.data(), d, 1, vt.data() + span.from, ld, ds, ld, false);
                         for (int64_t i = 0; i < m; i++) {
-                            float *pr = p + i * padded, *dr = ds + i * padded;
+                            float *pr = p + i * ld, *dr = ds + i * ld;
                             int64_t lo = first ? first[q0 + i] - span.from : 0, hi = q0 + i + 1 - span.from;
                             float norm = lse[(b * heads + h) * time + q0 + i];
-                            float delta = dot(dout + qat + i * qs, o + qat + i * qs, d);
+                            float delta = dot(doc.data() + i * d, o + qat + i * qs, d);
                             for (int64_t j = 0; j < span.size(); j += W) {
                                 vec e = vexp(load(pr + j) * scale - norm);
                                 store(pr + j, e);
@@ -396,10 +407,13 @@ void attention_backward(const float* dout, const float* q, const float* k, const
                             for (int64_t j = 0; j < lo; j++) pr[j] = dr[j] = 0;
                             for (int64_t j = hi; j < span.size(); j++) pr[j] = dr[j] = 0;
                         }
-                        gemm(m, d, depth, ds, padded, 1, kb + span.from * ks, ks, dq + qat, qs, false);
-                        gemm(depth, d, m, p, 1, padded, dout + qat, qs, dvb + span.from * ks, ks, true);
-                        gemm(depth, d, m, ds, 1, padded, q + qat, qs, dkb + span.from * ks, ks, true);
+                        gemm(m, d, depth, ds, ld, 1, kc.data() + span.from * d, d, dqc.data(), d, false);
+                        spread(dqc.data(), qs, m, d, dq + qat);
+                        gemm(depth, d, m, p, 1, ld, doc.data(), d, dvc.data() + span.from * d, d, true);
+                        gemm(depth, d, m, ds, 1, ld, qc.data(), d, dkc.data() + span.from * d, d, true);
                     }
+                spread(dkc.data(), ks, time, d, dk + at);
+                spread(dvc.data(), ks, time, d, dv + at);
             }
     }
 }
