@@ -93,7 +93,7 @@ def open_binary(path: Path) -> Any:
         import zstandard
 
         # Archives are often many frames (pzstd) or made with --long=31; the defaults would stop at the first, or refuse.
-        reader = zstandard.ZstdDecompressor(max_window_size=1 << 31).stream_reader(open(path, "rb"), read_across_frames=True)
+        reader = zstandard.ZstdDecompressor(max_window_size=1 << 31).stream_reader(open(path, "rb"), read_across_frames=True)  # noqa: SIM115 (closed with the reader)
         return io.BufferedReader(reader, 1 << 20)
     return open(path, "rb")
 

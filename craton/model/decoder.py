@@ -67,11 +67,9 @@ class Attention(nn.Module):
         self, x: Tensor, rope: tuple[Tensor, Tensor], start: Tensor | None, cache: KVCache | None, layer: int
     ) -> Tensor:
         c, (batch, time, _) = self.config, x.shape
-        q = self.q_proj(x).view(batch, time, c.num_attention_heads, c.head_dim)
-        k = self.k_proj(x).view(batch, time, c.num_key_value_heads, c.head_dim)
-        v = self.v_proj(x).view(batch, time, c.num_key_value_heads, c.head_dim)
-        q = ops.norm_rope(q, self.q_norm.weight if self.q_norm else None, *rope, c.rms_norm_eps)
-        k = ops.norm_rope(k, self.k_norm.weight if self.k_norm else None, *rope, c.rms_norm_eps)
+        qkv = ops.linear(x, self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)
+        norms = (self.q_norm.weight if self.q_norm else None, self.k_norm.weight if self.k_norm else None)
+        q, k, v = ops.split_norm_rope(qkv, *norms, rope, c.num_attention_heads, c.num_key_value_heads, c.rms_norm_eps)
         if cache is not None:
             k, v = cache.append(layer, k, v)
         o = ops.attention(q, k, v, start)
@@ -86,7 +84,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(ops.swiglu(self.gate_proj(x), self.up_proj(x)))
+        return self.down_proj(ops.swiglu(ops.linear(x, self.gate_proj.weight, self.up_proj.weight)))
 
 
 class Block(nn.Module):

@@ -12,6 +12,10 @@
 #include <vector>
 
 #if defined(__AVX512F__)
+#include <immintrin.h>
+#endif
+
+#if defined(__AVX512F__)
 constexpr int W = 16;
 #else
 constexpr int W = 8;
@@ -21,14 +25,20 @@ typedef int32_t veci __attribute__((vector_size(W * 4), aligned(4), may_alias));
 
 static inline vec load(const float* p) { return *(const vec*)p; }
 static inline void store(float* p, vec v) { *(vec*)p = v; }
-static inline vec splat(float x) { return vec{} + x; }
+static inline vec splat(float x) { return x - vec{}; }  // not x + 0, which would be an addition (-0 + 0 is not -0)
 
-// exp(x) for x <= ~88, relative error 2e-7: 2^n by exponent bits, the rest by a degree-6 polynomial (Cephes expf).
+// exp(x), relative error 2e-7, 0 for -inf: 2^n by exponent, the rest by a degree-6 polynomial (Cephes expf).
 static inline vec vexp(vec x) {
+#if defined(__AVX512F__)
+    x = (vec)_mm512_max_ps((__m512)x, _mm512_set1_ps(-110.f));
+    vec n = (vec)_mm512_roundscale_ps((__m512)(x * 1.44269504f), 8);
+#else
+    vec zero = x == -INFINITY ? vec{} : splat(1.f);
     x = x < -87.f ? splat(-87.f) : x;
     x = x > 88.f ? splat(88.f) : x;
-    const vec magic = splat(12582912.f);                 // 1.5 * 2^23: adding it rounds to the nearest integer
+    const vec magic = splat(12582912.f);  // 1.5 * 2^23: adding it rounds to the nearest integer
     vec n = (x * 1.44269504f + magic) - magic;
+#endif
     vec r = x - n * 0.693359375f + n * 2.12194440e-4f;
     vec p = splat(1.9875691500e-4f);
     p = p * r + 1.3981999507e-3f;
@@ -37,8 +47,12 @@ static inline vec vexp(vec x) {
     p = p * r + 1.6666665459e-1f;
     p = p * r + 5.0000001201e-1f;
     p = p * r * r + r + 1.f;
+#if defined(__AVX512F__)
+    return (vec)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
     veci e = (__builtin_convertvector(n, veci) + 127) << 23;
-    return p * (vec)e;
+    return p * (vec)e * zero;
+#endif
 }
 
 static inline float sum(vec v) {
@@ -126,87 +140,109 @@ void rms_norm_backward(const float* dy, const float* s, const float* w, const fl
     partial.into(dw);
 }
 
-// Per head: optional RMSNorm with weight w (null: none), then rotation of halves (x1, x2) by position.
-// x, y: (rows, heads, d); cos, sin: (period, d/2), row r uses position r % period.
-void norm_rope_forward(const float* x, const float* w, const float* cos, const float* sin, float* y, float* rstd,
-                       int64_t rows, int64_t heads, int64_t d, int64_t period, float eps) {
+// One head: y = x / rms(x) * w (null: x), then its halves rotated by position; returns 1 / rms.
+static inline float norm_rope(const float* x, const float* w, const float* c, const float* s, float* y, int64_t d,
+                              float eps) {
     int64_t half = d / 2;
+    if (!w) {
+        for (int64_t i = 0; i < half; i++) {
+            float p = x[i], q = x[i + half];
+            y[i] = p * c[i] - q * s[i];
+            y[i + half] = q * c[i] + p * s[i];
+        }
+        return 1;
+    }
+    float k = 1.f / std::sqrt(dot(x, x, d) / d + eps);
+    for (int64_t i = 0; i < half; i++) {
+        float p = x[i] * k * w[i], q = x[i + half] * k * w[i + half];
+        y[i] = p * c[i] - q * s[i];
+        y[i + half] = q * c[i] + p * s[i];
+    }
+    return k;
+}
+
+static inline void norm_rope_gradient(const float* dy, const float* x, const float* w, const float* c, const float* s,
+                                      float k, float* dx, float* dw, int64_t d) {
+    int64_t half = d / 2;
+    float g[1024];
+    float* t = w ? g : dx;
+    for (int64_t i = 0; i < half; i++) {
+        float p = dy[i], q = dy[i + half];
+        t[i] = p * c[i] + q * s[i];
+        t[i + half] = q * c[i] - p * s[i];
+    }
+    if (!w) return;
+    vec acc{};
+    for (int64_t i = 0; i < d; i += W) acc += load(g + i) * load(w + i) * load(x + i);
+    float z = sum(acc) * k * k * k / d;
+    for (int64_t i = 0; i < d; i++) {
+        dw[i] += g[i] * x[i] * k;
+        dx[i] = g[i] * w[i] * k - x[i] * z;
+    }
+}
+
+// x: (rows, heads + 2 kv_heads, d) holds a row's q, k and v heads. q (rows, heads, d) and k (rows, kv_heads, d) are
+// normed with wq, wk (null: not) and rotated, v is copied. cos, sin: (period, d/2), row r uses position r % period.
+void split_norm_rope_forward(const float* x, const float* wq, const float* wk, const float* cos, const float* sin,
+                             float* q, float* k, float* v, float* rstd, int64_t rows, int64_t heads, int64_t kv_heads,
+                             int64_t d, int64_t period, float eps) {
 #pragma omp parallel for schedule(static)
     for (int64_t r = 0; r < rows; r++) {
-        const float *c = cos + (r % period) * half, *s = sin + (r % period) * half;
-        for (int64_t h = 0; h < heads; h++) {
-            const float* a = x + (r * heads + h) * d;
-            float* o = y + (r * heads + h) * d;
-            if (w) {
-                float k = 1.f / std::sqrt(dot(a, a, d) / d + eps);
-                rstd[r * heads + h] = k;
-                for (int64_t i = 0; i < half; i++) {
-                    float p = a[i] * k * w[i], q = a[i + half] * k * w[i + half];
-                    o[i] = p * c[i] - q * s[i];
-                    o[i + half] = q * c[i] + p * s[i];
-                }
-            } else {
-                for (int64_t i = 0; i < half; i++) {
-                    float p = a[i], q = a[i + half];
-                    o[i] = p * c[i] - q * s[i];
-                    o[i + half] = q * c[i] + p * s[i];
-                }
-            }
-        }
+        const float *c = cos + (r % period) * (d / 2), *s = sin + (r % period) * (d / 2);
+        const float* from = x + r * (heads + 2 * kv_heads) * d;
+        float* scale = rstd + r * (heads + kv_heads);
+        for (int64_t h = 0; h < heads; h++) scale[h] = norm_rope(from + h * d, wq, c, s, q + (r * heads + h) * d, d, eps);
+        from += heads * d, scale += heads;
+        for (int64_t h = 0; h < kv_heads; h++) scale[h] = norm_rope(from + h * d, wk, c, s, k + (r * kv_heads + h) * d, d, eps);
+        std::memcpy(v + r * kv_heads * d, from + kv_heads * d, kv_heads * d * sizeof(float));
     }
 }
 
-void norm_rope_backward(const float* dy, const float* x, const float* w, const float* cos, const float* sin,
-                        const float* rstd, float* dx, float* dw, int64_t rows, int64_t heads, int64_t d,
-                        int64_t period) {
-    int64_t half = d / 2;
-    Partials partial(d);
+void split_norm_rope_backward(const float* dq, const float* dk, const float* dv, const float* x, const float* wq,
+                              const float* wk, const float* cos, const float* sin, const float* rstd, float* dx,
+                              float* dwq, float* dwk, int64_t rows, int64_t heads, int64_t kv_heads, int64_t d,
+                              int64_t period) {
+    Partials pq(d), pk(d);
 #pragma omp parallel for schedule(static)
     for (int64_t chunk = 0; chunk < CHUNKS; chunk++) {
-        float* pw = partial.of(chunk);
-        float g[1024];
         for (int64_t r = chunk * rows / CHUNKS; r < (chunk + 1) * rows / CHUNKS; r++) {
-            const float *c = cos + (r % period) * half, *s = sin + (r % period) * half;
-            for (int64_t h = 0; h < heads; h++) {
-                const float* o = dy + (r * heads + h) * d;
-                float* out = dx + (r * heads + h) * d;
-                float* t = w ? g : out;
-                for (int64_t i = 0; i < half; i++) {
-                    float p = o[i], q = o[i + half];
-                    t[i] = p * c[i] + q * s[i];
-                    t[i + half] = q * c[i] - p * s[i];
-                }
-                if (!w) continue;
-                const float* a = x + (r * heads + h) * d;
-                float k = rstd[r * heads + h], z = 0;
-                vec acc{};
-                for (int64_t i = 0; i < d; i += W) acc += load(g + i) * load(w + i) * load(a + i);
-                z = sum(acc) * k * k * k / d;
-                for (int64_t i = 0; i < d; i++) {
-                    pw[i] += g[i] * a[i] * k;
-                    out[i] = g[i] * w[i] * k - a[i] * z;
-                }
-            }
+            const float *c = cos + (r % period) * (d / 2), *s = sin + (r % period) * (d / 2);
+            int64_t at = r * (heads + 2 * kv_heads) * d;
+            const float* scale = rstd + r * (heads + kv_heads);
+            for (int64_t h = 0; h < heads; h++, at += d)
+                norm_rope_gradient(dq + (r * heads + h) * d, x + at, wq, c, s, scale[h], dx + at, pq.of(chunk), d);
+            scale += heads;
+            for (int64_t h = 0; h < kv_heads; h++, at += d)
+                norm_rope_gradient(dk + (r * kv_heads + h) * d, x + at, wk, c, s, scale[h], dx + at, pk.of(chunk), d);
+            std::memcpy(dx + at, dv + r * kv_heads * d, kv_heads * d * sizeof(float));
         }
     }
-    if (w) partial.into(dw);
+    if (wq) pq.into(dwq);
+    if (wk) pk.into(dwk);
 }
 
-// y = silu(gate) * up, elementwise over n; n a multiple of 16.
-void swiglu_forward(const float* gate, const float* up, float* y, int64_t n) {
+// x: (rows, 2n), gate then up; y = silu(gate) * up: (rows, n). n a multiple of 16.
+void swiglu_forward(const float* x, float* y, int64_t rows, int64_t n) {
 #pragma omp parallel for schedule(static)
-    for (int64_t i = 0; i < n; i += W) {
-        vec g = load(gate + i);
-        store(y + i, g / (1.f + vexp(-g)) * load(up + i));
+    for (int64_t r = 0; r < rows; r++) {
+        const float *gate = x + r * 2 * n, *up = gate + n;
+        for (int64_t i = 0; i < n; i += W) {
+            vec g = load(gate + i);
+            store(y + r * n + i, g / (1.f + vexp(-g)) * load(up + i));
+        }
     }
 }
 
-void swiglu_backward(const float* dy, const float* gate, const float* up, float* dgate, float* dup, int64_t n) {
+void swiglu_backward(const float* dy, const float* x, float* dx, int64_t rows, int64_t n) {
 #pragma omp parallel for schedule(static)
-    for (int64_t i = 0; i < n; i += W) {
-        vec g = load(gate + i), d = load(dy + i), sig = 1.f / (1.f + vexp(-g)), silu = g * sig;
-        store(dup + i, d * silu);
-        store(dgate + i, d * load(up + i) * (sig + silu * (1.f - sig)));
+    for (int64_t r = 0; r < rows; r++) {
+        const float *gate = x + r * 2 * n, *up = gate + n, *in = dy + r * n;
+        float *dgate = dx + r * 2 * n, *dup = dgate + n;
+        for (int64_t i = 0; i < n; i += W) {
+            vec g = load(gate + i), d = load(in + i), sig = 1.f / (1.f + vexp(-g)), silu = g * sig;
+            store(dup + i, d * silu);
+            store(dgate + i, d * load(up + i) * (sig + silu * (1.f - sig)));
+        }
     }
 }
 
@@ -296,7 +332,7 @@ static void spread(const float* x, int64_t stride, int64_t time, int64_t d, floa
     for (int64_t t = 0; t < time; t++) std::memcpy(out + t * stride, x + t * d, d * sizeof(float));
 }
 
-constexpr int64_t BQ = 64;  // queries a block
+constexpr int64_t BQ = 32;  // queries a block
 
 // Rows of scores are this long: whole tiles, and an odd number of cache lines, so that columns do not share sets.
 static inline int64_t score_row(int64_t time) { return up_to(time, 2 * W) + 16; }
@@ -349,7 +385,6 @@ void attention_forward(const float* q, const float* k, const float* v, const int
                             for (int j = 0; j < W; j++) top = best[j] > top ? best[j] : top;
                             for (int64_t j = 0; j < span.size(); j += W) {
                                 vec x = load(row + j), e = vexp((x - top) * scale);
-                                e = x == -INFINITY ? vec{} : e;
                                 store(row + j, e);
                                 acc += e;
                             }

@@ -48,8 +48,10 @@ def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, *ws: Tensor) -> Tensor:
+        w = ws[0] if len(ws) == 1 else torch.cat(ws)
         ctx.save_for_backward(x, w)
+        ctx.sizes = [len(part) for part in ws]
         return matmul_t(x.reshape(-1, x.shape[-1]), w).view(*x.shape[:-1], w.shape[0])
 
     @staticmethod
@@ -57,15 +59,19 @@ class _Linear(torch.autograd.Function):
         x, w = ctx.saved_tensors
         rows = dy.reshape(-1, dy.shape[-1])
         dx = matmul_t(rows, w.t()).view_as(x) if ctx.needs_input_grad[0] else None
-        dw = weight_gradient(rows, x.reshape(-1, x.shape[-1])) if ctx.needs_input_grad[1] else None
-        return dx, dw
+        if not any(ctx.needs_input_grad[1:]):
+            return dx, *(None for _ in ctx.sizes)
+        return dx, *weight_gradient(rows, x.reshape(-1, x.shape[-1])).split(ctx.sizes)
 
 
-def linear(x: Tensor, w: Tensor) -> Tensor:
-    """x (..., k) times w (n, k) transposed -> (..., n)."""
-    if x.device.type == "cpu" and x.dtype == torch.float32 and w.dtype == torch.float32 and kernels.prefer_onednn() and not torch.compiler.is_compiling():
-        return _Linear.apply(x, w)
-    return F.linear(x, w)
+def linear(x: Tensor, *ws: Tensor) -> Tensor:
+    """x (..., k) times each w (n_i, k) transposed, side by side -> (..., sum of n_i)."""
+    # Joining the weights costs a copy of them: nothing beside many rows, everything beside one.
+    many = len(ws) == 1 or x.numel() >= 64 * x.shape[-1]
+    if many and x.device.type == "cpu" and x.dtype == torch.float32 and ws[0].dtype == torch.float32 and kernels.prefer_onednn() and not torch.compiler.is_compiling():
+        return _Linear.apply(x, *ws)
+    parts = [F.linear(x, w) for w in ws]
+    return parts[0] if len(ws) == 1 else torch.cat(parts, -1)
 
 
 # ---- RMSNorm, with the residual addition before it ---------------------------------------------------------------
@@ -122,34 +128,37 @@ def rope_table(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, 
     return angle.cos(), angle.sin()
 
 
-class _NormRope(torch.autograd.Function):
+class _SplitNormRope(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w: Tensor | None, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
+    def forward(ctx: Any, x: Tensor, wq: Tensor | None, wk: Tensor | None, cos: Tensor, sin: Tensor, heads: int, kv_heads: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
         x = x.contiguous()
-        (_, time, heads, d), rows = x.shape, x.shape[0] * x.shape[1]
-        y, rstd = torch.empty_like(x), x.new_empty(rows * heads)
-        _library().norm_rope_forward(
-            _ptr(x), _ptr(w), _ptr(cos), _ptr(sin), _ptr(y), _ptr(rstd), rows, heads, d, time, eps
-        )
-        ctx.save_for_backward(x, w, cos, sin, rstd)
-        return y
+        batch, time, d = x.shape[0], x.shape[1], x.shape[2] // (heads + 2 * kv_heads)
+        q, k = x.new_empty(batch, time, heads, d), x.new_empty(batch, time, kv_heads, d)
+        v, rstd = torch.empty_like(k), x.new_empty(batch * time * (heads + kv_heads))
+        _library().split_norm_rope_forward(
+            _ptr(x), _ptr(wq), _ptr(wk), _ptr(cos), _ptr(sin), _ptr(q), _ptr(k), _ptr(v), _ptr(rstd),
+            batch * time, heads, kv_heads, d, time, eps,
+        )  # fmt: skip
+        ctx.save_for_backward(x, wq, wk, cos, sin, rstd)
+        ctx.heads = heads, kv_heads, d
+        return q, k, v
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        x, w, cos, sin, rstd = ctx.saved_tensors
-        dy, (batch, time, heads, d) = dy.contiguous(), x.shape
-        dx, dw = torch.empty_like(x), None if w is None else torch.empty_like(w)
-        _library().norm_rope_backward(
-            _ptr(dy), _ptr(x), _ptr(w), _ptr(cos), _ptr(sin), _ptr(rstd), _ptr(dx), _ptr(dw), batch * time, heads, d, time
-        )
-        return dx, dw, None, None, None
+    def backward(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor) -> tuple[Tensor | None, ...]:
+        x, wq, wk, cos, sin, rstd = ctx.saved_tensors
+        dq, dk, dv, dx = dq.contiguous(), dk.contiguous(), dv.contiguous(), torch.empty_like(x)
+        dwq, dwk = None if wq is None else torch.empty_like(wq), None if wk is None else torch.empty_like(wk)
+        heads, kv_heads, d = ctx.heads
+        _library().split_norm_rope_backward(
+            _ptr(dq), _ptr(dk), _ptr(dv), _ptr(x), _ptr(wq), _ptr(wk), _ptr(cos), _ptr(sin), _ptr(rstd), _ptr(dx),
+            _ptr(dwq), _ptr(dwk), x.shape[0] * x.shape[1], heads, kv_heads, d, x.shape[1],
+        )  # fmt: skip
+        return dx, dwq, dwk, None, None, None, None, None
 
 
 def norm_rope(x: Tensor, w: Tensor | None, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
     """x (batch, time, heads, d): RMSNorm over d with weight w (None: no norm, arXiv 2302.05442 for QK-norm), then the
     halves (x1, x2) rotated by position. cos, sin: (time, d / 2)."""
-    if _native(x) and x.shape[-1] % 16 == 0 and x.shape[-1] <= 1024:
-        return _NormRope.apply(x, w, cos, sin, eps)
     if w is not None:
         x = add_rms_norm(x, None, w, eps)[1]
     a, b = x.chunk(2, -1)
@@ -157,30 +166,43 @@ def norm_rope(x: Tensor, w: Tensor | None, cos: Tensor, sin: Tensor, eps: float)
     return torch.cat([a * c - b * s, b * c + a * s], -1)
 
 
+def split_norm_rope(
+    x: Tensor, wq: Tensor | None, wk: Tensor | None, rope: tuple[Tensor, Tensor], heads: int, kv_heads: int, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x (batch, time, (heads + 2 kv_heads) d), each row its q, k and v heads -> q (batch, time, heads, d), k and v
+    (batch, time, kv_heads, d), with norm_rope on q and k."""
+    d = x.shape[-1] // (heads + 2 * kv_heads)
+    if _native(x) and d % 16 == 0 and d <= 1024:
+        return _SplitNormRope.apply(x, wq, wk, *rope, heads, kv_heads, eps)
+    q, k, v = x.unflatten(-1, (-1, d)).split([heads, kv_heads, kv_heads], 2)
+    return norm_rope(q, wq, *rope, eps), norm_rope(k, wk, *rope, eps), v
+
+
 # ---- SwiGLU ------------------------------------------------------------------------------------------------------
 
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        gate, up = gate.contiguous(), up.contiguous()
-        ctx.save_for_backward(gate, up)
-        y = torch.empty_like(gate)
-        _library().swiglu_forward(_ptr(gate), _ptr(up), _ptr(y), gate.numel())
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        x = x.contiguous()
+        ctx.save_for_backward(x)
+        y = x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
+        _library().swiglu_forward(_ptr(x), _ptr(y), x.numel() // x.shape[-1], y.shape[-1])
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = ctx.saved_tensors
-        dy, dgate, dup = dy.contiguous(), torch.empty_like(gate), torch.empty_like(up)
-        _library().swiglu_backward(_ptr(dy), _ptr(gate), _ptr(up), _ptr(dgate), _ptr(dup), gate.numel())
-        return dgate, dup
+    def backward(ctx: Any, dy: Tensor) -> Tensor:
+        (x,) = ctx.saved_tensors
+        dy, dx = dy.contiguous(), torch.empty_like(x)
+        _library().swiglu_backward(_ptr(dy), _ptr(x), _ptr(dx), x.numel() // x.shape[-1], dy.shape[-1])
+        return dx
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up. arXiv 2002.05202."""
-    if _native(gate) and gate.numel() % 16 == 0:
-        return _SwiGLU.apply(gate, up)
+def swiglu(x: Tensor) -> Tensor:
+    """x (..., 2n), gate then up -> silu(gate) * up: (..., n). arXiv 2002.05202."""
+    if _native(x) and x.shape[-1] % 32 == 0:
+        return _SwiGLU.apply(x)
+    gate, up = x.chunk(2, -1)
     return F.silu(gate) * up
 
 

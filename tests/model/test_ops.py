@@ -35,18 +35,31 @@ def test_add_rms_norm(rows, n, delta):
 
 
 @settings(deadline=None, max_examples=25)
-@given(batch=st.integers(1, 3), time=st.integers(1, 30), heads=st.integers(1, 5), d=st.sampled_from([16, 32, 64, 128]), norm=st.booleans())
-def test_norm_rope(batch, time, heads, d, norm):
+@given(batch=st.integers(1, 3), time=st.integers(1, 30), kv=st.integers(1, 3), group=st.integers(1, 3), d=st.sampled_from([16, 32, 64, 128]), norm=st.booleans())
+def test_split_norm_rope(batch, time, kv, group, d, norm):
     torch.manual_seed(time)
     cos, sin = ops.rope_table(torch.arange(time), d, 10_000.0)
-    agree(lambda x, w: ops.norm_rope(x, w, cos.to(x.dtype), sin.to(x.dtype), 1e-6), [torch.randn(batch, time, heads, d), torch.randn(d) if norm else None])
+    weights = [torch.randn(d), torch.randn(d)] if norm else [None, None]
+
+    def split(x, wq, wk):
+        return ops.split_norm_rope(x, wq, wk, (cos.to(x.dtype), sin.to(x.dtype)), kv * group, kv, 1e-6)
+
+    agree(split, [torch.randn(batch, time, (kv * group + 2 * kv) * d), *weights])
 
 
 @settings(deadline=None, max_examples=20)
 @given(rows=st.integers(1, 40), n=st.sampled_from([16, 48, 96]))
 def test_swiglu(rows, n):
     torch.manual_seed(rows)
-    agree(ops.swiglu, [torch.randn(rows, n) * 4, torch.randn(rows, n)])
+    agree(ops.swiglu, [torch.randn(rows, 2 * n) * 4])
+
+
+@settings(deadline=None, max_examples=25)
+@given(m=st.integers(1, 600), n=st.integers(1, 300), k=st.integers(1, 300))
+def test_weight_gradient(m, n, k):
+    torch.manual_seed(m)
+    dy, x = torch.randn(m, n), torch.randn(m, k)
+    torch.testing.assert_close(ops.weight_gradient(dy, x).double(), dy.double().t() @ x.double(), atol=1e-4, rtol=1e-4)
 
 
 @settings(deadline=None, max_examples=30)
@@ -92,6 +105,7 @@ def test_linear_gradients():
     torch.manual_seed(0)
     for m, k, n in ((5, 7, 3), (64, 32, 96), (100, 96, 32)):
         agree(ops.linear, [torch.randn(2, m, k), torch.randn(n, k)])
+        agree(ops.linear, [torch.randn(2, m, k), torch.randn(n, k), torch.randn(2 * n, k)])
 
 
 def test_extreme_logits_stay_finite():

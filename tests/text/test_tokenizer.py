@@ -3,6 +3,7 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer
 
 from craton.base import UserError
@@ -16,12 +17,20 @@ def tokenizer() -> Tokenizer:
     return train_tokenizer(texts + ["naïve café “quoted” 日本語 🙂"], 1500)
 
 
+@pytest.fixture(scope="module")
+def library(tokenizer) -> Backend:
+    """The same tokenizer, to which the name of a special token is ordinary text."""
+    backend = Backend.from_str(tokenizer.backend.to_str())
+    backend.encode_special_tokens = True
+    return backend
+
+
 @settings(deadline=None, max_examples=300)
 @given(st.text(max_size=200))
-def test_fast_ids_equal_the_library_and_text_survives(tokenizer, text):
+def test_fast_ids_equal_the_library_and_text_survives(tokenizer, library, text):
     ids = next(tokenizer.encode_documents([text]))
     assert tokenizer._fast is not None
-    assert ids == tokenizer.backend.encode(text, add_special_tokens=False).ids or END in text or "<|" in text
+    assert ids == library.encode(text, add_special_tokens=False).ids
     assert tokenizer.decode(ids) == text
     assert tokenizer.token_bytes()[ids].sum() == len(text.encode())
 
