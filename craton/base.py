@@ -53,8 +53,13 @@ def write_text(path: Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def as_json(value: Any) -> str:
+    """The one text that write_json gives a value, so that a file with another text was altered."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
 def write_json(path: Path, value: Any) -> None:
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+    write_text(path, as_json(value))
 
 
 def read_json(path: Path) -> Any:

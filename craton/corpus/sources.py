@@ -201,7 +201,7 @@ def _hub(file: SourceFile) -> Iterator[tuple[str, str, str] | UserError]:
     try:
         from datasets import load_dataset
     except ImportError:
-        raise UserError(f"{file.path}: reading a hub dataset needs the datasets library; pip install 'craton[hf]'") from None
+        raise UserError(f"{file.path}: no such file or folder; if it is a hub dataset, reading it needs pip install 'craton[hf]'") from None
     try:
         rows = load_dataset(str(file.path), split="train", streaming=True)
         for number, row in enumerate(rows):

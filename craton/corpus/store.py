@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from craton.base import UserError, read_json, sha256
+from craton.base import UserError, as_json, digest, read_json, sha256
 from craton.text.tokenizer import Tokenizer
 
 DOCUMENT = np.dtype(
@@ -50,7 +50,8 @@ class Corpus:
             splits = self.manifest["splits"]
         except (KeyError, TypeError) as error:
             raise UserError(f"{folder}/manifest.json: missing or mistyped field ({error}); build the corpus again") from None
-        if self.digest != manifest_digest(self.manifest):
+        text = (folder / "manifest.json").read_text(encoding="utf-8")
+        if self.digest != manifest_digest(self.manifest) or text != as_json(self.manifest):
             raise UserError(f"{folder}/manifest.json: altered since it was built; build the corpus again")
         for name, facts in self.files.items():
             path = folder / name
@@ -94,6 +95,4 @@ class Corpus:
 
 def manifest_digest(manifest: dict[str, Any]) -> str:
     """Hash over everything in the manifest but itself."""
-    from craton.base import digest
-
     return digest({k: v for k, v in manifest.items() if k != "digest"})

@@ -18,7 +18,7 @@ from typing import Any
 from safetensors import SafetensorError
 from torch import Tensor
 
-from craton.base import UserError, fsync, sha256, write_json
+from craton.base import UserError, as_json, fsync, sha256, write_json
 from craton.weights.folder import read_tensors, write_tensors
 
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
@@ -57,9 +57,10 @@ def _all(folder: Path) -> list[Path]:
 def verify(path: Path) -> str | None:
     """What is wrong with a checkpoint, or None."""
     try:
-        manifest = json.loads((path / "manifest.json").read_text())
-        if not isinstance(manifest, dict) or set(manifest) != set(FILES):
-            return "manifest.json does not list its files"
+        text = (path / "manifest.json").read_text(encoding="utf-8")
+        manifest = json.loads(text)
+        if not isinstance(manifest, dict) or set(manifest) != set(FILES) or text != as_json(manifest):
+            return "manifest.json is not the one that was written"
         for name, facts in manifest.items():
             file = path / name
             if not file.is_file():

@@ -210,9 +210,6 @@ def test_every_injected_fault_is_refused(model_folder, tmp_path):
         else:
             data[at] ^= 1 << r.randrange(8)
             file.write_bytes(data)
-        if file.name == "manifest.json" and kind == 2 and checkpoint.verify(path) is None:
-            assert json.loads(file.read_text()) == json.loads((source / "manifest.json").read_text())  # white space
-            continue
         with pytest.raises(UserError, match="damaged"):
             checkpoint.load(path)
 
