@@ -13,9 +13,6 @@
 
 #if defined(__AVX512F__)
 #include <immintrin.h>
-#endif
-
-#if defined(__AVX512F__)
 constexpr int W = 16;
 #else
 constexpr int W = 8;
@@ -30,7 +27,7 @@ static inline vec splat(float x) { return x - vec{}; }  // not x + 0, which woul
 // exp(x), relative error 2e-7, 0 for -inf: 2^n by exponent, the rest by a degree-6 polynomial (Cephes expf).
 static inline vec vexp(vec x) {
 #if defined(__AVX512F__)
-    x = (vec)_mm512_max_ps((__m512)x, _mm512_set1_ps(-110.f));
+    x = (vec)_mm512_max_ps(_mm512_set1_ps(-110.f), (__m512)x);  // in this order NaN stays NaN
     vec n = (vec)_mm512_roundscale_ps((__m512)(x * 1.44269504f), 8);
 #else
     vec zero = x == -INFINITY ? vec{} : splat(1.f);

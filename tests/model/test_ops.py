@@ -113,3 +113,16 @@ def test_extreme_logits_stay_finite():
     x = torch.tensor([[1e4, -1e4, 0.0, 0.0]])
     _, nll = ops.linear_cross_entropy(x, w, torch.tensor([1]), torch.ones(1))
     assert torch.isfinite(nll).all() and nll.item() == pytest.approx(2e4)
+
+
+def test_nan_is_not_swallowed():
+    nan = float("nan")
+    x = torch.zeros(2, 64)
+    x[0, 3] = nan
+    assert ops.swiglu(x).isnan().any()
+    _, nll = ops.linear_cross_entropy(x, torch.eye(64), torch.tensor([5, 5]), torch.ones(2))
+    assert nll[0].isnan() and nll[1].isfinite()
+    q, k, v = torch.zeros(1, 40, 2, 16), torch.zeros(1, 40, 2, 16), torch.zeros(1, 40, 2, 16)
+    k[0, 3, 0, 0] = nan
+    o = ops.attention(q, k, v)
+    assert o[0, 4:, 0].isnan().all() and o[0, :, 1].isfinite().all()
