@@ -10,6 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import zstandard
+
 from craton.base import UserError
 
 PROSE = {".txt", ".md", ".rst", ".tex", ".org", ".adoc"}
@@ -90,8 +92,6 @@ def open_binary(path: Path) -> Any:
     if path.suffix == ".xz":
         return lzma.open(path, "rb")
     if path.suffix == ".zst":
-        import zstandard
-
         # Archives are often many frames (pzstd) or made with --long=31; the defaults would stop at the first, or refuse.
         reader = zstandard.ZstdDecompressor(max_window_size=1 << 31).stream_reader(open(path, "rb"), read_across_frames=True)  # noqa: SIM115 (closed with the reader)
         return io.BufferedReader(reader, 1 << 20)
@@ -225,7 +225,7 @@ def read(files: list[SourceFile], skip_bad: bool, bad: Callable[[str], None]) ->
                 row = next(rows, None)
             except UserError as error:
                 row = error
-            except (OSError, EOFError, lzma.LZMAError, ValueError) as error:
+            except (OSError, EOFError, lzma.LZMAError, zstandard.ZstdError, ValueError) as error:
                 row = UserError(f"{file.path}: cannot be read ({error}); mend it, or pass --skip-bad to pass over it")
             if row is None:
                 break

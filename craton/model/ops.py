@@ -48,10 +48,8 @@ def weight_gradient(dy: Tensor, x: Tensor) -> Tensor:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, *ws: Tensor) -> Tensor:
-        w = ws[0] if len(ws) == 1 else torch.cat(ws)
+    def forward(ctx: Any, x: Tensor, w: Tensor) -> Tensor:
         ctx.save_for_backward(x, w)
-        ctx.sizes = [len(part) for part in ws]
         return matmul_t(x.reshape(-1, x.shape[-1]), w).view(*x.shape[:-1], w.shape[0])
 
     @staticmethod
@@ -59,19 +57,18 @@ class _Linear(torch.autograd.Function):
         x, w = ctx.saved_tensors
         rows = dy.reshape(-1, dy.shape[-1])
         dx = matmul_t(rows, w.t()).view_as(x) if ctx.needs_input_grad[0] else None
-        if not any(ctx.needs_input_grad[1:]):
-            return dx, *(None for _ in ctx.sizes)
-        return dx, *weight_gradient(rows, x.reshape(-1, x.shape[-1])).split(ctx.sizes)
+        dw = weight_gradient(rows, x.reshape(-1, x.shape[-1])) if ctx.needs_input_grad[1] else None
+        return dx, dw
 
 
 def linear(x: Tensor, *ws: Tensor) -> Tensor:
     """x (..., k) times each w (n_i, k) transposed, side by side -> (..., sum of n_i)."""
-    # Joining the weights costs a copy of them: nothing beside many rows, everything beside one.
-    many = len(ws) == 1 or x.numel() >= 64 * x.shape[-1]
-    if many and x.device.type == "cpu" and x.dtype == torch.float32 and ws[0].dtype == torch.float32 and kernels.prefer_onednn() and not torch.compiler.is_compiling():
-        return _Linear.apply(x, *ws)
-    parts = [F.linear(x, w) for w in ws]
-    return parts[0] if len(ws) == 1 else torch.cat(parts, -1)
+    if len(ws) > 1 and x.numel() < 64 * x.shape[-1]:  # few rows: joining the weights would cost more than it saves
+        return torch.cat([linear(x, w) for w in ws], -1)
+    w = ws[0] if len(ws) == 1 else torch.cat(ws)
+    if x.device.type == "cpu" and x.dtype == torch.float32 and w.dtype == torch.float32 and kernels.prefer_onednn() and not torch.compiler.is_compiling():
+        return _Linear.apply(x, w)
+    return F.linear(x, w)
 
 
 # ---- RMSNorm, with the residual addition before it ---------------------------------------------------------------
