@@ -86,6 +86,7 @@ def train(
     Say how much: --budget, or --depth, or --steps. --out becomes a Hugging Face model folder with a report.
     Under torchrun the same command trains on many processes: torchrun --nproc-per-node 2 -m craton train ...
     """
+    from craton.report.page import write_report
     from craton.train.loop import Interrupted
     from craton.train.recipe import Recipe, assign, parse_setting, read_recipe
     from craton.train.start import train as run
@@ -104,9 +105,12 @@ def train(
     try:
         result = run(corpora, out, settings, resume)
     except Interrupted as signal:
+        if int(os.environ.get("RANK", 0)) == 0:
+            write_report(out)
         _emit(json_, {"out": str(out), "status": "interrupted", "signal": str(signal)})
         raise typer.Exit(130 if str(signal) == "SIGINT" else 143) from None
-    if result:
+    if result:  # empty in all but the first process
+        say(f"{write_report(out)}: how it went")
         _emit(json_, result)
 
 

@@ -7,6 +7,7 @@ from typing import Any
 from craton.base import UserError, say, span
 from craton.corpus.build import BuildOptions, build
 from craton.engine.model import load_model
+from craton.report.page import write_report
 from craton.train.recipe import Recipe
 from craton.train.start import train
 
@@ -34,6 +35,7 @@ def demo(out: Path, budget: str) -> dict[str, Any]:
     recipe = Recipe()
     recipe.run.budget = budget
     result = train([str(corpus)], out, recipe)
+    write_report(out)
     say("\n3. What it writes\n")
     model = load_model(str(out))
     samples = []

@@ -76,7 +76,6 @@ def test_corpus_show_and_trace(corpus, model_folder):
 
 
 def test_report(model_folder, tmp_path):
-    (model_folder / "report.html").unlink()
     made = last(craton("report", model_folder, "--json"))
     page = (model_folder / "report.html").read_text()
     assert made["report"].endswith("report.html")

@@ -86,15 +86,47 @@ def find(sources: list[str]) -> tuple[list[SourceFile], list[Path]]:
     return found, passed
 
 
+class _Zstd(io.RawIOBase):
+    """Decompressed bytes of all frames of a .zst file. EOFError if the last one is cut short, which zstandard's own
+    stream reader takes for the end of the data. Archives are often many frames (pzstd) or made with --long=31."""
+
+    def __init__(self, path: Path):
+        self.file = open(path, "rb")  # noqa: SIM115 (closed by close)
+        self.decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
+        self.frame: Any = None
+        self.compressed = self.ready = b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self.ready:
+            self.compressed = self.compressed or self.file.read(4096)  # small: it may expand 30,000 times
+            if not self.compressed:
+                if self.frame is not None:
+                    raise EOFError("the compressed data ends in the middle of a frame; the file is truncated")
+                return 0
+            self.frame = self.frame or self.decompressor.decompressobj()
+            self.ready = self.frame.decompress(self.compressed)
+            self.compressed = self.frame.unused_data if self.frame.eof else b""
+            if self.frame.eof:
+                self.frame = None
+        size = min(len(buffer), len(self.ready))
+        buffer[:size], self.ready = self.ready[:size], self.ready[size:]
+        return size
+
+    def close(self) -> None:
+        self.file.close()
+        super().close()
+
+
 def open_binary(path: Path) -> Any:
     if path.suffix == ".gz":
         return gzip.open(path, "rb")
     if path.suffix == ".xz":
         return lzma.open(path, "rb")
     if path.suffix == ".zst":
-        # Archives are often many frames (pzstd) or made with --long=31; the defaults would stop at the first, or refuse.
-        reader = zstandard.ZstdDecompressor(max_window_size=1 << 31).stream_reader(open(path, "rb"), read_across_frames=True)  # noqa: SIM115 (closed with the reader)
-        return io.BufferedReader(reader, 1 << 20)
+        return io.BufferedReader(_Zstd(path), 1 << 20)
     return open(path, "rb")
 
 

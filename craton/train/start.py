@@ -187,8 +187,6 @@ def _samples(out: Path, run: Run) -> list[dict[str, str]]:
 
 
 def _finish(run: Run, settled: dict[str, Any], corpora: list[Corpus], weights: list[float], status: str, joules: float | None, began: float) -> None:
-    from craton.report.page import write_report
-
     out, config = run.out, run.config
     rows = record.read_metrics(out / "metrics.jsonl")
     steps = [r for r in rows if "loss" in r]
@@ -230,9 +228,8 @@ def _finish(run: Run, settled: dict[str, Any], corpora: list[Corpus], weights: l
             "samples": _samples(out, run) if status == "finished" else [],
         },
     )
-    write_report(out)
     if status == "finished":
         bpb = f", held-out {evaluated[-1]['heldout_bits_per_byte']:.4f} bits/byte" if evaluated else ""
-        say(f"{out}: {count(tokens)} tokens in {span(training_seconds)}{bpb}; report in {out}/report.html")
+        say(f"{out}: {count(tokens)} tokens in {span(training_seconds)}{bpb}")
     else:
         say(f"{out}: stopped at step {run.progress.step}, state saved; go on with --resume")

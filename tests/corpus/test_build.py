@@ -96,6 +96,20 @@ def test_formats_and_round_trip(tmp_path):
     assert manifest["passed_over"]["files"] == 1 and manifest["counts"]["code"] == 1
 
 
+@pytest.mark.parametrize("suffix", ["gz", "xz", "zst"])
+def test_truncated_archives_are_refused(tmp_path, suffix):
+    import zstandard
+
+    compress = {"gz": gzip.compress, "xz": lzma.compress, "zst": zstandard.ZstdCompressor().compress}[suffix]
+    half = [compress("".join(json.dumps({"text": prose(i)}) + "\n" for i in r).encode()) for r in (range(200), range(200, 400))]
+    path = tmp_path / f"a.jsonl.{suffix}"
+    path.write_bytes(half[0] + half[1])  # two frames, as pzstd and cat make
+    assert build(options(str(path)), tmp_path / "whole")["sources"][0]["documents"] == 400
+    path.write_bytes(half[0] + half[1][: len(half[1]) // 2])
+    with pytest.raises(UserError, match=f"a.jsonl.{suffix}: cannot be read"):
+        build(options(str(path)), tmp_path / "cut")
+
+
 def test_long_documents_are_cut_and_stay_together(tmp_path):
     text = "\n\n".join(prose(i, 8) for i in range(900))
     (tmp_path / "long.txt").write_text(text)

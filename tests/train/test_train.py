@@ -41,7 +41,7 @@ SETTINGS = ("--depth", 1, "--set", "model.hidden_size=64", "--set", "data.sequen
 
 def test_the_folder_is_a_model_everywhere(model_folder):
     names = {p.name for p in model_folder.iterdir()}
-    assert names >= {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "record.json", "report.html", "metrics.jsonl", "training"}
+    assert names >= {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "record.json", "metrics.jsonl", "training"}
     ours = package.load(str(model_folder))
     theirs, tokenizer = AutoModelForCausalLM.from_pretrained(model_folder), AutoTokenizer.from_pretrained(model_folder)
     text = "def parse(self, text):\n    "
