@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from craton.base import UserError
-from craton.model.decoder import Decoder, KVCache
+from craton.model.cache import BLOCK, PagedCache, single_step
+from craton.model.decoder import Decoder
 
 
 def sample(logits: Tensor, temperature: float, generator: torch.Generator) -> int:
@@ -34,11 +35,12 @@ def stream(network: Decoder, prompt: list[int], max_tokens: int, temperature: fl
         raise UserError(f"max_tokens ({max_tokens}) must be at least 1 and temperature ({temperature}) at least 0")
     weight = network.model.embed_tokens.weight
     generator = torch.Generator().manual_seed(seed)
-    cache = KVCache.empty(config, 1, min(context, len(prompt) + max_tokens), weight)
+    cache, past = PagedCache(config, -(-min(context, len(prompt) + max_tokens) // BLOCK), weight.dtype, weight.device), 0
     ids = torch.tensor([prompt], device=weight.device)
     for _ in range(min(max_tokens, context - len(prompt))):
-        x = network.model(ids, cache=cache)[:, -1]
-        token = sample(network.lm_head(x)[0].float().cpu(), temperature, generator)
+        x = network.model(ids, step=single_step(cache, past, ids.shape[1]))[:, -1]
+        past += ids.shape[1]
+        token = sample(network.head(x)[0].float().cpu(), temperature, generator)
         if token == stop:
             return
         yield token

@@ -1,110 +1,265 @@
 """The network: a decoder-only transformer, the same object for training, sampling, scoring and serving.
 
-Pre-norm blocks of grouped-query attention (with QK-norm) and SwiGLU, rotary positions, RMSNorm. Modules carry the
-names of the published checkpoints, so `state_dict()` is a Hugging Face `model.safetensors` as it stands.
+Blocks of attention (grouped-query or multi-head latent) and a gated MLP or experts; which of the published families
+it is, is a matter of ModelConfig. Modules carry the names of the published checkpoints, so `state_dict()` is nearly a
+Hugging Face `model.safetensors` as it stands; craton/weights/ knows the rest.
 """
 
 import math
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from craton.model import ops
+from craton.model.cache import Step
 from craton.model.config import ModelConfig
 
-
-@dataclass
-class KVCache:
-    """Keys and values of past tokens: (layers, batch, capacity, kv_heads, head_dim); `length` of them are filled."""
-
-    keys: Tensor
-    values: Tensor
-    length: int = 0
-
-    @classmethod
-    def empty(cls, config: ModelConfig, batch: int, capacity: int, like: Tensor) -> "KVCache":
-        shape = (config.num_hidden_layers, batch, capacity, config.num_key_value_heads, config.head_dim)
-        return cls(like.new_zeros(shape), like.new_zeros(shape))
-
-    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """Store k, v (batch, time, kv_heads, head_dim) after the filled part; return all up to them."""
-        end = self.length + k.shape[1]
-        self.keys[layer, :, self.length : end] = k
-        self.values[layer, :, self.length : end] = v
-        return self.keys[layer, :, :end], self.values[layer, :, :end]
+Rope = tuple[Tensor, Tensor] | None  # cos, sin: (time, rotated dimensions / 2)
 
 
 class Linear(nn.Module):
-    """Weight (out, in), no bias."""
+    """Weight (out, in), bias (out,) or none."""
 
-    def __init__(self, inputs: int, outputs: int):
+    def __init__(self, inputs: int, outputs: int, bias: bool = False):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs))
+        self.bias = nn.Parameter(torch.empty(outputs)) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return ops.linear(x, self.weight)
+        y = ops.linear(x, self.weight)
+        return y if self.bias is None else y + self.bias
+
+
+def joined(x: Tensor, *layers: nn.Module) -> Tensor:
+    """The layers' outputs side by side: one product where their weights are plain."""
+    if all(type(layer) is Linear and layer.bias is None for layer in layers):
+        return ops.linear(x, *[layer.weight for layer in layers])  # type: ignore[arg-type]
+    return torch.cat([layer(x) for layer in layers], -1)
 
 
 class RMSNorm(nn.Module):
-    def __init__(self, size: int):
+    """arXiv 1910.07467. offset: multiply by 1 + weight."""
+
+    def __init__(self, size: int, config: ModelConfig):
         super().__init__()
+        self.eps, self.offset = config.rms_norm_eps, config.norm_unit_offset
         self.weight = nn.Parameter(torch.ones(size))
+
+    def scale(self) -> Tensor:
+        return 1 + self.weight if self.offset else self.weight
+
+    def add(self, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
+        """x + delta, and its norm."""
+        return ops.add_rms_norm(x, delta, self.scale(), self.eps)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.add(x, None)[1]
 
 
 class Attention(nn.Module):
-    def __init__(self, config: ModelConfig):
-        super().__init__()
-        self.config = c = config
-        self.q_proj = Linear(c.hidden_size, c.num_attention_heads * c.head_dim)
-        self.k_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim)
-        self.v_proj = Linear(c.hidden_size, c.num_key_value_heads * c.head_dim)
-        self.o_proj = Linear(c.num_attention_heads * c.head_dim, c.hidden_size)
-        self.q_norm = RMSNorm(c.head_dim) if c.qk_norm else None
-        self.k_norm = RMSNorm(c.head_dim) if c.qk_norm else None
+    """Grouped-query attention, arXiv 2305.13245."""
 
-    def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor], start: Tensor | None, cache: KVCache | None, layer: int
-    ) -> Tensor:
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.config, self.layer, self.window = config, layer, config.window(layer)
+        c, q, kv = config, config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+        self.q_proj = Linear(c.hidden_size, q, c.attention_bias)
+        self.k_proj = Linear(c.hidden_size, kv, c.attention_bias)
+        self.v_proj = Linear(c.hidden_size, kv, c.attention_bias)
+        self.o_proj = Linear(q, c.hidden_size, c.attention_out_bias)
+        whole = c.qk_norm == "projection"
+        self.q_norm = RMSNorm(q if whole else c.head_dim, c) if c.qk_norm else None
+        self.k_norm = RMSNorm(kv if whole else c.head_dim, c) if c.qk_norm else None
+        self.sinks = nn.Parameter(torch.empty(c.num_attention_heads)) if c.attention_sinks else None
+
+    def forward(self, x: Tensor, rope: Rope, start: Tensor | None, step: Step | None) -> Tensor:
         c, (batch, time, _) = self.config, x.shape
-        qkv = ops.linear(x, self.q_proj.weight, self.k_proj.weight, self.v_proj.weight)
-        norms = (self.q_norm.weight if self.q_norm else None, self.k_norm.weight if self.k_norm else None)
+        qkv = joined(x, self.q_proj, self.k_proj, self.v_proj)
+        norms: list[Tensor | None] = [None, None]
+        if self.q_norm and self.k_norm:
+            if c.qk_norm == "head":
+                norms = [self.q_norm.scale(), self.k_norm.scale()]
+            else:
+                q, k, v = qkv.split([c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim, c.num_key_value_heads * c.head_dim], -1)
+                qkv = torch.cat([self.q_norm(q), self.k_norm(k), v], -1)
         q, k, v = ops.split_norm_rope(qkv, *norms, rope, c.num_attention_heads, c.num_key_value_heads, c.rms_norm_eps)
-        if cache is not None:
-            k, v = cache.append(layer, k, v)
-        o = ops.attention(q, k, v, start)
+        scale = c.attention_scale or c.head_dim**-0.5
+        if step is not None:
+            o = step.attend(self.layer, q, k, v, self.window, scale, c.attn_logit_softcapping, self.sinks)
+        else:
+            o = ops.attention(q, k, v, ops.window_start(start, x, self.window), scale, c.attn_logit_softcapping, self.sinks)
+        return self.o_proj(o.reshape(batch, time, -1))
+
+
+class LatentAttention(nn.Module):
+    """Multi-head latent attention, arXiv 2405.04434 section 2.1: the cache holds one compressed vector a token.
+
+    With a cache the up-projections are absorbed into query and output, so that the compressed vectors are attended to
+    as they lie; without, keys and values are written out. Same function.
+    """
+
+    def __init__(self, config: ModelConfig, layer: int):
+        super().__init__()
+        self.config, self.layer = config, layer
+        c, heads = config, config.num_attention_heads
+        q_out = heads * (c.qk_nope_head_dim + c.qk_rope_head_dim)
+        if c.q_lora_rank:
+            self.q_a_proj = Linear(c.hidden_size, c.q_lora_rank)
+            self.q_a_layernorm = RMSNorm(c.q_lora_rank, c)
+            self.q_b_proj = Linear(c.q_lora_rank, q_out)
+        else:
+            self.q_proj = Linear(c.hidden_size, q_out)
+        self.kv_a_proj_with_mqa = Linear(c.hidden_size, c.kv_lora_rank + c.qk_rope_head_dim)
+        self.kv_a_layernorm = RMSNorm(c.kv_lora_rank, c)
+        self.kv_b_proj = Linear(c.kv_lora_rank, heads * (c.qk_nope_head_dim + c.v_head_dim))
+        self.o_proj = Linear(heads * c.v_head_dim, c.hidden_size)
+
+    def forward(self, x: Tensor, rope: Rope, start: Tensor | None, step: Step | None) -> Tensor:
+        c, (batch, time, _) = self.config, x.shape
+        assert rope is not None
+        nope, heads = c.qk_nope_head_dim, c.num_attention_heads
+        q = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(x))) if c.q_lora_rank else self.q_proj(x)
+        q_nope, q_rope = q.view(batch, time, heads, -1).split([nope, c.qk_rope_head_dim], -1)
+        latent, k_rope = self.kv_a_proj_with_mqa(x).split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
+        latent, k_rope = self.kv_a_layernorm(latent), k_rope[:, :, None]
+        if c.rope_interleave:
+            q_rope, k_rope = ops.deinterleave(q_rope), ops.deinterleave(k_rope)
+        q_rope, k_rope = ops.rotate(q_rope, *rope), ops.rotate(k_rope, *rope)
+        scale = c.attention_scale or (nope + c.qk_rope_head_dim) ** -0.5
+        up = self.kv_b_proj.weight.view(heads, nope + c.v_head_dim, c.kv_lora_rank)
+        if step is not None:
+            q = torch.cat([ops.linear_heads(q_nope, up[:, :nope].transpose(1, 2)), q_rope], -1)
+            o = step.attend(self.layer, q, torch.cat([latent[:, :, None], k_rope], -1), latent[:, :, None], None, scale)
+            o = ops.linear_heads(o, up[:, nope:])
+        else:
+            k_nope, v = self.kv_b_proj(latent).view(batch, time, heads, -1).split([nope, c.v_head_dim], -1)
+            k = torch.cat([k_nope, k_rope.expand(-1, -1, heads, -1)], -1)
+            o = ops.attention(torch.cat([q_nope, q_rope], -1), k, v, start, scale)
         return self.o_proj(o.reshape(batch, time, -1))
 
 
 class MLP(nn.Module):
-    def __init__(self, config: ModelConfig):
+    """Gated, arXiv 2002.05202."""
+
+    def __init__(self, config: ModelConfig, size: int, bias: bool):
         super().__init__()
-        self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
+        self.act = config.hidden_act
+        self.gate_proj = Linear(config.hidden_size, size, bias)
+        self.up_proj = Linear(config.hidden_size, size, bias)
+        self.down_proj = Linear(size, config.hidden_size, bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(ops.swiglu(ops.linear(x, self.gate_proj.weight, self.up_proj.weight)))
+        return self.down_proj(ops.gated(joined(x, self.gate_proj, self.up_proj), self.act))
+
+
+class Router(nn.Module):
+    """Which experts a token goes to, and with what weights."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.weight = nn.Parameter(torch.empty(config.num_experts, config.hidden_size))
+        self.bias = nn.Parameter(torch.empty(config.num_experts)) if config.router == "softmax_of_top" else None
+        if config.router == "sigmoid":  # moves the choice, not the weights: balance without a loss (arXiv 2408.15664)
+            self.register_buffer("e_score_correction_bias", torch.zeros(config.num_experts))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """x (tokens, hidden) -> weights and indices, each (tokens, num_experts_per_tok)."""
+        c, k = self.config, self.config.num_experts_per_tok
+        logits = ops.linear(x.float(), self.weight.float())
+        if self.bias is not None:
+            top, chosen = (logits + self.bias).topk(k, -1)
+            return top.softmax(-1), chosen
+        scores = logits.sigmoid() if c.router == "sigmoid" else logits.softmax(-1)
+        choice = scores + self.e_score_correction_bias if c.router == "sigmoid" else scores
+        if c.n_group > 1:
+            groups = choice.unflatten(-1, (c.n_group, -1))
+            rank = groups.topk(2, -1)[0].sum(-1) if c.router == "sigmoid" else groups.amax(-1)
+            kept = torch.zeros_like(rank).scatter_(-1, rank.topk(c.topk_group, -1)[1], 1.0)
+            lost = -math.inf if c.router == "sigmoid" else 0.0
+            choice = groups.masked_fill(kept[..., None] == 0, lost).flatten(-2)
+        chosen = choice.topk(k, -1)[1]
+        weights = scores.gather(-1, chosen)
+        if c.norm_topk_prob:
+            weights = weights / (weights.sum(-1, keepdim=True) + (1e-20 if c.router == "sigmoid" else 0.0))
+        return weights * c.routed_scaling_factor, chosen
+
+
+class Experts(nn.Module):
+    """Gated MLPs side by side: gate_up_proj (experts, 2 size, hidden), gates first; down_proj (experts, hidden, size)."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        c, self.config, bias = config, config, config.router == "softmax_of_top"
+        self.gate_up_proj = nn.Parameter(torch.empty(c.num_experts, 2 * c.moe_intermediate_size, c.hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(c.num_experts, c.hidden_size, c.moe_intermediate_size))
+        self.gate_up_proj_bias = nn.Parameter(torch.empty(c.num_experts, 2 * c.moe_intermediate_size)) if bias else None
+        self.down_proj_bias = nn.Parameter(torch.empty(c.num_experts, c.hidden_size)) if bias else None
+
+    def _product(self, x: Tensor, name: str, expert: int) -> Tensor:
+        y = ops.linear(x, getattr(self, name)[expert])
+        bias = getattr(self, f"{name}_bias")
+        return y if bias is None else y + bias[expert]
+
+    def forward(self, x: Tensor, weights: Tensor, chosen: Tensor) -> Tensor:
+        """Each token's weighted sum over its experts, added in the order of the experts. x: (tokens, hidden)."""
+        c, out = self.config, torch.zeros_like(x)
+        flat, order = chosen.flatten().sort(stable=True)
+        at = 0
+        for expert, count in enumerate(torch.bincount(flat, minlength=c.num_experts).tolist()):
+            if count:
+                picks = order[at : at + count]
+                token = picks // chosen.shape[1]
+                hidden = self._product(x[token], "gate_up_proj", expert)
+                hidden = ops.gated(hidden, c.hidden_act) if c.swiglu_limit is None else ops.gated_clamped(hidden, c.swiglu_limit)
+                y = self._product(hidden, "down_proj", expert) * weights.flatten()[picks, None]
+                out = out.index_add(0, token, y.to(out.dtype))
+                at += count
+        return out
+
+
+class MoE(nn.Module):
+    """Mixture of experts, with an MLP beside it that every token passes where the configuration has one."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.gate = Router(config)
+        self.experts = Experts(config)
+        self.shared_experts = MLP(config, config.shared_intermediate_size, False) if config.shared_intermediate_size else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = x.flatten(0, 1)
+        y = self.experts(rows, *self.gate(rows)).view_as(x)
+        return y if self.shared_experts is None else y + self.shared_experts(x)
 
 
 class Block(nn.Module):
     """x and the addition still pending on it go in and come out, so that each addition joins the next norm."""
 
-    def __init__(self, config: ModelConfig):
+    def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        self.eps = config.rms_norm_eps
-        self.input_layernorm = RMSNorm(config.hidden_size)
-        self.self_attn = Attention(config)
-        self.post_attention_layernorm = RMSNorm(config.hidden_size)
-        self.mlp = MLP(config)
+        c, self.placement = config, config.norm_placement
+        self.self_attn = LatentAttention(c, layer) if c.kv_lora_rank else Attention(c, layer)
+        self.mlp: nn.Module = MoE(c) if c.has_experts(layer) else MLP(c, c.intermediate_size, c.mlp_bias)
+        if self.placement != "post":
+            self.input_layernorm = RMSNorm(c.hidden_size, c)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c)
+        if self.placement == "both":
+            self.pre_feedforward_layernorm = RMSNorm(c.hidden_size, c)
+        if self.placement != "pre":
+            self.post_feedforward_layernorm = RMSNorm(c.hidden_size, c)
 
-    def forward(
-        self, x: Tensor, delta: Tensor | None, rope: tuple[Tensor, Tensor], start: Tensor | None,
-        cache: KVCache | None, layer: int,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        x, y = ops.add_rms_norm(x, delta, self.input_layernorm.weight, self.eps)
-        delta = self.self_attn(y, rope, start, cache, layer)
-        x, y = ops.add_rms_norm(x, delta, self.post_attention_layernorm.weight, self.eps)
+    def forward(self, x: Tensor, delta: Tensor | None, rope: Rope, start: Tensor | None, step: Step | None) -> tuple[Tensor, Tensor]:
+        if self.placement == "post":
+            x = x if delta is None else x + delta
+            x = x + self.post_attention_layernorm(self.self_attn(x, rope, start, step))
+            return x, self.post_feedforward_layernorm(self.mlp(x))
+        x, y = self.input_layernorm.add(x, delta)
+        delta = self.self_attn(y, rope, start, step)
+        if self.placement == "both":
+            x, y = self.pre_feedforward_layernorm.add(x, self.post_attention_layernorm(delta))
+            return x, self.post_feedforward_layernorm(self.mlp(y))
+        x, y = self.post_attention_layernorm.add(x, delta)
         return x, self.mlp(y)
 
 
@@ -115,22 +270,34 @@ class Backbone(nn.Module):
         super().__init__()
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
-        self.norm = RMSNorm(config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config)
 
-    def forward(self, ids: Tensor, start: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        c, past = self.config, cache.length if cache else 0
-        rope = ops.rope_table(torch.arange(past, past + ids.shape[1], device=ids.device), c.head_dim, c.rope_theta)
-        x, delta = self.embed_tokens(ids), None
-        for i, layer in enumerate(self.layers):
-            x, delta = layer(x, delta, rope, start, cache, i)
-        if cache is not None:
-            cache.length += ids.shape[1]
-        return ops.add_rms_norm(x, delta, self.norm.weight, c.rms_norm_eps)[1]
+    def ropes(self, positions: Tensor) -> list[Rope]:
+        """Each layer's rotation of these positions."""
+        c = self.config
+        everywhere = ops.rope_table(positions, c.rope_dim, c.rope_theta, c.rope_scaling, c.max_position_embeddings)
+        local = everywhere if c.rope_local_theta is None else ops.rope_table(positions, c.rope_dim, c.rope_local_theta)
+        kept = c.no_rope_layers or (1,) * c.num_hidden_layers
+        return [(local if c.window(i) else everywhere) if kept[i] else None for i in range(c.num_hidden_layers)]
+
+    def embed(self, ids: Tensor) -> Tensor:
+        x = self.embed_tokens(ids)
+        if self.config.embedding_scale != 1.0:
+            x = x * torch.tensor(self.config.embedding_scale, dtype=x.dtype)  # rounded to the type, as Gemma was trained
+        return x
+
+    def forward(self, ids: Tensor, start: Tensor | None = None, step: Step | None = None) -> Tensor:
+        positions = torch.arange(ids.shape[1], device=ids.device) if step is None else step.positions
+        ropes = self.ropes(positions)
+        x, delta = self.embed(ids), None
+        for layer, rope in zip(self.layers, ropes, strict=True):
+            x, delta = layer(x, delta, rope, start, step)
+        return self.norm.add(x, delta)[1]
 
 
 class Decoder(nn.Module):
-    """`network(ids)`: ids (batch, time) -> logits (batch, time, vocabulary)."""
+    """`network(ids)`: ids (batch, time) -> logits (batch, time, vocabulary). With a step: ids (1, tokens) of it."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -144,15 +311,24 @@ class Decoder(nn.Module):
         """Make the head the embedding."""
         self.lm_head.weight = self.model.embed_tokens.weight  # type: ignore[assignment]
 
-    def forward(self, ids: Tensor, cache: KVCache | None = None) -> Tensor:
-        return self.lm_head(self.model(ids, cache=cache))
+    def head(self, x: Tensor) -> Tensor:
+        """Hidden states of the last norm -> logits."""
+        logits, cap = self.lm_head(x), self.config.final_logit_softcapping
+        return logits if cap is None else torch.tanh(logits / cap) * cap
+
+    def forward(self, ids: Tensor, step: Step | None = None) -> Tensor:
+        return self.head(self.model(ids, step=step))
 
     def loss(self, ids: Tensor, target: Tensor, weight: Tensor, start: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Sum over positions of weight * negative log likelihood (scalar), and the latter (batch, time), in nats.
 
-        ids, target, weight: (batch, time); start as in ops.attention. Logits are never all held at once.
+        ids, target, weight: (batch, time); start as in ops.attention. Logits are never all held at once, except where
+        the family caps them.
         """
         x = self.model(ids, start)
+        if self.config.final_logit_softcapping is not None:
+            nll = nn.functional.cross_entropy(self.head(x).float().flatten(0, 1), target.flatten(), reduction="none").view_as(target)
+            return (nll * weight).sum(), nll.detach()
         total, nll = ops.linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, target.flatten(), weight.flatten())
         return total, nll.view_as(target)
 
@@ -168,14 +344,14 @@ def initialise(network: Decoder, seed: int) -> None:
     c = network.config
     for name, p in network.named_parameters():
         if p.ndim == 1:
-            nn.init.ones_(p)
+            nn.init.constant_(p, 0.0 if name.endswith("bias") or (c.norm_unit_offset and "norm" in name) else 1.0)
         elif "embed_tokens" in name:
             scale = c.hidden_size**-0.5 if c.tie_word_embeddings else 1.0
             p.data.copy_(torch.randn(p.shape, generator=generator) * scale)
-        elif name.endswith(("o_proj.weight", "down_proj.weight")):
+        elif name.endswith("_bias") or name.endswith(("o_proj.weight", "down_proj.weight", "experts.down_proj")):
             nn.init.zeros_(p)
         elif "lm_head" in name:
             p.data.copy_(torch.randn(p.shape, generator=generator) * 0.001)
         else:
-            bound = math.sqrt(3.0 / p.shape[1])
+            bound = math.sqrt(3.0 / p.shape[-1])
             p.data.copy_((torch.rand(p.shape, generator=generator) * 2 - 1) * bound)

@@ -4,6 +4,8 @@ fp32 on a CPU with the compiled kernels: one fused pass each, with a hand-writte
 PyTorch, which torch.compile fuses on GPUs. tests/model/test_ops.py holds the two against each other.
 """
 
+import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from craton.model import kernels
+
+
+def native(x: Tensor) -> Any:
+    """The engine's kernels (serve.cpp) when they apply to x, else None."""
+    return None
 
 
 def _native(x: Tensor) -> Any:
@@ -71,6 +78,11 @@ def linear(x: Tensor, *ws: Tensor) -> Tensor:
     return F.linear(x, w)
 
 
+def linear_heads(x: Tensor, w: Tensor) -> Tensor:
+    """Each head its own matrix: x (batch, time, heads, k), w (heads, n, k) -> (batch, time, heads, n)."""
+    return torch.einsum("bthk,hnk->bthn", x, w)
+
+
 # ---- RMSNorm, with the residual addition before it ---------------------------------------------------------------
 
 
@@ -118,11 +130,53 @@ def add_rms_norm(x: Tensor, delta: Tensor | None, w: Tensor, eps: float) -> tupl
 # ---- RMSNorm of heads, then rotary position embedding ------------------------------------------------------------
 
 
-def rope_table(positions: Tensor, head_dim: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin of position * theta^(-2i/head_dim), each (time, head_dim / 2), fp32. arXiv 2104.09864."""
-    exponent = torch.arange(0, head_dim, 2, dtype=torch.int64, device=positions.device).float() / head_dim
-    angle = positions.float()[:, None] * (1.0 / theta**exponent)[None, :]
-    return angle.cos(), angle.sin()
+def rope_frequencies(dim: int, theta: float, scaling: dict[str, Any] | None, context: int) -> tuple[Tensor, float]:
+    """Radians a position of each pair, (dim / 2,) fp32, and the factor on cos and sin. arXiv 2104.09864.
+
+    scaling stretches the context: "linear" (arXiv 2306.15595), "llama3" (arXiv 2407.21783, published code) or "yarn"
+    (arXiv 2309.00071), with the published keys.
+    """
+    base = 1.0 / theta ** (torch.arange(0, dim, 2, dtype=torch.int64).float() / dim)
+    if scaling is None:
+        return base, 1.0
+    kind, factor = scaling["rope_type"], float(scaling["factor"])
+    if kind == "linear":
+        return base / factor, 1.0
+    original = scaling["original_max_position_embeddings"]
+    if kind == "llama3":
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        wavelength = 2 * math.pi / base
+        smooth = ((original / wavelength - low) / (high - low)).clamp(0, 1)
+        mixed = (1 - smooth) * base / factor + smooth * base
+        slow, quick = wavelength > original / low, wavelength < original / high
+        return torch.where(slow, base / factor, torch.where(quick, base, mixed)), 1.0
+    assert kind == "yarn"
+
+    def turns(rotations: float) -> float:  # the dimension that turns this often over the original context
+        return dim * math.log(original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
+
+    first, last = turns(scaling.get("beta_fast") or 32), turns(scaling.get("beta_slow") or 1)
+    if scaling.get("truncate", True):
+        first, last = math.floor(first), math.ceil(last)
+    first, last = max(first, 0), min(last, dim - 1)
+    ramp = ((torch.arange(dim // 2).float() - first) / (last - first if last != first else 0.001)).clamp(0, 1)
+    attention = scaling.get("attention_factor")
+    if attention is None:
+        mscale, everywhere = scaling.get("mscale"), scaling.get("mscale_all_dim")
+        attention = yarn_mscale(factor, mscale) / yarn_mscale(factor, everywhere) if mscale and everywhere else yarn_mscale(factor, 1.0)
+    return base / factor * ramp + base * (1 - ramp), float(attention)
+
+
+def yarn_mscale(factor: float, weight: float) -> float:
+    """How much sharper attention must be over a context stretched by factor. arXiv 2309.00071 section 3.4."""
+    return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+
+def rope_table(positions: Tensor, dim: int, theta: float, scaling: dict[str, Any] | None = None, context: int = 0) -> tuple[Tensor, Tensor]:
+    """cos and sin of each position's angles, each (time, dim / 2), fp32."""
+    frequencies, factor = rope_frequencies(dim, theta, scaling, context)
+    angle = positions.float()[:, None] * frequencies.to(positions.device)[None, :]
+    return angle.cos() * factor, angle.sin() * factor
 
 
 class _SplitNormRope(torch.autograd.Function):
@@ -153,26 +207,36 @@ class _SplitNormRope(torch.autograd.Function):
         return dx, dwq, dwk, None, None, None, None, None
 
 
-def norm_rope(x: Tensor, w: Tensor | None, cos: Tensor, sin: Tensor, eps: float) -> Tensor:
-    """x (batch, time, heads, d): RMSNorm over d with weight w (None: no norm, arXiv 2302.05442 for QK-norm), then the
-    halves (x1, x2) rotated by position. cos, sin: (time, d / 2)."""
-    if w is not None:
-        x = add_rms_norm(x, None, w, eps)[1]
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The halves (x1, x2) of x (batch, time, heads, d) rotated by position. cos, sin: (time, d / 2)."""
     a, b = x.chunk(2, -1)
     c, s = cos.to(x.dtype)[None, :, None, :], sin.to(x.dtype)[None, :, None, :]
     return torch.cat([a * c - b * s, b * c + a * s], -1)
 
 
+def deinterleave(x: Tensor) -> Tensor:
+    """Pairs (0, 1), (2, 3)... of the last dimension to the two halves that `rotate` turns."""
+    return torch.cat([x[..., 0::2], x[..., 1::2]], -1)
+
+
+def norm_rope(x: Tensor, w: Tensor | None, rope: tuple[Tensor, Tensor] | None, eps: float) -> Tensor:
+    """x (batch, time, heads, d): RMSNorm over d with weight w (None: no norm, arXiv 2302.05442 for QK-norm), then
+    rotation (None: no positions)."""
+    if w is not None:
+        x = add_rms_norm(x, None, w, eps)[1]
+    return x if rope is None else rotate(x, *rope)
+
+
 def split_norm_rope(
-    x: Tensor, wq: Tensor | None, wk: Tensor | None, rope: tuple[Tensor, Tensor], heads: int, kv_heads: int, eps: float
+    x: Tensor, wq: Tensor | None, wk: Tensor | None, rope: tuple[Tensor, Tensor] | None, heads: int, kv_heads: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x (batch, time, (heads + 2 kv_heads) d), each row its q, k and v heads -> q (batch, time, heads, d), k and v
     (batch, time, kv_heads, d), with norm_rope on q and k."""
     d = x.shape[-1] // (heads + 2 * kv_heads)
-    if _native(x) and d % 16 == 0 and d <= 1024:
+    if _native(x) and rope is not None and d % 16 == 0 and d <= 1024:
         return _SplitNormRope.apply(x, wq, wk, *rope, heads, kv_heads, eps)
     q, k, v = x.unflatten(-1, (-1, d)).split([heads, kv_heads, kv_heads], 2)
-    return norm_rope(q, wq, *rope, eps), norm_rope(k, wk, *rope, eps), v
+    return norm_rope(q, wq, rope, eps), norm_rope(k, wk, rope, eps), v
 
 
 # ---- SwiGLU ------------------------------------------------------------------------------------------------------
@@ -195,12 +259,19 @@ class _SwiGLU(torch.autograd.Function):
         return dx
 
 
-def swiglu(x: Tensor) -> Tensor:
-    """x (..., 2n), gate then up -> silu(gate) * up: (..., n). arXiv 2002.05202."""
-    if _native(x) and x.shape[-1] % 32 == 0:
+def gated(x: Tensor, act: str = "silu") -> Tensor:
+    """x (..., 2n), gate then up -> act(gate) * up: (..., n). arXiv 2002.05202."""
+    if act == "silu" and _native(x) and x.shape[-1] % 32 == 0 and x.numel():
         return _SwiGLU.apply(x)
     gate, up = x.chunk(2, -1)
-    return F.silu(gate) * up
+    return (F.silu(gate) if act == "silu" else F.gelu(gate, approximate="tanh")) * up
+
+
+def gated_clamped(x: Tensor, limit: float) -> Tensor:
+    """gpt-oss's variant: x (..., 2n), gate then up -> gate sigmoid(1.702 gate) (up + 1), both clamped first."""
+    gate, up = x.chunk(2, -1)
+    gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
+    return (up + 1) * gate * torch.sigmoid(1.702 * gate)
 
 
 # ---- attention ---------------------------------------------------------------------------------------------------
@@ -208,14 +279,15 @@ def swiglu(x: Tensor) -> Tensor:
 
 class _Attention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, start: Tensor | None) -> Tensor:
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, start: Tensor | None, scale: float) -> Tensor:
         q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         (batch, time, heads, d), kv_heads = q.shape, k.shape[2]
         o, lse = torch.empty_like(q), q.new_empty(batch, heads, time)
         _library().attention_forward(
-            _ptr(q), _ptr(k), _ptr(v), _ptr(start), _ptr(o), _ptr(lse), batch, time, heads, kv_heads, d, d**-0.5
+            _ptr(q), _ptr(k), _ptr(v), _ptr(start), _ptr(o), _ptr(lse), batch, time, heads, kv_heads, d, scale
         )
         ctx.save_for_backward(q, k, v, o, lse, start)
+        ctx.scale = scale
         return o
 
     @staticmethod
@@ -225,32 +297,68 @@ class _Attention(torch.autograd.Function):
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         _library().attention_backward(
             _ptr(do), _ptr(q), _ptr(k), _ptr(v), _ptr(o), _ptr(lse), _ptr(start), _ptr(dq), _ptr(dk), _ptr(dv),
-            batch, time, heads, kv_heads, d, d**-0.5,
+            batch, time, heads, kv_heads, d, ctx.scale,
         )  # fmt: skip
-        return dq, dk, dv, None
+        return dq, dk, dv, None, None
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, start: Tensor | None = None) -> Tensor:
-    """Causal grouped-query attention: q (batch, time, heads, d), k and v (batch, keys, kv_heads, d) -> like q.
+def window_start(start: Tensor | None, x: Tensor, window: int | None) -> Tensor | None:
+    """start as `attention` takes it, moved up to a sliding window. x: (batch, time, ...)."""
+    if window is None or window >= x.shape[1]:
+        return start
+    at = (torch.arange(x.shape[1], dtype=torch.int32, device=x.device) - (window - 1)).clamp_(min=0)
+    return (at.expand(x.shape[:2]) if start is None else torch.maximum(start, at)).contiguous()
 
-    Queries are the last `time` of the `keys` positions (keys > time: earlier ones come from a cache). start
-    (batch, time), int32, non-decreasing: the first position that each query may see, its document's (None: all).
+
+def attention(
+    q: Tensor, k: Tensor, v: Tensor, start: Tensor | None = None, scale: float | None = None,
+    softcap: float | None = None, sinks: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Causal grouped-query attention: q (batch, time, heads, d), k (batch, time, kv_heads, d), v (batch, time,
+    kv_heads, e) -> (batch, time, heads, e).
+
+    start (batch, time), int32, non-decreasing: the first position that each query may see, its document's (None: all).
+    scale: of the scores, None is d^-0.5. softcap and sinks as in `masked_attention`.
     """
-    time, keys, d = q.shape[1], k.shape[1], q.shape[3]
-    if _native(q) and d % 16 == 0 and time == keys and time > 1:
-        return _Attention.apply(q, k, v, start)
+    time, d = q.shape[1], q.shape[3]
+    scale = d**-0.5 if scale is None else scale
+    if _native(q) and d % 16 == 0 and v.shape[3] == d and time > 1 and softcap is None and sinks is None and observer is None:
+        return _Attention.apply(q, k, v, start, scale)
     mask = None
-    if start is not None or 1 < time < keys:
-        at = torch.arange(keys - time, keys, device=q.device)
-        key = torch.arange(keys, device=q.device)
-        mask = (key[None, :] <= at[:, None])[None, None]
+    if start is not None or softcap is not None or sinks is not None or observer is not None:
+        at = torch.arange(time, device=q.device)
+        mask = (at[None, :] <= at[:, None])[None, None]
         if start is not None:
-            mask = mask & (key >= start[:, None, :, None])
+            mask = mask & (at >= start[:, None, :, None])
+        return masked_attention(q, k, v, mask, scale, softcap, sinks)
     o = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask,
-        is_causal=mask is None and time > 1, enable_gqa=q.shape[2] != k.shape[2],
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None,
+        is_causal=time > 1, enable_gqa=q.shape[2] != k.shape[2], scale=scale,
     )  # fmt: skip
     return o.transpose(1, 2)
+
+
+observer: Callable[[Tensor], None] | None = None  # sees each layer's attention probabilities (batch, heads, time, keys)
+
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float | None, sinks: Tensor | None) -> Tensor:
+    """Attention where mask (batch or 1, 1, time, keys) is True. softcap bounds the scores by a tanh (arXiv 2408.00118);
+    sinks (heads,) are logits that take their share of the softmax and give nothing (gpt-oss)."""
+    groups = q.shape[2] // k.shape[2]
+    if softcap is None and sinks is None and observer is None:
+        o = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask, scale=scale, enable_gqa=groups > 1)
+        return o.transpose(1, 2)
+    k, v = k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)
+    scores = torch.einsum("bthd,bshd->bhts", q, k).float() * scale
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    scores = scores.masked_fill(~mask, -math.inf)
+    if sinks is not None:
+        scores = torch.cat([scores, sinks.float()[None, :, None, None].expand(scores.shape[0], -1, scores.shape[2], 1)], -1)
+    p = scores.softmax(-1)[..., : k.shape[1]]
+    if observer is not None:
+        observer(p.detach())
+    return torch.einsum("bhts,bshd->bthd", p.to(v.dtype), v)
 
 
 # ---- head and loss -----------------------------------------------------------------------------------------------

@@ -1,7 +1,9 @@
 """Model folders in the Hugging Face layout: networks to disk and back. Weights are safetensors only."""
 
+import hashlib
 import json
 import struct
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,97 +12,301 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from craton.base import UserError, publish, read_json, write_json
+from craton.base import Progress, UserError, count, publish, read_json, say, write_json
 from craton.model.config import ModelConfig
 from craton.model.decoder import Decoder
 from craton.text.tokenizer import Tokenizer
-from craton.weights import qwen3
+from craton.weights import (
+    deepseek,
+    gemma,
+    gpt_oss,
+    llama,
+    mistral,
+    mixtral,
+    olmo2,
+    qwen2,
+    qwen3,
+    qwen3_moe,
+    smollm3,
+    stored,
+)
+from craton.weights.family import Family
 
-FAMILIES = {"qwen3": qwen3}
+FAMILIES: dict[str, Family] = {
+    f.model_type: f
+    for f in (
+        llama.FAMILY, mistral.FAMILY, mixtral.FAMILY, qwen2.FAMILY, qwen3.FAMILY, qwen3_moe.FAMILY, deepseek.V2, deepseek.V3,
+        gemma.GEMMA2, gemma.GEMMA3, olmo2.FAMILY, smollm3.FAMILY, gpt_oss.FAMILY,
+    )
+}  # fmt: skip
+SHARD_BYTES = 5 << 30
 
 
 def read_config(folder: Path) -> ModelConfig:
     """The ModelConfig of a folder. Raises UserError naming the key that is missing, wrong or unsupported."""
+    return _read_config(folder)[0]
+
+
+def _read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such model folder")
     path = folder / "config.json"
+    if path.is_file() and path.stat().st_size > 10 << 20:
+        raise UserError(f"{path}: {count(path.stat().st_size)}B is no model configuration")
     raw = read_json(path)
+    if isinstance(raw, dict) and isinstance(raw.get("text_config"), dict) and raw.get("model_type") == "gemma3":
+        raw = {**raw["text_config"], "model_type": "gemma3_text", "quantization_config": raw.get("quantization_config")}
     kind = raw.get("model_type") if isinstance(raw, dict) else None
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise UserError(f"{path}: model_type {kind!r} is not supported; supported: {', '.join(FAMILIES)}")
     try:
-        return FAMILIES[kind].read(raw)
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{path}: missing or mistyped key ({error})") from None
-    except ValueError as error:
+        return FAMILIES[kind].read(raw), raw
+    except KeyError as error:
+        raise UserError(f"{path}: {error.args[0]} is missing") from None
+    except (TypeError, AttributeError) as error:
+        raise UserError(f"{path}: a key is mistyped ({error})") from None
+    except (ValueError, OverflowError, ZeroDivisionError) as error:
         raise UserError(f"{path}: {error}") from None
 
 
-def write_config(folder: Path, config: ModelConfig, dtype: str = "float32") -> None:
-    write_json(folder / "config.json", {**qwen3.write(config), "torch_dtype": dtype})
+def config_json(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
+    """The published form of a configuration. UserError if its family cannot say it."""
+    try:
+        return {**FAMILIES[config.model_type].write(config), "torch_dtype": dtype}
+    except ValueError as error:
+        raise UserError(str(error)) from None
+
+
+def write_config(folder: Path, config: ModelConfig, dtype: str = "float32", quantization: dict[str, Any] | None = None) -> None:
+    extra = {"quantization_config": quantization} if quantization else {}
+    write_json(folder / "config.json", {**config_json(config, dtype), **extra})
     ids = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
-    write_json(folder / "generation_config.json", {k: v for k, v in ids.items() if v is not None})
+    write_json(folder / "generation_config.json", {k: list(v) if isinstance(v, tuple) else v for k, v in ids.items() if v is not None})
 
 
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of one safetensors file. UserError if it is missing, truncated or not safetensors."""
+# ---- safetensors files ------------------------------------------------------------------------------------------
+
+
+def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 over the bytes of tensors in the order of their names."""
+    h = hashlib.sha256()
+    for _, tensor in sorted(tensors, key=lambda item: item[0]):
+        h.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    return h.hexdigest()
+
+
+def open_tensors(path: Path) -> Any:
+    """A safetensors file opened for reading. UserError if it is missing, truncated, of another format or of a size
+    that its header does not say."""
     if not path.is_file():
         raise UserError(f"{path}: no such file")
     size = path.stat().st_size
     with open(path, "rb") as f:
         head = f.read(8)
-    if len(head) < 8 or struct.unpack("<Q", head)[0] > min(size, 100 << 20):
-        raise UserError(f"{path}: not a safetensors file, or truncated")
+        if len(head) < 8 or struct.unpack("<Q", head)[0] > min(size, 100 << 20):
+            if head[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04"):
+                raise UserError(f"{path}: a pickle file; opening one can run code, so only safetensors are read")
+            raise UserError(f"{path}: not a safetensors file, or truncated")
     try:
-        with safe_open(path, "pt") as f:
-            return {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (not a dict)
-    except (SafetensorError, json.JSONDecodeError, RuntimeError, ValueError) as error:
+        return safe_open(path, "pt")
+    except (SafetensorError, json.JSONDecodeError, RuntimeError, ValueError, OSError) as error:
         raise UserError(f"{path}: damaged safetensors file ({error})") from None
 
 
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    with publish(path) as temporary:
-        save_file({k: v.detach().contiguous() for k, v in tensors.items()}, temporary, metadata or {"format": "pt"})
-
-
-def released(network: Decoder, tensors: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The tensors that a release stores: a tied head is stored once, as the embedding."""
-    tensors = dict(network.state_dict() if tensors is None else tensors)
-    if network.config.tie_word_embeddings:
-        tensors.pop("lm_head.weight", None)
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of one safetensors file. UserError if it is damaged, or altered since craton wrote it."""
+    with open_tensors(path) as f:
+        try:
+            tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (not a dict)
+        except (SafetensorError, RuntimeError, ValueError) as error:
+            raise UserError(f"{path}: damaged safetensors file ({error})") from None
+        written = (f.metadata() or {}).get("sha256")
+    if written is not None and written != _digest(tensors.items()):
+        raise UserError(f"{path}: damaged: its values are not those that were written; get the file again")
     return tensors
 
 
-def load_into(network: Decoder, tensors: dict[str, Tensor], where: Path) -> None:
-    """Copy tensors into the network's parameters. UserError names a missing, surplus or misshapen tensor."""
-    tensors = dict(tensors)
-    if network.config.tie_word_embeddings and "model.embed_tokens.weight" in tensors:
-        tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"]
-    own = network.state_dict()
-    for name in own:
-        if name not in tensors:
-            raise UserError(f"{where}: tensor {name} is missing")
-        if tensors[name].shape != own[name].shape:
-            raise UserError(f"{where}: tensor {name} has shape {tuple(tensors[name].shape)}, config.json says {tuple(own[name].shape)}")
-    if surplus := sorted(set(tensors) - set(own)):
-        raise UserError(f"{where}: unknown tensor {surplus[0]}; is this the model that config.json describes?")
-    network.load_state_dict(tensors, assign=True)
+def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
+    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    with publish(path) as temporary:
+        save_file(tensors, temporary, {"format": "pt", "sha256": _digest(tensors.items()), **(metadata or {})})
+
+
+# ---- networks ---------------------------------------------------------------------------------------------------
+
+
+def released(network: Decoder, tensors: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
+    """The tensors that a release stores, under their published names: a tied head is stored once, as the embedding."""
+    tensors = dict(network.state_dict() if tensors is None else tensors)
     if network.config.tie_word_embeddings:
-        network.tie()
+        tensors.pop("lm_head.weight", None)
+    pieces = FAMILIES[network.config.model_type].pieces
+    return {ext: view.reshape(shape) for name, tensor in tensors.items() for ext, view, shape in pieces(name, tensor)}
+
+
+def write_shards(folder: Path, tensors: Iterator[tuple[str, Tensor]], total: int) -> None:
+    """Tensors as one safetensors file, or as several of at most 5 GiB with an index; in the order they come."""
+    shards: list[list[str]] = []
+    buffer: dict[str, Tensor] = {}
+    size = written = 0
+    progress = Progress()
+
+    def flush() -> None:
+        nonlocal buffer, size
+        if buffer:
+            write_tensors(folder / f"model-{len(shards) + 1:05}.safetensors", buffer)
+            shards.append(list(buffer))
+            buffer, size = {}, 0
+
+    for name, tensor in tensors:
+        if size and size + tensor.nbytes > SHARD_BYTES:
+            flush()
+        buffer[name] = tensor
+        size, written = size + tensor.nbytes, written + tensor.nbytes
+        progress.show(f"writing {count(written)}B of about {count(total)}B")
+    flush()
+    progress.clear()
+    if len(shards) == 1:
+        (folder / "model-00001.safetensors").replace(folder / "model.safetensors")
+        return
+    weight_map = {}
+    for i, names in enumerate(shards):
+        final = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
+        (folder / f"model-{i + 1:05}.safetensors").replace(folder / final)
+        weight_map |= dict.fromkeys(names, final)
+    write_json(folder / "model.safetensors.index.json", {"metadata": {"total_size": written}, "weight_map": weight_map})
+
+
+def write_network(folder: Path, network: Decoder, tokenizer: Path | None = None) -> None:
+    """A folder that holds the network, under its family's published names, and the tokenizer files of another folder."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = released(network)
+    dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
+    write_shards(folder, iter(tensors.items()), sum(t.nbytes for t in tensors.values()))
+    write_config(folder, network.config, dtype)
+    if tokenizer is not None:
+        copy_tokenizer(tokenizer, folder)
+
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "tekken.json", "special_tokens_map.json",
+    "chat_template.jinja", "vocab.json", "merges.txt", "added_tokens.json",
+)  # fmt: skip
+
+
+def copy_tokenizer(source: Path, target: Path) -> None:
+    for name in TOKENIZER_FILES:
+        if (source / name).is_file():
+            with publish(target / name) as temporary:
+                temporary.write_bytes((source / name).read_bytes())
+
+
+class Stored:
+    """The tensors of a folder by name, opened file by file as they are asked for."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        index = folder / "model.safetensors.index.json"
+        if index.exists():
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not all(isinstance(v, str) for v in weight_map.values()):
+                raise UserError(f"{index}: weight_map is not an object of file names")
+            for name in set(weight_map.values()):
+                if Path(name).name != name or not name.endswith(".safetensors"):
+                    raise UserError(f"{index}: {name!r} is not the name of a safetensors file in this folder")
+            self.files: dict[str, str] = weight_map
+        elif (folder / "model.safetensors").exists():
+            with open_tensors(folder / "model.safetensors") as f:
+                self.files = dict.fromkeys(f.keys(), "model.safetensors")
+        elif found := next((p for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(pattern)), None):
+            raise UserError(f"{found}: weights in a pickle file; opening one can run code, so only safetensors are read")
+        else:
+            raise UserError(f"{folder}: no model.safetensors and no model.safetensors.index.json there")
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        for name in sorted(set(self.files.values())):
+            with open_tensors(folder / name) as f:
+                for key in f.keys():  # noqa: SIM118 (not a dict)
+                    if self.files.get(key) == name:
+                        self.shapes[key] = tuple(f.get_slice(key).get_shape())
+        for key, name in self.files.items():
+            if key not in self.shapes:
+                raise UserError(f"{folder / name}: tensor {key} is missing, which the index says is there")
+        self.loaded: dict[str, dict[str, Tensor]] = {}
+        self.progress, self.seen = Progress(), 0
+
+    def get(self, name: str) -> Tensor:
+        """Each tensor is given once; a file's memory goes with its last tensor."""
+        file = self.files[name]
+        if file not in self.loaded:
+            self.loaded[file] = read_tensors(self.folder / file)
+        tensor = self.loaded[file].pop(name)
+        self.seen += tensor.nbytes
+        self.progress.show(f"reading {self.folder}: {count(self.seen)}B")
+        return tensor
 
 
 def load_network(folder: Path, device: str = "cpu", dtype: torch.dtype | None = None) -> Decoder:
     """The network of a folder with its weights, in evaluation mode. dtype None keeps the stored one."""
-    config = read_config(folder)
-    index = folder / "model.safetensors.index.json"
-    names = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
-    tensors: dict[str, Any] = {}
-    for name in names:
-        tensors.update(read_tensors(folder / name))
+    config, raw = _read_config(folder)
     with torch.device("meta"):
         network = Decoder(config)
-    load_into(network, tensors, folder)
+    tensors = Stored(folder)
+    scheme = stored.scheme(raw.get("quantization_config"), folder / "config.json")
+    names = stored.prepare(scheme, network, tensors.shapes)
+    _check(network, names, folder)
+    fill(network, lambda name: stored.get(scheme, tensors, name), folder)
+    tensors.progress.clear()
     return network.to(device=device, dtype=dtype).eval()
+
+
+def _wanted(network: Decoder) -> Iterator[tuple[str, Tensor, list[tuple[str, Tensor, tuple[int, ...]]]]]:
+    """Each of the network's stored tensors with the pieces of the folder that make it."""
+    pieces = FAMILIES[network.config.model_type].pieces
+    for name, tensor in network.state_dict(keep_vars=True).items():
+        if not (network.config.tie_word_embeddings and name == "lm_head.weight"):
+            yield name, tensor, list(pieces(name, tensor.detach()))
+
+
+def _check(network: Decoder, shapes: dict[str, tuple[int, ...]], where: Path) -> None:
+    """UserError names a missing, surplus or misshapen tensor, before any weight is read."""
+    surplus = set(shapes)
+    for _, _, parts in _wanted(network):
+        for ext, _, shape in parts:
+            if ext not in shapes:
+                raise UserError(f"{where}: tensor {ext} is missing")
+            if shapes[ext] != shape:
+                raise UserError(f"{where}: tensor {ext} has shape {shapes[ext]}, config.json says {shape}")
+            surplus.discard(ext)
+    tail = tuple(f"model.layers.{i}." for i in range(network.config.num_hidden_layers, network.config.num_hidden_layers + 4))
+    passed = {n for n in surplus if n.endswith("rotary_emb.inv_freq") or (network.config.tie_word_embeddings and n == "lm_head.weight")}
+    extra = {n for n in surplus if network.config.model_type == "deepseek_v3" and n.startswith(tail)}
+    if extra:
+        say(f"{where}: {len(extra)} tensors of the modules that predict several tokens are passed over")
+    if surplus := surplus - passed - extra:
+        raise UserError(f"{where}: unknown tensor {min(surplus)}; is this the model that config.json describes?")
+
+
+def fill(network: Decoder, get: Callable[[str], Tensor], where: Path) -> None:
+    """Put tensors into a network on the meta device; get(name) gives a published tensor. UserError for NaN or infinity."""
+    made: dict[str, Tensor] = {}
+    for name, tensor, parts in list(_wanted(network)):
+        if len(parts) == 1 and parts[0][2] == tuple(tensor.shape) and parts[0][1].is_contiguous():
+            made[name] = get(parts[0][0])
+        else:
+            first = get(parts[0][0])
+            whole = torch.empty(tensor.shape, dtype=first.dtype)
+            views = FAMILIES[network.config.model_type].pieces(name, whole)
+            for i, (ext, view, _) in enumerate(views):
+                view.copy_((first if i == 0 else get(ext)).view(view.shape))
+            made[name] = whole
+        # One sum is finite only if all values are: half the cost of looking at each.
+        if made[name].is_floating_point() and not made[name].float().sum().isfinite() and not made[name].isfinite().all():
+            raise UserError(f"{where}: tensor {name} holds NaN or infinity; the file is damaged")
+    if network.config.tie_word_embeddings:
+        made["lm_head.weight"] = made["model.embed_tokens.weight"]
+    network.load_state_dict(made, assign=True)
+    if network.config.tie_word_embeddings:
+        network.tie()
 
 
 def check_fit(config: ModelConfig, tokenizer: Tokenizer, where: Path) -> None:

@@ -4,8 +4,9 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from craton.model.cache import PagedCache, single_step
 from craton.model.config import ModelConfig
-from craton.model.decoder import Decoder, KVCache, initialise
+from craton.model.decoder import Decoder, initialise
 from craton.weights import qwen3
 
 SHAPES = [
@@ -17,7 +18,7 @@ SHAPES = [
 
 def pair(config):
     torch.manual_seed(0)
-    theirs = Qwen3ForCausalLM(Qwen3Config(**{k: v for k, v in qwen3.write(config).items() if k not in ("architectures", "model_type")})).float()
+    theirs = Qwen3ForCausalLM(Qwen3Config(**{k: v for k, v in qwen3.FAMILY.write(config).items() if k not in ("architectures", "model_type")})).float()
     for p in theirs.parameters():
         p.data += torch.randn_like(p) * 0.05
     ours = Decoder(config)
@@ -44,8 +45,8 @@ def test_cached_steps_equal_one_forward(config):
     ids = torch.randint(config.vocab_size, (1, 50))
     with torch.no_grad():
         whole = network(ids)
-        cache = KVCache.empty(config, 1, 50, whole)
-        pieces = [network(ids[:, a:b], cache) for a, b in ((0, 20), (20, 21), (21, 33), (33, 50))]
+        cache = PagedCache(config, 4)
+        pieces = [network(ids[:, a:b], single_step(cache, a, b - a)) for a, b in ((0, 20), (20, 21), (21, 33), (33, 50))]
     torch.testing.assert_close(torch.cat(pieces, 1), whole, atol=1e-5, rtol=1e-4)
 
 

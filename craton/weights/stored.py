@@ -1,0 +1,87 @@
+"""Weights as they lie in a folder: plain, or in one of the published compressed forms.
+
+DeepSeek V3's FP8 blocks and gpt-oss's MXFP4 are turned into bf16 on loading. The integer form that `craton quantize`
+writes is the pack-quantized layout of compressed-tensors, which vLLM and transformers read too; it stays packed.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from craton.base import UserError
+from craton.model.decoder import Decoder
+
+
+@dataclass(frozen=True)
+class Scheme:
+    kind: str  # "plain", "fp8", "mxfp4" or "packed"
+    block: tuple[int, int] = (128, 128)  # rows and columns that share a scale (fp8)
+
+
+def scheme(raw: Any, path: Path) -> Scheme:
+    """What config.json's quantization_config says. UserError if it is not one of those read here."""
+    if raw is None:
+        return Scheme("plain")
+    if not isinstance(raw, dict):
+        raise UserError(f"{path}: quantization_config is not an object")
+    method = raw.get("quant_method")
+    if method == "fp8":
+        block = raw.get("weight_block_size")
+        if not (isinstance(block, list) and len(block) == 2 and all(isinstance(b, int) and b > 0 for b in block)):
+            raise UserError(f"{path}: quantization_config.weight_block_size is {block!r}; only blocks of two sizes are supported")
+        return Scheme("fp8", (block[0], block[1]))
+    if method == "mxfp4":
+        return Scheme("mxfp4")
+    raise UserError(f"{path}: quantization_config.quant_method {method!r} is not supported; supported: 'fp8' in blocks, 'mxfp4', 'compressed-tensors' with 4 or 8 bits in groups of 32")
+
+
+def prepare(scheme: Scheme, network: Decoder, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    """The shapes of the tensors that `get` gives."""
+    out = dict(shapes)
+    if scheme.kind == "fp8":
+        for name in shapes:
+            if name.endswith("_scale_inv"):
+                del out[name]
+    if scheme.kind == "mxfp4":
+        for name, shape in shapes.items():
+            if name.endswith("_blocks"):
+                e, rows, groups, half = shape
+                out[name.removesuffix("_blocks")] = (e, groups * half * 2, rows)
+                del out[name]
+            elif name.endswith("_scales"):
+                del out[name]
+    return out
+
+
+def get(scheme: Scheme, tensors: Any, name: str) -> Tensor:
+    """A tensor of the folder as the network wants it."""
+    if scheme.kind == "mxfp4" and name + "_blocks" in tensors.files:
+        return from_mxfp4(tensors.get(name + "_blocks"), tensors.get(name + "_scales"))
+    tensor: Tensor = tensors.get(name)
+    if tensor.dtype == torch.float8_e4m3fn:
+        if name + "_scale_inv" not in tensors.files:
+            raise UserError(f"{tensors.folder}: tensor {name} is FP8 but {name}_scale_inv is missing")
+        return from_fp8(tensor, tensors.get(name + "_scale_inv"), scheme.block)
+    return tensor
+
+
+def from_fp8(weight: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
+    """weight (rows, columns) in e4m3, scale (rows / block, columns / block) -> bf16. arXiv 2412.19437 section 3.3."""
+    wide = scale.float().repeat_interleave(block[0], 0)[: weight.shape[0]].repeat_interleave(block[1], 1)[:, : weight.shape[1]]
+    if wide.shape != weight.shape:
+        raise UserError(f"an FP8 weight of shape {tuple(weight.shape)} has scales of shape {tuple(scale.shape)}, too few for blocks of {block}")
+    return (weight.float() * wide).bfloat16()
+
+
+_FP4 = torch.tensor([0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0])
+
+
+def from_mxfp4(blocks: Tensor, scales: Tensor) -> Tensor:
+    """blocks (experts, rows, groups, 16) of two e2m1 values a byte, low half first; scales (experts, rows, groups),
+    powers of two with a bias of 127 -> (experts, groups * 32, rows), bf16. OCP Microscaling Formats 1.0."""
+    values = torch.stack([_FP4[(blocks & 15).long()], _FP4[(blocks >> 4).long()]], -1).flatten(-2)
+    values = torch.ldexp(values, scales.int()[..., None] - 127).flatten(-2)
+    return values.bfloat16().transpose(1, 2).contiguous()
