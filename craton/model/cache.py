@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from craton.model import ops
+from craton.model import kernels, native, ops
 from craton.model.config import ModelConfig
 
 BLOCK = 16  # tokens in a block
@@ -51,11 +51,9 @@ class Step:
         """Store k (1, tokens, kv_heads, key size) and v, then attend to all that q (1, tokens, heads, key size) may see
         -> (1, tokens, heads, value size)."""
         keys, values = self.cache.keys[layer], self.cache.values[layer]
-        if (native := ops.native(q)) is not None:
-            q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-            out = q.new_empty(*q.shape[:3], v.shape[3])
-            ops.paged_attention(native, q, k, v, keys, values, self, out, window, scale, softcap, sinks)
-            return out
+        if q.device.type == "cpu" and q.dtype == torch.float32 and v.shape[3] % 16 == 0 and not torch.is_grad_enabled() and ops.observer is None:
+            if (library := kernels.load_serving()) is not None:
+                return native.paged_attention(library, q, k, v, keys, values, self, window, scale, softcap, sinks)
         block, offset = self.slots.long() // BLOCK, self.slots.long() % BLOCK
         keys[block, :, :, offset] = k[0].to(keys.dtype)
         values[block, :, offset] = v[0].to(values.dtype)

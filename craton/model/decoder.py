@@ -75,14 +75,15 @@ class Attention(nn.Module):
     def forward(self, x: Tensor, rope: Rope, start: Tensor | None, step: Step | None) -> Tensor:
         c, (batch, time, _) = self.config, x.shape
         qkv = joined(x, self.q_proj, self.k_proj, self.v_proj)
-        norms: list[Tensor | None] = [None, None]
+        q_norm: Tensor | None = None
+        k_norm: Tensor | None = None
         if self.q_norm and self.k_norm:
             if c.qk_norm == "head":
-                norms = [self.q_norm.scale(), self.k_norm.scale()]
+                q_norm, k_norm = self.q_norm.scale(), self.k_norm.scale()
             else:
                 q, k, v = qkv.split([c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim, c.num_key_value_heads * c.head_dim], -1)
                 qkv = torch.cat([self.q_norm(q), self.k_norm(k), v], -1)
-        q, k, v = ops.split_norm_rope(qkv, *norms, rope, c.num_attention_heads, c.num_key_value_heads, c.rms_norm_eps)
+        q, k, v = ops.split_norm_rope(qkv, q_norm, k_norm, rope, c.num_attention_heads, c.num_key_value_heads, c.rms_norm_eps)
         scale = c.attention_scale or c.head_dim**-0.5
         if step is not None:
             o = step.attend(self.layer, q, k, v, self.window, scale, c.attn_logit_softcapping, self.sinks)
@@ -170,7 +171,7 @@ class Router(nn.Module):
         if self.bias is not None:
             top, chosen = (logits + self.bias).topk(k, -1)
             return top.softmax(-1), chosen
-        scores = logits.sigmoid() if c.router == "sigmoid" else logits.softmax(-1)
+        scores = ops.exactly(torch.sigmoid, logits) if c.router == "sigmoid" else logits.softmax(-1)
         choice = scores + self.e_score_correction_bias if c.router == "sigmoid" else scores
         if c.n_group > 1:
             groups = choice.unflatten(-1, (c.n_group, -1))
@@ -314,7 +315,7 @@ class Decoder(nn.Module):
     def head(self, x: Tensor) -> Tensor:
         """Hidden states of the last norm -> logits."""
         logits, cap = self.lm_head(x), self.config.final_logit_softcapping
-        return logits if cap is None else torch.tanh(logits / cap) * cap
+        return logits if cap is None else ops.exactly(torch.tanh, logits / cap) * cap
 
     def forward(self, ids: Tensor, step: Step | None = None) -> Tensor:
         return self.head(self.model(ids, step=step))

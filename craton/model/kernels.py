@@ -53,6 +53,34 @@ def load() -> ctypes.CDLL | None:
     return library
 
 
+_SERVING = {
+    "serve_workspace": [_P, _I, _I],
+    "serve_step": [_P, _P, _P, _I, _P, _P, _P, _P, _I],
+    "serve_linear": [_P, _P, _I, _P, _I],
+    "serve_attention": [_P] * 8 + [_I],
+    "serve_pack": [_I, _P, _P, _I, _I, _P, _I],
+    "serve_read": [_P, _I, _I],
+}
+
+
+@lru_cache
+def load_serving() -> ctypes.CDLL | None:
+    """The engine's kernels (serve.cpp) for this CPU's instruction set, or None, which is said once."""
+    flags = set(cpu_facts().get("flags", "").split())
+    wide = {"avx512f", "avx512bw", "avx512vl", "avx512dq"} <= flags
+    levels = ["v4vnni"] * (wide and "avx512_vnni" in flags) + ["v4"] * wide + ["v3vnni"] * ("avx_vnni" in flags) + ["v3"] * ({"avx2", "fma", "f16c"} <= flags)
+    found = sorted(Path(__file__).parent.glob(f"_serve_{levels[0]}.*so")) if levels else []
+    if not found:
+        print("craton: compiled CPU kernels of the engine not found, using plain PyTorch (several times slower, and answers may "
+              "depend on what else is computed with them); install a C++ compiler and reinstall craton to have them", file=sys.stderr)  # fmt: skip
+        return None
+    library = ctypes.CDLL(str(found[0]))
+    for name, arguments in _SERVING.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = arguments, _I if name in ("serve_workspace", "serve_read") else None
+    return library
+
+
 @lru_cache
 def prefer_onednn() -> bool:
     """Whether fp32 products go to oneDNN instead of the BLAS that PyTorch was built with.

@@ -4,20 +4,16 @@ fp32 on a CPU with the compiled kernels: one fused pass each, with a hand-writte
 PyTorch, which torch.compile fuses on GPUs. tests/model/test_ops.py holds the two against each other.
 """
 
+import contextlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from craton.model import kernels
-
-
-def native(x: Tensor) -> Any:
-    """The engine's kernels (serve.cpp) when they apply to x, else None."""
-    return None
+from craton.model import kernels, native
 
 
 def _native(x: Tensor) -> Any:
@@ -68,8 +64,38 @@ class _Linear(torch.autograd.Function):
         return dx, dw
 
 
+_row_by_row = False
+
+
+@contextlib.contextmanager
+def row_by_row() -> Iterator[None]:
+    """Products of fp32 rows on a CPU go through the engine's kernels, where a row's result does not depend on the
+    other rows. Library products are faster for many rows but sum in an order that depends on how many there are."""
+    global _row_by_row
+    before, _row_by_row = _row_by_row, True
+    try:
+        yield
+    finally:
+        _row_by_row = before
+
+
+def _serving(x: Tensor) -> Any:
+    """The engine's kernels inside row_by_row, where they apply to x, else None."""
+    if not _row_by_row or x.device.type != "cpu" or x.dtype != torch.float32 or torch.is_grad_enabled():
+        return None
+    return kernels.load_serving()
+
+
+def exactly(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+    """function(x), inside row_by_row by way of fp64: PyTorch's vector and scalar code differ in the last bit, and which
+    of them an element meets depends on how many there are."""
+    return function(x.double()).to(x.dtype) if _row_by_row else function(x)
+
+
 def linear(x: Tensor, *ws: Tensor) -> Tensor:
     """x (..., k) times each w (n_i, k) transposed, side by side -> (..., sum of n_i)."""
+    if (library := _serving(x)) is not None:
+        return torch.cat([native.linear(library, x, w) for w in ws], -1) if len(ws) > 1 else native.linear(library, x, ws[0])
     if len(ws) > 1 and x.numel() < 64 * x.shape[-1]:  # few rows: joining the weights would cost more than it saves
         return torch.cat([linear(x, w) for w in ws], -1)
     w = ws[0] if len(ws) == 1 else torch.cat(ws)
@@ -80,6 +106,8 @@ def linear(x: Tensor, *ws: Tensor) -> Tensor:
 
 def linear_heads(x: Tensor, w: Tensor) -> Tensor:
     """Each head its own matrix: x (batch, time, heads, k), w (heads, n, k) -> (batch, time, heads, n)."""
+    if _serving(x) is not None:
+        return torch.stack([linear(x[:, :, h], w[h]) for h in range(w.shape[0])], 2)
     return torch.einsum("bthk,hnk->bthn", x, w)
 
 
@@ -176,7 +204,7 @@ def rope_table(positions: Tensor, dim: int, theta: float, scaling: dict[str, Any
     """cos and sin of each position's angles, each (time, dim / 2), fp32."""
     frequencies, factor = rope_frequencies(dim, theta, scaling, context)
     angle = positions.float()[:, None] * frequencies.to(positions.device)[None, :]
-    return angle.cos() * factor, angle.sin() * factor
+    return exactly(torch.cos, angle) * factor, exactly(torch.sin, angle) * factor
 
 
 class _SplitNormRope(torch.autograd.Function):
@@ -264,14 +292,14 @@ def gated(x: Tensor, act: str = "silu") -> Tensor:
     if act == "silu" and _native(x) and x.shape[-1] % 32 == 0 and x.numel():
         return _SwiGLU.apply(x)
     gate, up = x.chunk(2, -1)
-    return (F.silu(gate) if act == "silu" else F.gelu(gate, approximate="tanh")) * up
+    return exactly(F.silu if act == "silu" else lambda g: F.gelu(g, approximate="tanh"), gate) * up
 
 
 def gated_clamped(x: Tensor, limit: float) -> Tensor:
     """gpt-oss's variant: x (..., 2n), gate then up -> gate sigmoid(1.702 gate) (up + 1), both clamped first."""
     gate, up = x.chunk(2, -1)
     gate, up = gate.clamp(max=limit), up.clamp(-limit, limit)
-    return (up + 1) * gate * torch.sigmoid(1.702 * gate)
+    return (up + 1) * gate * exactly(torch.sigmoid, 1.702 * gate)
 
 
 # ---- attention ---------------------------------------------------------------------------------------------------
@@ -377,10 +405,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for at in range(0, x.shape[0], rows):
             part = slice(at, at + rows)
             logits = matmul_t(x[part], w)
-            if (native := _native(logits)) is not None:
+            if (library := _native(logits)) is not None:
                 logits = logits.contiguous()
                 t, k, piece = target[part].contiguous(), weight[part].contiguous(), loss[part]
-                native.cross_entropy(_ptr(logits), _ptr(t), _ptr(k), _ptr(piece), logits.shape[0], logits.shape[1])
+                library.cross_entropy(_ptr(logits), _ptr(t), _ptr(k), _ptr(piece), logits.shape[0], logits.shape[1])
             else:
                 log_p = torch.log_softmax(logits.float(), -1)
                 loss[part] = F.nll_loss(log_p, target[part], reduction="none")

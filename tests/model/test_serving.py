@@ -1,0 +1,87 @@
+"""The engine's kernels: against plain PyTorch, and a row's bits against whatever is computed beside it."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from craton.model import kernels, native, ops
+from craton.model.cache import PagedCache, single_step
+from craton.model.serving import FusedStep, PackedLinear, fused, unpacked
+from craton.weights.folder import load_network
+from tests.weights.families import FAMILIES, make
+
+library = kernels.load_serving()
+pytestmark = pytest.mark.skipif(library is None, reason="kernels not built")
+
+
+def weights(rows, cols, bits):
+    values = torch.randint(0, 256, (rows, cols * bits // 8), dtype=torch.uint8)
+    scales = (torch.rand(rows, cols // 32) * 0.1 - 0.05).half()
+    return values, scales
+
+
+@settings(deadline=None, max_examples=40)
+@given(bits=st.sampled_from([4, 8]), rows=st.integers(1, 9), cols=st.integers(1, 9), tokens=st.integers(1, 40))
+def test_packed_linear(bits, rows, cols, tokens):
+    torch.manual_seed(rows * 100 + cols)
+    values, scales = weights(rows * 16, cols * 32, bits)
+    layer, x = PackedLinear(values, scales, bits), torch.randn(tokens, cols * 32)
+    x[0, :32] = 0
+    y = layer(x)
+    scale = x.unflatten(-1, (-1, 32)).abs().amax(-1, keepdim=True) / 127
+    rounded = (torch.where(scale > 0, (x.unflatten(-1, (-1, 32)) / scale).round(), 0) * scale).flatten(-2)
+    torch.testing.assert_close(y, rounded @ unpacked(values, scales, bits).t(), atol=2e-3, rtol=1e-3)
+    for t in range(tokens):
+        assert torch.equal(layer(x[t : t + 1])[0], y[t])
+
+
+@settings(deadline=None, max_examples=40)
+@given(rows=st.integers(1, 50), cols=st.integers(1, 90), tokens=st.integers(1, 40), bf16=st.booleans())
+def test_linear_row_by_row(rows, cols, tokens, bf16):
+    torch.manual_seed(rows * 100 + cols)
+    x, w = torch.randn(tokens, cols), torch.randn(rows, cols)
+    w = w.bfloat16() if bf16 else w
+    y = native.linear(library, x, w)
+    torch.testing.assert_close(y, x @ w.float().t(), atol=1e-4, rtol=1e-4)
+    for t in range(tokens):
+        assert torch.equal(native.linear(library, x[t : t + 1], w)[0], y[t])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_row_by_row_logits(name, tmp_path):
+    """Each family through the kernels: the same logits, and the same bits however the tokens are cut into steps."""
+    make(name, tmp_path)
+    network = load_network(tmp_path)
+    ids = torch.randint(3, 128, (1, 60))
+    with torch.inference_mode():
+        plain = network(ids)
+        with ops.row_by_row():
+            outputs = []
+            for cuts in ((0, 60), (0, 20, 21, 22, 37, 60), tuple(range(61))):
+                cache = PagedCache(network.config, 4)
+                outputs.append(torch.cat([network(ids[:, a:b], single_step(cache, a, b - a)) for a, b in zip(cuts, cuts[1:])], 1))
+    torch.testing.assert_close(outputs[0], plain, atol=1e-4, rtol=0)
+    assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
+
+
+@pytest.mark.parametrize("name", [n for n in FAMILIES if n.split("-")[0] in ("llama2", "llama3.1", "llama3.2", "llama", "mistral", "qwen2", "qwen3", "smollm3") and n != "llama-biased"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fused_step(name, dtype, tmp_path):
+    make(name, tmp_path)
+    network = load_network(tmp_path, dtype=dtype)
+    assert fused(network.config)
+    ids = torch.randint(3, 128, (1, 60))
+    with torch.inference_mode():
+        plain = load_network(tmp_path, dtype=dtype).float()(ids)
+        outputs = []
+        for cuts in ((0, 60), (0, 20, 21, 23, 37, 60), tuple(range(61))):
+            cache = PagedCache(network.config, 4)
+            run = FusedStep(network, cache.keys, cache.values, 64)
+            parts = []
+            for a, b in zip(cuts, cuts[1:]):
+                logits, hidden = run.run(ids[0, a:b].int(), single_step(cache, a, b - a), torch.arange(b - a, dtype=torch.int32))
+                parts.append(logits)
+            outputs.append(torch.cat(parts))
+    torch.testing.assert_close(outputs[0][None], plain, atol=2e-4, rtol=0)
+    assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
