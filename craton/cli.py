@@ -124,22 +124,20 @@ def generate(
     json_: Json = False,
 ) -> None:
     """Continue a prompt."""
-    from craton.engine.generate import stream
     from craton.engine.model import load_model
+    from craton.engine.request import Sampling
 
-    loaded, ids, shown = load_model(model), list[int](), ""
-    say_now = not json_
-    if say_now:
+    loaded, ids, text = load_model(model), list[int](), ""
+    if not json_:
         print(prompt, end="", flush=True)
-    for token in stream(loaded.network, loaded.tokenizer.encode(prompt), max_tokens, temperature, seed, loaded.network.config.eos_token_id):
-        ids.append(token)
-        text = loaded.tokenizer.decode(ids)
-        if say_now and not text.endswith("\ufffd"):
-            print(text[len(shown) :], end="", flush=True)
-            shown = text
-    if say_now:
+    for event in loaded.engine.stream(loaded.tokenizer.encode(prompt), Sampling(max_tokens, temperature, seed=seed)):
+        ids += event.token_ids
+        text += event.text
+        if not json_:
+            print(event.text, end="", flush=True)
+    if not json_:
         print()
-    _emit(json_, {"text": loaded.tokenizer.decode(ids), "token_ids": ids})
+    _emit(json_, {"text": text, "token_ids": ids})
 
 
 @app.command()

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from craton.base import UserError, read_json, say
-from craton.engine.generate import stream
 from craton.engine.model import load_model
+from craton.engine.request import Sampling
 from craton.text.tokenizer import render_chat
 
 
@@ -39,16 +39,11 @@ def chat(path: str, max_tokens: int, temperature: float, seed: int) -> dict[str,
         messages.append({"role": "user", "content": line})
         text = text + line if base else render_chat(model.tokenizer, messages)
         prompt = model.tokenizer.encode(text)[-(context - min(max_tokens, context // 2)) :]
-        ids: list[int] = []
-        shown = ""
-        for token in stream(model.network, prompt, max_tokens, temperature, seed + turn, model.network.config.eos_token_id):
-            ids.append(token)
-            answer = model.tokenizer.decode(ids)
-            if not answer.endswith("\ufffd"):
-                print(answer[len(shown) :], end="", flush=True)
-                shown = answer
+        answer = ""
+        for event in model.engine.stream(prompt, Sampling(max_tokens, temperature, seed=seed + turn)):
+            print(event.text, end="", flush=True)
+            answer += event.text
         print()
-        answer = model.tokenizer.decode(ids)
         messages.append({"role": "assistant", "content": answer})
         text += answer
     return {"messages": messages}

@@ -1,36 +1,58 @@
 """A model folder opened for use: network and tokenizer together."""
 
+from functools import cached_property
 from pathlib import Path
+from typing import Any
 
-from craton.engine.generate import stream
+import torch
+
+from craton.engine.engine import Engine
+from craton.engine.request import Completion, Sampling
 from craton.model.decoder import Decoder
 from craton.text.tokenizer import Tokenizer
 from craton.weights.folder import check_fit, load_network
 
 
 class Model:
-    """`network(ids)` gives logits; `generate(prompt)` gives text."""
+    """`network(ids)` gives logits; `generate(prompt)` gives text; `engine` serves many requests at once."""
 
-    def __init__(self, network: Decoder, tokenizer: Tokenizer):
+    def __init__(self, network: Decoder, tokenizer: Tokenizer, engine_options: dict[str, Any] | None = None):
         self.network = network
         self.tokenizer = tokenizer
+        self.engine_options = engine_options or {}
+
+    @cached_property
+    def engine(self) -> Engine:
+        """Made at first use, from the weights as they are then."""
+        return Engine(self.network, self.tokenizer, **self.engine_options)
+
+    def complete(self, prompt: str | list[int], sampling: Sampling) -> Completion:
+        """One answer. Raises UserError if the prompt does not fit the context."""
+        ids = self.tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
+        return self.engine.generate([ids], sampling)[0][0]
 
     def generate_ids(self, prompt: str, max_tokens: int = 256, temperature: float = 1.0, seed: int = 0) -> list[int]:
         """Ids that follow the prompt."""
-        eos = self.network.config.eos_token_id
-        return list(stream(self.network, self.tokenizer.encode(prompt), max_tokens, temperature, seed, eos))
+        return self.complete(prompt, Sampling(max_tokens, temperature, seed=seed)).token_ids
 
     def generate(self, prompt: str, max_tokens: int = 256, temperature: float = 1.0, seed: int = 0) -> str:
         """Text that follows the prompt, until the end of the document or max_tokens. temperature 0 is greedy.
 
         Raises UserError if the prompt does not fit the context.
         """
-        return self.tokenizer.decode(self.generate_ids(prompt, max_tokens, temperature, seed))
+        return self.complete(prompt, Sampling(max_tokens, temperature, seed=seed)).text
 
 
-def load_model(path: str, device: str = "cpu") -> Model:
-    """Open a model folder. Raises UserError naming what is missing or damaged."""
+def load_model(path: str, device: str = "cpu", **engine_options: Any) -> Model:
+    """Open a model folder. Raises UserError naming what is missing or damaged. engine_options: see Engine."""
     folder = Path(path)
     network, tokenizer = load_network(folder, device), Tokenizer.open(folder)
     check_fit(network.config, tokenizer, folder)
-    return Model(network, tokenizer)
+    return Model(network, tokenizer, engine_options)
+
+
+def greedy(network: Decoder, prompt: list[int], max_tokens: int) -> list[int]:
+    """The likeliest continuation by a network that is being trained, as it is now."""
+    engine = Engine(network, cache_bytes=64 << 20)
+    with torch.inference_mode():
+        return engine.generate([prompt], Sampling(max_tokens, 0.0))[0][0].token_ids

@@ -51,9 +51,9 @@ class Step:
         """Store k (1, tokens, kv_heads, key size) and v, then attend to all that q (1, tokens, heads, key size) may see
         -> (1, tokens, heads, value size)."""
         keys, values = self.cache.keys[layer], self.cache.values[layer]
-        if q.device.type == "cpu" and q.dtype == torch.float32 and v.shape[3] % 16 == 0 and not torch.is_grad_enabled() and ops.observer is None:
-            if (library := kernels.load_serving()) is not None:
-                return native.paged_attention(library, q, k, v, keys, values, self, window, scale, softcap, sinks)
+        plain = q.device.type != "cpu" or q.dtype != torch.float32 or v.shape[3] % 16 != 0 or torch.is_grad_enabled() or ops.observer is not None
+        if not plain and (library := kernels.load_serving()) is not None:
+            return native.paged_attention(library, q, k, v, keys, values, self, window, scale, softcap, sinks)
         block, offset = self.slots.long() // BLOCK, self.slots.long() % BLOCK
         keys[block, :, :, offset] = k[0].to(keys.dtype)
         values[block, :, offset] = v[0].to(values.dtype)

@@ -156,6 +156,8 @@ class MLP(nn.Module):
 class Router(nn.Module):
     """Which experts a token goes to, and with what weights."""
 
+    e_score_correction_bias: Tensor
+
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
@@ -226,12 +228,14 @@ class MoE(nn.Module):
         super().__init__()
         self.gate = Router(config)
         self.experts = Experts(config)
-        self.shared_experts = MLP(config, config.shared_intermediate_size, False) if config.shared_intermediate_size else None
+        self.shared_experts: MLP | None = MLP(config, config.shared_intermediate_size, False) if config.shared_intermediate_size else None
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, 1)
         y = self.experts(rows, *self.gate(rows)).view_as(x)
-        return y if self.shared_experts is None else y + self.shared_experts(x)
+        if self.shared_experts is not None:
+            y = y + self.shared_experts(x)
+        return y
 
 
 class Block(nn.Module):

@@ -8,6 +8,7 @@ import platform
 import sys
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -64,7 +65,7 @@ _SERVING = {
 
 
 @lru_cache
-def load_serving() -> ctypes.CDLL | None:
+def load_serving() -> Any:
     """The engine's kernels (serve.cpp) for this CPU's instruction set, or None, which is said once."""
     flags = set(cpu_facts().get("flags", "").split())
     wide = {"avx512f", "avx512bw", "avx512vl", "avx512dq"} <= flags

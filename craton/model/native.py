@@ -1,7 +1,7 @@
 """Calls into the engine's kernels (serve.cpp): C structures and the functions that need no module."""
 
 import ctypes
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -10,25 +10,25 @@ _I, _P, _F = ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
 
 
 class MatrixC(ctypes.Structure):
-    _fields_ = [("data", _P), ("bias", _P), ("rows", _I), ("cols", _I), ("kind", _I)]
+    _fields_: ClassVar[Any] = [("data", _P), ("bias", _P), ("rows", _I), ("cols", _I), ("kind", _I)]
 
 
 class LayerC(ctypes.Structure):
-    _fields_ = [(n, MatrixC) for n in ("q", "k", "v", "o", "gate", "up", "down")] + [
+    _fields_: ClassVar[Any] = [(n, MatrixC) for n in ("q", "k", "v", "o", "gate", "up", "down")] + [
         (n, _P) for n in ("norm", "mlp_norm", "q_norm", "k_norm", "keys", "values")] + [("window", _I), ("rope", _I)]  # fmt: skip
 
 
 class ModelC(ctypes.Structure):
-    _fields_ = [(n, _I) for n in ("layers", "hidden", "heads", "kv_heads", "head_dim", "intermediate", "vocabulary", "embedding_kind")] + [
+    _fields_: ClassVar[Any] = [(n, _I) for n in ("layers", "hidden", "heads", "kv_heads", "head_dim", "intermediate", "vocabulary", "embedding_kind")] + [
         ("eps", _F), ("scale", _F), ("layer", _P), ("head", MatrixC), ("embedding", _P), ("norm", _P), ("cos", _P), ("sin", _P)]  # fmt: skip
 
 
 class StepC(ctypes.Structure):  # craton/model/cache.py: Step
-    _fields_ = [(n, _I) for n in ("tokens", "sequences", "most_blocks")] + [(n, _P) for n in ("positions", "slots", "starts", "lengths", "tables")]
+    _fields_: ClassVar[Any] = [(n, _I) for n in ("tokens", "sequences", "most_blocks")] + [(n, _P) for n in ("positions", "slots", "starts", "lengths", "tables")]
 
 
 class HeadsC(ctypes.Structure):
-    _fields_ = [(n, _I) for n in ("heads", "kv_heads", "key", "value", "window")] + [("scale", _F), ("softcap", _F), ("sinks", _P)]
+    _fields_: ClassVar[Any] = [(n, _I) for n in ("heads", "kv_heads", "key", "value", "window")] + [("scale", _F), ("softcap", _F), ("sinks", _P)]
 
 
 def step_of(step: Any) -> StepC:

@@ -5,6 +5,7 @@ fp32 for each product, which is said once.
 """
 
 import ctypes
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -109,9 +110,9 @@ class FusedStep:
             attention, mlp = block.self_attn, block.mlp
             assert isinstance(attention, Attention) and isinstance(mlp, MLP)
             parts = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-            for (name, _), layer in zip(LayerC._fields_[:7], parts, strict=True):
+            for name, layer in zip(("q", "k", "v", "o", "gate", "up", "down"), parts, strict=True):
                 setattr(layers[i], name, self._matrix(layer))
-            norms = (block.input_layernorm, block.post_attention_layernorm, attention.q_norm, attention.k_norm)
+            norms: Any = (block.input_layernorm, block.post_attention_layernorm, attention.q_norm, attention.k_norm)
             for name, norm in zip(("norm", "mlp_norm", "q_norm", "k_norm"), norms, strict=True):
                 setattr(layers[i], name, self._float(norm.weight) if norm else None)
             layers[i].keys, layers[i].values = keys[i].data_ptr(), values[i].data_ptr()
@@ -135,7 +136,7 @@ class FusedStep:
     def _matrix(self, layer: nn.Module) -> MatrixC:
         if isinstance(layer, PackedLinear):
             self.kept.append(layer.values)  # type: ignore[arg-type]
-            return MatrixC(layer.values.data_ptr(), self._float(layer.bias) if layer.bias is not None else None, layer.rows, layer.cols, layer.bits)  # type: ignore[union-attr,operator,arg-type]
+            return MatrixC(layer.values.data_ptr(), self._float(layer.bias) if layer.bias is not None else None, layer.rows, layer.cols, layer.bits)  # type: ignore[operator,arg-type]
         assert isinstance(layer, Linear)
         weight = layer.weight.detach()
         weight = (weight if weight.dtype in (torch.float32, torch.bfloat16) else weight.float()).contiguous()

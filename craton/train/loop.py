@@ -18,7 +18,7 @@ from torch import Tensor
 from craton.base import Progress, UserError, count, say, span
 from craton.corpus.batches import Batch, Batches, heldout_rows
 from craton.corpus.store import Corpus
-from craton.engine.generate import stream
+from craton.engine.model import greedy
 from craton.model.config import ModelConfig
 from craton.model.decoder import Decoder, initialise
 from craton.text.tokenizer import Tokenizer
@@ -228,7 +228,7 @@ class Run:
             return ""
         source = self.heldout[0].ids[0] if self.heldout else self.batches.batch(0).ids[0]
         prompt = source[:12].tolist()
-        out = list(stream(self.network, prompt, min(tokens, self.config.max_position_embeddings - 13), 0.0))
+        out = greedy(self.network, prompt, min(tokens, self.config.max_position_embeddings - 13))
         return f"{self.tokenizer.decode(prompt)}|{self.tokenizer.decode(out)}"
 
     # ---- training ----

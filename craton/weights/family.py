@@ -79,13 +79,13 @@ class Family:
             if key not in known and not key.startswith("_"):
                 raise ValueError(f"{key} is not known for {self.model_type}{nearest(key, known)}; a setting that is not understood could change every answer")
         raw = {**self.defaults, **{k: v for k, v in raw.items() if v is not None or k not in self.defaults}}
-        for key, values in self.fixed.items():
-            if key in raw and raw[key] not in values:
-                raise ValueError(f"{key} is {raw[key]!r}; {self.model_type} is supported with {' or '.join(map(repr, values))}")
+        for key, allowed in self.fixed.items():
+            if key in raw and raw[key] not in allowed:
+                raise ValueError(f"{key} is {raw[key]!r}; {self.model_type} is supported with {' or '.join(map(repr, allowed))}")
         for key in ("hidden_size", "num_attention_heads", "num_hidden_layers"):
             if not isinstance(raw.get(key), int) or isinstance(raw[key], bool) or not 1 <= raw[key] <= 1 << 24:
                 raise ValueError(f"{key} is {raw.get(key)!r}, must be a whole number of at least 1")
-        values = {key: raw[key] for key in (*COMMON, *self.same) if key in raw}
+        values: dict[str, Any] = {key: raw[key] for key in (*COMMON, *self.same) if key in raw}
         values |= {ours: raw[key] for key, ours in self.renamed.items() if raw.get(key) is not None}
         if values.get("head_dim") is None:
             values["head_dim"] = raw["hidden_size"] // raw["num_attention_heads"]

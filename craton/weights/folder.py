@@ -91,7 +91,7 @@ def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
     """SHA-256 over the bytes of tensors in the order of their names."""
     h = hashlib.sha256()
     for _, tensor in sorted(tensors, key=lambda item: item[0]):
-        h.update(tensor.contiguous().flatten().view(torch.uint8).numpy())
+        h.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
     return h.hexdigest()
 
 
@@ -169,7 +169,7 @@ def write_shards(folder: Path, tensors: Iterator[tuple[str, Tensor]], total: int
     if len(shards) == 1:
         (folder / "model-00001.safetensors").replace(folder / "model.safetensors")
         return
-    weight_map = {}
+    weight_map: dict[str, str] = {}
     for i, names in enumerate(shards):
         final = f"model-{i + 1:05}-of-{len(shards):05}.safetensors"
         (folder / f"model-{i + 1:05}.safetensors").replace(folder / final)

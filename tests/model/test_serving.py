@@ -60,7 +60,7 @@ def test_row_by_row_logits(name, tmp_path):
             outputs = []
             for cuts in ((0, 60), (0, 20, 21, 22, 37, 60), tuple(range(61))):
                 cache = PagedCache(network.config, 4)
-                outputs.append(torch.cat([network(ids[:, a:b], single_step(cache, a, b - a)) for a, b in zip(cuts, cuts[1:])], 1))
+                outputs.append(torch.cat([network(ids[:, a:b], single_step(cache, a, b - a)) for a, b in zip(cuts, cuts[1:], strict=False)], 1))
     torch.testing.assert_close(outputs[0], plain, atol=1e-4, rtol=0)
     assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
 
@@ -79,7 +79,7 @@ def test_fused_step(name, dtype, tmp_path):
             cache = PagedCache(network.config, 4)
             run = FusedStep(network, cache.keys, cache.values, 64)
             parts = []
-            for a, b in zip(cuts, cuts[1:]):
+            for a, b in zip(cuts, cuts[1:], strict=False):
                 logits, hidden = run.run(ids[0, a:b].int(), single_step(cache, a, b - a), torch.arange(b - a, dtype=torch.int32))
                 parts.append(logits)
             outputs.append(torch.cat(parts))

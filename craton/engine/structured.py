@@ -1,0 +1,128 @@
+"""Structured output: answers that follow a JSON schema, a regular expression, a choice or a grammar, by llguidance.
+
+A model that does not mean to stop can fill every string and array until its tokens run out. So when what is left is
+about what closing everything takes, the answer is closed: of the tokens that the grammar allows, the one that ends
+the most.
+"""
+
+import json
+from typing import Any
+
+import torch
+from llguidance import LLMatcher, LLTokenizer
+from llguidance.torch import allocate_token_bitmask, fill_next_token_bitmask
+from torch import Tensor
+
+from craton.base import UserError
+from craton.engine.request import Sampling
+from craton.text.tokenizer import Tokenizer
+
+_MOST_SCHEMA = 256 << 10  # bytes
+_CLOSERS = ("}", "]", '"', "null", "0", "false", "1", "a", "-", ".", ":", ",", " ")
+
+
+class Grammars:
+    """The tokenizer as llguidance knows it; made once for an engine."""
+
+    def __init__(self, tokenizer: Tokenizer, vocabulary: int, ends: tuple[int, ...]):
+        self.vocabulary = vocabulary
+        self.ends = ends
+        eos = ends[0] if ends else tokenizer.eos_id
+        if eos is None:
+            raise UserError("structured output needs a model with an end token; config.json has no eos_token_id")
+        self.tokenizer = LLTokenizer(tokenizer.backend.to_str(), n_vocab=vocabulary, eos_token=[int(e) for e in ends] or int(eos))
+        self.order = [t[0] for c in _CLOSERS if len(t := self.tokenizer.tokenize_str(c)) == 1]
+        lengths = [len(self.tokenizer.decode_bytes([i])) for i in range(min(vocabulary, tokenizer.vocab_size))]
+        self.short = sorted(range(len(lengths)), key=lambda i: (lengths[i] or 99, i))[:4096]
+
+    def matcher(self, s: Sampling) -> "Matcher | None":
+        """UserError if the request's schema or grammar is wrong, too large or cannot be met; None if it has none."""
+        if s.json_schema is not None:
+            name, text = "json_schema", s.json_schema
+        elif s.regex is not None:
+            name, text = "regex", s.regex
+        elif s.choice:
+            name, text = "choice", "start: " + " | ".join(json.dumps(c, ensure_ascii=False) for c in s.choice)
+        elif s.grammar is not None:
+            name, text = "grammar", s.grammar
+        else:
+            return None
+        if len(text) > _MOST_SCHEMA:
+            raise UserError(f"{name} has {len(text)} characters, at most {_MOST_SCHEMA} are accepted")
+        try:
+            if name == "json_schema":
+                schema = json.loads(text)
+                if not isinstance(schema, dict | bool):
+                    raise UserError("json_schema must be an object")
+                if isinstance(schema, dict):
+                    schema = {**schema, "x-guidance": {"whitespace_flexible": False, **schema.get("x-guidance", {})}}
+                grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema))
+            elif name == "regex":
+                grammar = LLMatcher.grammar_from_regex(text)
+            else:
+                grammar = LLMatcher.grammar_from_lark(text)
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{name} cannot be read ({_first_line(error)})") from None
+        if problem := LLMatcher.validate_grammar(grammar, self.tokenizer):
+            raise UserError(f"{name} cannot be met or read ({_first_line(problem)})")
+        matcher = LLMatcher(self.tokenizer, grammar, log_level=0)
+        if matcher.is_error():
+            raise UserError(f"{name} cannot be met or read ({_first_line(matcher.get_error())})")
+        return Matcher(self, matcher)
+
+
+def _first_line(error: Any) -> str:
+    return str(error).strip().splitlines()[0][:300]
+
+
+class Matcher:
+    """One answer's place in its grammar."""
+
+    def __init__(self, grammars: Grammars, matcher: Any):
+        self.grammars, self.matcher = grammars, matcher
+        self.bits = allocate_token_bitmask(1, grammars.vocabulary)
+        self.closing = False
+        self.check_at: int | None = None  # tokens left at which to look again how many closing takes
+
+    def mask(self, logits: Tensor, left: int) -> Tensor:
+        """logits (vocabulary,) with -inf where the grammar does not go on; `left` tokens may still be given."""
+        if not self.closing and (self.check_at is None or left <= self.check_at):
+            need = self._closing_length(left)
+            self.closing = need + 2 >= left
+            self.check_at = left - max(1, (left - need) // 2)
+        fill_next_token_bitmask(self.matcher, self.bits)
+        allowed = _bools(self.bits[0], logits.shape[0])
+        if self.closing and (token := self._closer(allowed)) is not None:
+            allowed = torch.zeros_like(allowed)
+            allowed[token] = True
+        if not allowed.any():
+            raise UserError(f"the grammar allows no token here ({_first_line(self.matcher.get_error() or 'dead end')})")
+        return logits.masked_fill(~allowed, -torch.inf)
+
+    def _closer(self, allowed: Tensor) -> int | None:
+        for token in (*self.grammars.ends, *self.grammars.order):
+            if allowed[token]:
+                return int(token)
+        return next((t for t in self.grammars.short if allowed[t]), None)
+
+    def _closing_length(self, most: int) -> int:
+        """Tokens that closing takes from here, at most `most`."""
+        trial = Matcher(self.grammars, self.matcher.deep_copy())
+        for count in range(min(most, 2048)):
+            if trial.matcher.is_stopped() or trial.matcher.is_accepting():
+                return count
+            fill_next_token_bitmask(trial.matcher, trial.bits)
+            token = trial._closer(_bools(trial.bits[0], self.grammars.vocabulary))
+            if token is None or not trial.matcher.consume_token(token):
+                break
+        return most
+
+    def accept(self, token: int) -> bool:
+        """Whether the answer is complete with this token."""
+        self.matcher.consume_token(token)
+        return bool(self.matcher.is_stopped())
+
+
+def _bools(bits: Tensor, size: int) -> Tensor:
+    """int32 words of 32 bits -> (size,) bool."""
+    return ((bits[:, None] >> torch.arange(32, dtype=torch.int32)) & 1).flatten()[:size].bool()
