@@ -11,7 +11,6 @@ from typing import Any
 from craton.base import UserError, read_json, say
 from craton.engine.model import load_model
 from craton.engine.request import Sampling
-from craton.text.tokenizer import render_chat
 
 
 def _lines() -> Any:
@@ -31,14 +30,15 @@ def chat(path: str, max_tokens: int, temperature: float, seed: int) -> dict[str,
     base = (folder / "record.json").exists() and read_json(folder / "record.json").get("objective") == "pretraining"
     if base:
         say("This model was only pretrained: it goes on with your text rather than answering. An empty line ends.")
-    elif not model.tokenizer.config.get("chat_template"):
+    elif model.tokenizer.chat_template is None:
         raise UserError(f"{path}: tokenizer_config.json has no chat_template; use 'craton generate'")
     messages: list[dict[str, str]] = []
     text, context = "", model.network.config.max_position_embeddings
     for turn, line in enumerate(_lines()):
         messages.append({"role": "user", "content": line})
-        text = text + line if base else render_chat(model.tokenizer, messages)
-        prompt = model.tokenizer.encode(text)[-(context - min(max_tokens, context // 2)) :]
+        text += line
+        ids = model.tokenizer.encode(text) if base else model.tokenizer.encode_chat(messages)
+        prompt = ids[-(context - min(max_tokens, context // 2)) :]
         answer = ""
         for event in model.engine.stream(prompt, Sampling(max_tokens, temperature, seed=seed + turn)):
             print(event.text, end="", flush=True)

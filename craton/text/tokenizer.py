@@ -18,6 +18,8 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trai
 from tokenizers import Tokenizer as Backend
 
 from craton.base import UserError, publish, read_json, write_json
+from craton.text import formats
+from craton.text.template import ChatTemplate
 
 # Qwen 2's pattern, but numbers in groups of at most two digits: for small vocabularies that lowers bits per byte
 # (nanochat measured 0.972 -> 0.965).
@@ -35,13 +37,6 @@ CHAT_TEMPLATE = (
 )
 
 
-def _unicode_to_byte() -> dict[str, int]:
-    """The printable stand-ins that byte-level BPE uses for bytes (GPT-2's table)."""
-    plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    rest = [b for b in range(256) if b not in plain]
-    return {chr(c): b for b, c in zip(plain + rest, plain + [256 + i for i in range(len(rest))], strict=True)}
-
-
 class Tokenizer:
     """A tokenizer folder: `tokenizer.json` with `tokenizer_config.json`."""
 
@@ -54,15 +49,23 @@ class Tokenizer:
     @classmethod
     def open(cls, folder: Path) -> "Tokenizer":
         """Raises UserError if the folder holds no usable tokenizer."""
-        path = folder / "tokenizer.json"
-        if not path.is_file():
-            raise UserError(f"{folder}: no tokenizer.json there; give a folder that holds one")
-        try:
-            backend = Backend.from_file(str(path))
-        except Exception as error:  # the library raises bare Exception
-            raise UserError(f"{path}: not a tokenizer file ({str(error).splitlines()[0]})") from None
-        config_path = folder / "tokenizer_config.json"
-        return cls(backend, read_json(config_path) if config_path.exists() else {})
+        path, config_path, template = folder / "tokenizer.json", folder / "tokenizer_config.json", folder / "chat_template.jinja"
+        config: dict[str, Any] = {}
+        if path.is_file():
+            try:
+                backend = Backend.from_file(str(path))
+            except Exception as error:  # the library raises bare Exception
+                raise UserError(f"{path}: not a tokenizer file ({str(error).splitlines()[0]})") from None
+        else:
+            backend, config = formats.find(folder)
+        if config_path.exists():
+            own = read_json(config_path)
+            if not isinstance(own, dict):
+                raise UserError(f"{config_path}: not an object")
+            config |= own
+        if template.is_file():
+            config["chat_template"] = template.read_text(encoding="utf-8")
+        return cls(backend, config)
 
     def save(self, folder: Path) -> None:
         with publish(folder / "tokenizer.json") as temporary:
@@ -96,6 +99,32 @@ class Tokenizer:
         """Text of ids, special tokens left out."""
         return self.backend.decode(ids, skip_special_tokens=True)
 
+    @cached_property
+    def chat_template(self) -> ChatTemplate | None:
+        """The model's template, the one for tools where there are several; None if it has none."""
+        source = self.config.get("chat_template")
+        if isinstance(source, list):  # older folders: [{"name": ..., "template": ...}]
+            named = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}
+            source = named.get("default") or next(iter(named.values()), None)
+        if not isinstance(source, str):
+            return None
+        special = {}
+        for name in ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"):
+            token = self.config.get(name)
+            if token is not None:
+                special[name] = token["content"] if isinstance(token, dict) else token
+        return ChatTemplate(source, special)
+
+    def render_chat(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None, add_generation_prompt: bool = True, **more: Any) -> str:
+        """Messages as the text that the model's chat template makes of them. UserError if it has none or refuses them."""
+        if self.chat_template is None:
+            raise UserError("tokenizer_config.json: no chat_template, so this model cannot chat")
+        return self.chat_template.render(messages, tools, add_generation_prompt, **more)
+
+    def encode_chat(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None, add_generation_prompt: bool = True, **more: Any) -> list[int]:
+        """The same as ids; the template writes the special tokens itself."""
+        return self.backend.encode(self.render_chat(messages, tools, add_generation_prompt, **more), add_special_tokens=False).ids
+
     def token_bytes(self) -> np.ndarray:
         """(vocab_size,) int64: bytes of text that each id stands for; 0 for special tokens."""
         state = json.loads(self.backend.to_str())
@@ -123,7 +152,7 @@ class Tokenizer:
             return None
         import tiktoken
 
-        table, special = _unicode_to_byte(), {t["content"] for t in state["added_tokens"]}
+        table, special = {c: b for b, c in formats.byte_to_unicode().items()}, {t["content"] for t in state["added_tokens"]}
         ranks = {bytes(table[c] for c in k): i for k, i in model["vocab"].items() if k not in special}
         fast = tiktoken.Encoding("craton", pat_str=split["pattern"]["Regex"], mergeable_ranks=ranks, special_tokens={})
         probes = ["def f(x):\n\treturn x ** 2  # 12345\n\n\n", "It's 3.14159 — naïve “quotes”, 日本語 and 🙂🙂  end ", PATTERN * 3]
@@ -171,18 +200,3 @@ def choose_vocab_size(text_bytes: int) -> int:
     """
     size = 13 * max(text_bytes, 1) ** 0.355
     return min(65_536, max(1_024, 2 ** round(math.log2(size))))
-
-
-def render_chat(tokenizer: Tokenizer, messages: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
-    """Messages as the text that the model's chat template makes of them. UserError if it has none or refuses them."""
-    from jinja2 import TemplateError
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    template = tokenizer.config.get("chat_template")
-    if not template:
-        raise UserError("tokenizer_config.json: no chat_template, so this model cannot chat")
-    names = {k: tokenizer.config.get(k) or "" for k in ("bos_token", "eos_token")}
-    try:
-        return ImmutableSandboxedEnvironment().from_string(template).render(messages=messages, add_generation_prompt=add_generation_prompt, **names)
-    except TemplateError as error:
-        raise UserError(f"tokenizer_config.json: chat_template failed ({error})") from None

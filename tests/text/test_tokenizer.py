@@ -7,7 +7,7 @@ from tokenizers import Tokenizer as Backend
 from transformers import AutoTokenizer
 
 from craton.base import UserError
-from craton.text.tokenizer import END, Tokenizer, choose_vocab_size, render_chat, train_tokenizer
+from craton.text.tokenizer import END, Tokenizer, choose_vocab_size, train_tokenizer
 from tests.conftest import STDLIB
 
 
@@ -53,7 +53,7 @@ def test_folder_opens_in_transformers(tokenizer, tmp_path):
     text = "def f(x):\n    return x ** 2  # 12345 naïve\n"
     assert theirs(text)["input_ids"] == tokenizer.encode(text) and tokenizer.encode(text)[0] == tokenizer.document_id
     messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}, {"role": "user", "content": "?"}]
-    assert theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == render_chat(tokenizer, messages)
+    assert theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == tokenizer.render_chat(messages)
 
 
 def test_a_tokenizer_of_another_kind_uses_the_library(tmp_path):
