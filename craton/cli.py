@@ -116,7 +116,7 @@ def train(
 
 @app.command()
 def generate(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder.")],
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, or a GGUF file.")],
     prompt: Annotated[str, typer.Argument(metavar="PROMPT")],
     max_tokens: Annotated[int, typer.Option()] = 256,
     temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.8,
@@ -127,6 +127,8 @@ def generate(
     from craton.engine.model import load_model
     from craton.engine.request import Sampling
 
+    if max_tokens < 1:
+        raise UserError(f"--max-tokens is {max_tokens}, must be at least 1")
     loaded, ids, text = load_model(model), list[int](), ""
     if not json_:
         print(prompt, end="", flush=True)
@@ -152,6 +154,77 @@ def chat(
     from craton.engine.chat import chat as run
 
     _emit(json_, run(model, max_tokens, temperature, seed))
+
+
+@app.command()
+def pull(
+    name: Annotated[str, typer.Argument(metavar="ORG/NAME", help="A model on the hub (HF_ENDPOINT, or huggingface.co).")],
+    out: Annotated[Path | None, typer.Option(help="The folder; NAME if left out.")] = None,
+    revision: Annotated[str | None, typer.Option(help="A branch, tag or commit.")] = None,
+    json_: Json = False,
+) -> None:
+    """Download a published model; run again, it goes on where it stopped."""
+    from craton.weights.hub import pull as run
+
+    _emit(json_, run(name, out or Path(name.split("/")[-1]), revision))
+
+
+@app.command()
+def inspect(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A model folder; config.json is enough without --prompt.")],
+    context: Annotated[int | None, typer.Option(help="Tokens a sequence, for the memory; at most 4096 if left out.")] = None,
+    batch: Annotated[int, typer.Option(help="Sequences at once, for the memory.")] = 1,
+    prompt: Annotated[str | None, typer.Option(help="Write a page on what the model computes for this text.")] = None,
+    out: Annotated[Path, typer.Option(help="The page.")] = Path("inspect.html"),
+    json_: Json = False,
+) -> None:
+    """What a model is made of, what it needs, and with --prompt what it computes: probabilities, attention, layers."""
+    from craton.report import inspect as look
+
+    facts = look.inspect(model, context, batch)
+    if prompt is not None:
+        from craton.engine.model import load_model
+
+        look.write_page(out, f"{model.resolve().name}: {prompt[:60]}", look.observe(load_model(str(model)), prompt))
+        say(f"\n{out}: probabilities, attention and layers for the prompt")
+        facts["page"] = str(out)
+    _emit(json_, facts)
+
+
+@app.command()
+def quantize(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A model folder.")],
+    out: Annotated[Path, typer.Option(help="The folder to make.")],
+    bits: Annotated[int, typer.Option(help="4 or 8.")] = 4,
+    text: Annotated[Path | None, typer.Option(help="Text to measure on; Python's own reference documentation if left out.")] = None,
+    measure: Annotated[int, typer.Option(help="Characters to measure on; 0 measures nothing.")] = 50_000,
+    json_: Json = False,
+) -> None:
+    """Store a model in 4 or 8 bits a weight, and say what that costs: bits per byte before and after."""
+    from craton.engine.measure import bits_per_byte, read_text
+    from craton.engine.model import load_model
+    from craton.weights.quantize import quantise_folder
+
+    words = read_text(text, measure) if measure else ""
+    result = quantise_folder(model, out, bits)
+    if words:
+        result["bits_per_byte_before"], result["bits_per_byte_after"] = (bits_per_byte(load_model(str(p)), words) for p in (model, out))
+        before, after = result["bits_per_byte_before"], result["bits_per_byte_after"]
+        say(f"bits per byte on {text or 'the Python documentation'} ({count(len(words))} characters): {before:.4f} before, {after:.4f} after ({after / before - 1:+.2%})")
+    _emit(json_, result)
+
+
+@app.command()
+def export(
+    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A model folder.")],
+    gguf: Annotated[Path, typer.Option(help="The GGUF file to write, for llama.cpp and what is built on it.")],
+    type_: Annotated[str, typer.Option("--type", help="Of the matrices that are not quantised: f16, bf16 or f32.")] = "f16",
+    json_: Json = False,
+) -> None:
+    """Write a model as GGUF. What 'craton quantize' stored in 4 or 8 bits keeps its values (Q4_0, Q8_0)."""
+    from craton.weights.export import export_gguf
+
+    _emit(json_, export_gguf(model, gguf, type_))
 
 
 @app.command()

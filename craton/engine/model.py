@@ -44,9 +44,15 @@ class Model:
 
 
 def load_model(path: str, device: str = "cpu", **engine_options: Any) -> Model:
-    """Open a model folder. Raises UserError naming what is missing or damaged. engine_options: see Engine."""
+    """Open a model folder or a GGUF file. Raises UserError naming what is missing or damaged. engine_options: see Engine."""
     folder = Path(path)
-    network, tokenizer = load_network(folder, device), Tokenizer.open(folder)
+    if folder.suffix == ".gguf":
+        from craton.weights import gguf  # its package takes half a second to import
+
+        network, tokenizer = gguf.read(folder)
+        network.to(device)
+    else:
+        network, tokenizer = load_network(folder, device), Tokenizer.open(folder)
     check_fit(network.config, tokenizer, folder)
     return Model(network, tokenizer, engine_options)
 

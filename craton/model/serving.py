@@ -69,9 +69,9 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.bits, self.rows, self.cols = bits, values.shape[0], values.shape[1] * 8 // bits
         self.native = values.device.type == "cpu" and kernels.load_serving() is not None
-        self.register_buffer("values", pack(values, scales, bits) if self.native else values)
-        self.register_buffer("scales", None if self.native else scales)
-        self.register_buffer("bias", None if bias is None else bias.float())
+        self.register_buffer("values", pack(values, scales, bits) if self.native else values, persistent=False)
+        self.register_buffer("scales", None if self.native else scales, persistent=False)
+        self.register_buffer("bias", None if bias is None else bias.float(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.native:

@@ -24,8 +24,9 @@ def byte_to_unicode() -> dict[int, str]:
 
 def from_sentencepiece(path: Path) -> tuple[Backend, dict[str, Any]]:
     """A `.model` file, BPE or unigram -> backend and tokenizer_config. UserError if it is damaged."""
-    from sentencepiece import sentencepiece_model_pb2 as schema
+    from sentencepiece import sentencepiece_model_pb2
 
+    schema: Any = sentencepiece_model_pb2
     proto = schema.ModelProto()
     try:
         proto.ParseFromString(path.read_bytes())
@@ -73,7 +74,7 @@ def from_sentencepiece(path: Path) -> tuple[Backend, dict[str, Any]]:
 def byte_level(ranks: Iterable[tuple[bytes, int]], pattern: str, special: dict[str, int]) -> Backend:
     """Byte-level BPE from the bytes of each id: two tokens merge if they make a third, the lower id first."""
     table = byte_to_unicode()
-    words = {b: i for b, i in ranks}
+    words = dict(ranks)
     merges = [(i, words[b[:k]], words[b[k:]], b[:k], b[k:]) for b, i in words.items() if len(b) > 1 for k in range(1, len(b)) if b[:k] in words and b[k:] in words]
     merges.sort()
     text = {b: "".join(table[c] for c in b) for b in words}

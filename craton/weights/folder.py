@@ -252,6 +252,8 @@ def load_network(folder: Path, device: str = "cpu", dtype: torch.dtype | None = 
         network = Decoder(config)
     tensors = Stored(folder)
     scheme = stored.scheme(raw.get("quantization_config"), folder / "config.json")
+    if scheme.kind == "packed":
+        stored.put_packed(network, tensors)
     names = stored.prepare(scheme, network, tensors.shapes)
     _check(network, names, folder)
     fill(network, lambda name: stored.get(scheme, tensors, name), folder)

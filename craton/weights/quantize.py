@@ -4,11 +4,19 @@ The values are those of GGUF's Q8_0 and Q4_0; the scales of 4 bits are better ch
 to -8; here the scale is the one of a few dozen that leaves the least squared error, then fitted by least squares.
 """
 
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from craton.base import Progress, UserError, count, say
 from craton.model.decoder import Decoder, Linear
-from craton.model.serving import GROUP, PackedLinear, can_pack
+from craton.model.serving import GROUP, PackedLinear, can_pack, unpacked
+from craton.weights import stored
+from craton.weights.folder import copy_tokenizer, load_network, released, write_config, write_shards
 
 _STEPS = torch.cat([torch.linspace(-9.5, -5.5, 17), torch.linspace(6.0, 9.0, 9)])  # what the largest value is mapped to
 
@@ -67,3 +75,52 @@ def pack_network(network: Decoder, bits: int, head_bits: int | None = None) -> D
 def replace(network: nn.Module, name: str, layer: nn.Module) -> None:
     parent, _, own = name.rpartition(".")
     setattr(network.get_submodule(parent), own, layer)
+
+
+def quantise_folder(source: Path, out: Path, bits: int) -> dict[str, Any]:
+    """`craton quantize`: a folder with the projections of another one in 4 or 8 bits, the head in 8, the rest in bf16
+    where it was fp32. The layout is compressed-tensors' pack-quantized, which vLLM and transformers read."""
+    if bits not in (4, 8):
+        raise UserError(f"--bits is {bits}; 4 and 8 are supported")
+    if out.exists() and any(out.iterdir()):
+        raise UserError(f"{out}: folder in use (not empty); remove it or give another --out")
+    network = load_network(source)
+    layers = packable(network)
+    if any(isinstance(m, PackedLinear) for m in network.modules()) or not layers:
+        raise UserError(f"{source}: nothing to quantise: its projections are packed already, or none has rows in 16s and columns in 32s")
+    widths = {name: 8 if name == "lm_head" else bits for name in layers}
+    left_out = sorted({n for n, m in network.named_modules() if type(m) is Linear} - set(layers))
+    experts = sum(p.numel() for n, p in network.named_parameters() if "experts.gate_up_proj" in n or "experts.down_proj" in n)
+    if experts:
+        say(f"{count(experts)} parameters of experts stay as they are: experts are not quantised")
+    config = dataclasses.replace(network.config, tie_word_embeddings=False)
+    before = sum(p.nbytes for p in network.parameters())
+    progress, done, total = Progress(), 0, sum(layer.weight.numel() for layer in layers.values())
+    squares = [0.0, 0.0]
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        nonlocal done
+        for name, tensor in released(network).items():
+            if name.removesuffix(".weight") not in layers or not name.endswith(".weight"):
+                yield name, tensor.bfloat16() if tensor.dtype == torch.float32 and tensor.ndim > 1 else tensor
+        for name, layer in layers.items():
+            values, scales = quantise(layer.weight, widths[name])
+            yield f"{name}.weight_packed", values.view(torch.int32)
+            yield f"{name}.weight_scale", scales
+            yield f"{name}.weight_shape", torch.tensor(list(layer.weight.shape))
+            for part in range(0, layer.weight.shape[0], 4096):
+                w = layer.weight[part : part + 4096].detach().float()
+                squares[0] += float((unpacked(values[part : part + 4096], scales[part : part + 4096], widths[name]) - w).pow(2).sum())
+                squares[1] += float(w.pow(2).sum())
+            done += layer.weight.numel()
+            progress.show(f"quantised {count(done)} of {count(total)} parameters")
+
+    out.mkdir(parents=True, exist_ok=True)
+    write_shards(out, tensors(), before)
+    progress.clear()
+    write_config(out, config, "bfloat16", stored.describe(widths, left_out))
+    copy_tokenizer(source, out)
+    after = sum(p.stat().st_size for p in out.glob("*.safetensors"))
+    error = (squares[0] / max(squares[1], 1e-30)) ** 0.5
+    say(f"{out}: {count(total)} parameters in {bits} bits; {count(before)}B to {count(after)}B; relative error of the weights {error:.4f}")
+    return {"out": str(out), "bits": bits, "bytes_before": before, "bytes_after": after, "weight_error": error}

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from craton.base import UserError
-from craton.model.decoder import Decoder
+from craton.model.decoder import Decoder, Linear
+from craton.model.serving import GROUP, PackedLinear
 
 
 @dataclass(frozen=True)
@@ -35,12 +36,77 @@ def scheme(raw: Any, path: Path) -> Scheme:
         return Scheme("fp8", (block[0], block[1]))
     if method == "mxfp4":
         return Scheme("mxfp4")
+    if method == "compressed-tensors":
+        groups = raw.get("config_groups")
+        wrong = raw.get("format") != "pack-quantized" or not isinstance(groups, dict) or not groups
+        for group in groups.values() if not wrong and isinstance(groups, dict) else ():
+            weights = group.get("weights") if isinstance(group, dict) else None
+            wrong = wrong or not isinstance(weights, dict) or any(weights.get(k) != v for k, v in _WEIGHTS.items()) or weights.get("num_bits") not in (4, 8)
+            wrong = wrong or bool(group.get("input_activations"))
+        if wrong:
+            raise UserError(f"{path}: quantization_config: of compressed-tensors only symmetric pack-quantized weights of 4 or 8 bits in groups of 32 are supported")
+        return Scheme("packed")
     raise UserError(f"{path}: quantization_config.quant_method {method!r} is not supported; supported: 'fp8' in blocks, 'mxfp4', 'compressed-tensors' with 4 or 8 bits in groups of 32")
+
+
+_WEIGHTS = {"type": "int", "symmetric": True, "strategy": "group", "group_size": GROUP}
+
+
+def describe(bits: dict[str, int], ignored: list[str]) -> dict[str, Any]:
+    """quantization_config of a folder whose projections (by name) have these bits."""
+    groups = {}
+    for i, width in enumerate(sorted(set(bits.values()))):
+        head = bits.get("lm_head") == width
+        others = any(b == width for name, b in bits.items() if name != "lm_head")
+        targets = (["Linear"] if others else []) + (["re:.*lm_head"] if head else [])
+        groups[f"group_{i}"] = {"targets": targets, "weights": {"num_bits": width, **_WEIGHTS}, "input_activations": None, "output_activations": None}
+    return {"quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed", "config_groups": groups, "ignore": ignored}
+
+
+def packed_names(tensors: Any) -> list[str]:
+    return [name.removesuffix(".weight_packed") for name in tensors.files if name.endswith(".weight_packed")]
+
+
+def read_packed(tensors: Any, name: str) -> tuple[Tensor, Tensor, int]:
+    """Values (rows, bytes), scales (rows, groups) and bits of a packed projection. UserError if its parts do not fit."""
+    for part in ("weight_scale", "weight_shape"):
+        if f"{name}.{part}" not in tensors.files:
+            raise UserError(f"{tensors.folder}: tensor {name}.{part} is missing")
+    words, scales = tensors.get(f"{name}.weight_packed"), tensors.get(f"{name}.weight_scale")
+    shape = tensors.get(f"{name}.weight_shape").tolist()
+    bits = words.shape[1] // max(1, scales.shape[1]) if words.ndim == scales.ndim == 2 else 0
+    if words.dtype != torch.int32 or bits not in (4, 8) or shape != [words.shape[0], scales.shape[1] * GROUP] or scales.shape[0] != words.shape[0] or words.shape[1] != bits * scales.shape[1]:
+        raise UserError(f"{tensors.folder}: {name} is not packed in 4 or 8 bits in groups of {GROUP}: {tuple(words.shape)} values, {tuple(scales.shape)} scales")
+    if not scales.half().isfinite().all():
+        raise UserError(f"{tensors.folder}: {name}.weight_scale holds NaN or values that fp16 cannot hold; the file is damaged")
+    return words.view(torch.uint8), scales.half(), bits
+
+
+def put_packed(network: Decoder, tensors: Any) -> None:
+    """Replace the network's projections that the folder holds packed."""
+    for name in packed_names(tensors):
+        layer = dict(network.named_modules()).get(name)
+        if type(layer) is not Linear:
+            raise UserError(f"{tensors.folder}: unknown packed tensor {name}; is this the model that config.json describes?")
+        rows, cols = layer.weight.shape
+        values, scales, bits = read_packed(tensors, name)
+        if values.shape != (rows, cols * bits // 8):
+            raise UserError(f"{tensors.folder}: tensor {name} has shape {(values.shape[0], scales.shape[1] * GROUP)}, config.json says {(rows, cols)}")
+        bias = None
+        if layer.bias is not None:
+            if f"{name}.bias" not in tensors.files:
+                raise UserError(f"{tensors.folder}: tensor {name}.bias is missing")
+            bias = tensors.get(f"{name}.bias")
+        parent, _, own = name.rpartition(".")
+        setattr(network.get_submodule(parent), own, PackedLinear(values, scales, bits, bias))
 
 
 def prepare(scheme: Scheme, network: Decoder, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
     """The shapes of the tensors that `get` gives."""
     out = dict(shapes)
+    if scheme.kind == "packed":
+        packed = {n.removesuffix(".weight_packed") for n in shapes if n.endswith(".weight_packed")}
+        return {n: s for n, s in shapes.items() if n.rpartition(".")[0] not in packed}
     if scheme.kind == "fp8":
         for name in shapes:
             if name.endswith("_scale_inv"):
