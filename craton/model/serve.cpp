@@ -102,75 +102,86 @@ static inline i16 dot4_signed(i16 acc, u64 w, i16 s) {
 
 static inline int64_t group_bytes(int bits) { return bits == 4 ? 256 + 32 : 512 + 32; }
 
-struct Quantised {  // rows of activations
-    const int8_t* x;      // (rows, cols)
-    const float* scale;   // (rows, cols / 32)
-    const int32_t* minus; // (rows, cols / 32): minus the sum of x in the group
+// Rows of activations in 8 bits, in tiles of 8 rows (at the end of 4, 2 and 1): in a tile each four columns of all its
+// rows lie together, then those of the next four; so do the scales of a group and minus 8 times the sums of its values.
+struct Quantised {
+    int8_t* x;
+    float* scale;
+    int32_t* minus;  // 8 times
 };
 
-// T rows of activations times a panel of 16 weight rows.
-template <int BITS, int T>
-static inline void dot_panel(const uint8_t* w, int64_t cols, Quantised q, f16* out) {
-    const int64_t groups = cols / GROUP;
-    f16 acc[T];
-    for (int t = 0; t < T; t++) acc[t] = f16{};
-    for (int64_t g = 0; g < groups; g++, w += group_bytes(BITS)) {
-        i16 a[T];
+static inline int64_t tile_size(int64_t left) { return left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1; }
+
+// T rows of activations, a whole tile, times R panels of 16 weight rows. ahead: bytes to fetch before they are needed.
+template <int BITS, int R, int T, int STRIDE>
+static inline void dot_panels(const uint8_t* w, int64_t panel, int64_t groups, const int8_t* x, const float* xs, const int32_t* minus, f16 (*out)[T]) {
+    f16 acc[R][T];
+    for (int r = 0; r < R; r++)
+        for (int t = 0; t < T; t++) acc[r][t] = f16{};
+    for (int64_t g = 0; g < groups; g++, w += group_bytes(BITS), x += 32 * STRIDE, xs += STRIDE, minus += STRIDE) {
+        i16 a[R][T];
         for (int t = 0; t < T; t++) {
-            int32_t m = q.minus[t * groups + g];
-            a[t] = (BITS == 4 || VNNI) ? (m - i16{}) << (BITS == 4 ? 3 : 7) : i16{};
+            i16 begin = minus[t] - i16{};
+            if (BITS == 8) begin = VNNI ? begin << 4 : i16{};
+            for (int r = 0; r < R; r++) a[r][t] = begin;
         }
-        const int8_t* x = q.x + g * GROUP;
+        for (int64_t line = 0; line < group_bytes(BITS) * R; line += 64) __builtin_prefetch(w + 4096 + line);
+        const int32_t* q = (const int32_t*)x;
         if (BITS == 4) {
             for (int c = 0; c < 4; c++) {
-                u64 v = *(const u64*)(w + 64 * c);
-                u64 low = v & 15, high = (u64)((i16)v >> 4) & 15;
+                u64 low[R], high[R];
+                for (int r = 0; r < R; r++) {
+                    u64 v = *(const u64*)(w + r * panel + 64 * c);
+                    low[r] = v & 15, high[r] = (u64)((i16)v >> 4) & 15;
+                }
                 for (int t = 0; t < T; t++) {
-                    int32_t x0, x1;
-                    memcpy(&x0, x + t * cols + 4 * c, 4);
-                    memcpy(&x1, x + t * cols + 16 + 4 * c, 4);
-                    a[t] = dot4(dot4(a[t], low, x0 - i16{}), high, x1 - i16{});
+                    i16 x0 = q[c * STRIDE + t] - i16{}, x1 = q[(4 + c) * STRIDE + t] - i16{};
+                    for (int r = 0; r < R; r++) a[r][t] = dot4(dot4(a[r][t], low[r], x0), high[r], x1);
                 }
             }
         } else {
             for (int c = 0; c < 8; c++) {
-                u64 v = *(const u64*)(w + 64 * c);
+                u64 v[R];
+                for (int r = 0; r < R; r++) v[r] = *(const u64*)(w + r * panel + 64 * c);
                 for (int t = 0; t < T; t++) {
-                    int32_t x0;
-                    memcpy(&x0, x + t * cols + 4 * c, 4);
-                    a[t] = VNNI ? dot4(a[t], v, x0 - i16{}) : dot4_signed(a[t], v ^ 128, x0 - i16{});
+                    i16 x0 = q[c * STRIDE + t] - i16{};
+                    for (int r = 0; r < R; r++) a[r][t] = VNNI ? dot4(a[r][t], v[r], x0) : dot4_signed(a[r][t], v[r] ^ 128, x0);
                 }
             }
         }
-        f16 scale = load_half16((const uint16_t*)(w + group_bytes(BITS) - 32));
-        for (int t = 0; t < T; t++) acc[t] += __builtin_convertvector(a[t], f16) * (scale * q.scale[t * groups + g]);
+        for (int r = 0; r < R; r++) {
+            f16 scale = load_half16((const uint16_t*)(w + r * panel + group_bytes(BITS) - 32));
+            for (int t = 0; t < T; t++) acc[r][t] += __builtin_convertvector(a[r][t], f16) * (scale * xs[t]);
+        }
     }
-    for (int t = 0; t < T; t++) out[t] = acc[t];
+    for (int r = 0; r < R; r++)
+        for (int t = 0; t < T; t++) out[r][t] = acc[r][t];
 }
 
-// One row rounded to 8 bits. Columns must be a multiple of 32.
-static void quantise(const float* x, int64_t cols, int8_t* out, float* scale, int32_t* minus) {
-    for (int64_t g = 0; g < cols / GROUP; g++, x += GROUP, out += GROUP) {
-        f16 a = load16(x), b = load16(x + 16);
-        typedef int32_t m16 __attribute__((vector_size(64)));
-        f16 ma = (f16)((m16)a & 0x7fffffff), mb = (f16)((m16)b & 0x7fffffff);
-        ma = ma > mb ? ma : mb;
-        float most = 0;
-        for (int i = 0; i < 16; i++) most = std::max(most, ((float*)&ma)[i]);
-        scale[g] = most / 127.f;
-        float inverse = most > 0 ? 127.f / most : 0.f;
-        const f16 magic = splat16(12582912.f);  // adding it rounds to the nearest integer
-        a = (a * inverse + magic) - magic;
-        b = (b * inverse + magic) - magic;
-        i16 ia = __builtin_convertvector(a, i16), ib = __builtin_convertvector(b, i16);
-        typedef int8_t b16 __attribute__((vector_size(16), aligned(1), may_alias));
-        *(b16*)out = __builtin_convertvector(ia, b16);
-        *(b16*)(out + 16) = __builtin_convertvector(ib, b16);
-        i16 s = ia + ib;
-        int32_t total = 0;
-        for (int i = 0; i < 16; i++) total += ((int32_t*)&s)[i];
-        minus[g] = -total;
-    }
+// A group of 32 columns of one row, to its place in the tile; x is not changed.
+static void quantise_group(const float* x, int64_t row, int64_t rows, int64_t cols, int64_t g, const Quantised& q) {
+    const int64_t groups = cols / GROUP, first = row < (rows & ~7) ? row & ~7 : rows - (rows & 7) + (row - (rows & ~7) < (rows & 4) ? 0 : (rows & 4) + (row - (rows & ~7) - (rows & 4) < (rows & 2) ? 0 : (rows & 2)));
+    const int64_t size = tile_size(rows - first), lane = row - first;
+    f16 a = load16(x), b = load16(x + 16);
+    f16 ma = (f16)((i16)a & 0x7fffffff), mb = (f16)((i16)b & 0x7fffffff);
+    ma = ma > mb ? ma : mb;
+    float most = 0;
+    for (int i = 0; i < 16; i++) most = std::max(most, ((float*)&ma)[i]);
+    const float inverse = most > 0 ? 127.f / most : 0.f;
+    const f16 magic = splat16(12582912.f);  // adding it rounds to the nearest integer
+    a = (a * inverse + magic) - magic;
+    b = (b * inverse + magic) - magic;
+    typedef int8_t b16 __attribute__((vector_size(16), aligned(1), may_alias));
+    b16 bytes[2] = {__builtin_convertvector(__builtin_convertvector(a, i16), b16), __builtin_convertvector(__builtin_convertvector(b, i16), b16)};
+    int32_t* out = (int32_t*)(q.x + first * cols) + g * 8 * size + lane;
+    const int32_t* words = (const int32_t*)bytes;
+    for (int c = 0; c < 8; c++) out[c * size] = words[c];
+    q.scale[first * groups + g * size + lane] = most / 127.f;
+    q.minus[first * groups + g * size + lane] = -8 * (int32_t)sum16(a + b);
+}
+
+static void quantise(const float* x, int64_t row, int64_t rows, int64_t cols, const Quantised& q) {
+    for (int64_t g = 0; g < cols / GROUP; g++) quantise_group(x + g * GROUP, row, rows, cols, g, q);
 }
 
 // ---- products ---------------------------------------------------------------------------------------------------
@@ -227,38 +238,55 @@ static void rows_block(const Weight* w, const float* bias, int64_t rows, const f
     }
 }
 
-template <int BITS>
-static void panel_tiles(const uint8_t* w, const float* bias, Quantised q, int64_t tokens, int64_t cols, float* out, int64_t stride) {
+template <int BITS, int R, int T, int STRIDE>
+static inline void panel_tile(const uint8_t* w, int64_t panel, const float* bias, int64_t groups, const int8_t* x, const float* xs, const int32_t* minus, float* out, int64_t stride) {
+    f16 y[R][T];
+    dot_panels<BITS, R, T, STRIDE>(w, panel, groups, x, xs, minus, y);
+    for (int r = 0; r < R; r++)
+        for (int t = 0; t < T; t++) store16(out + t * stride + r * ROWS, bias ? y[r][t] + load16(bias + r * ROWS) : y[r][t]);
+}
+
+// R panels for some tokens, which begin at a tile.
+template <int BITS, int R>
+static void panel_tiles(const uint8_t* w, int64_t panel, const float* bias, Quantised q, int64_t tokens, int64_t cols, float* out, int64_t stride) {
     const int64_t groups = cols / GROUP;
-    const f16 b = bias ? load16(bias) : f16{};
-    f16 y[8];
-    for (int64_t t = 0; t < tokens;) {
-        Quantised here = {q.x + t * cols, q.scale + t * groups, q.minus + t * groups};
-        int64_t n = tokens - t;
-        if (n >= 8) { n = 8; dot_panel<BITS, 8>(w, cols, here, y); }
-        else if (n >= 4) { n = 4; dot_panel<BITS, 4>(w, cols, here, y); }
-        else if (n >= 2) { n = 2; dot_panel<BITS, 2>(w, cols, here, y); }
-        else { n = 1; dot_panel<BITS, 1>(w, cols, here, y); }
-        for (int64_t i = 0; i < n; i++) store16(out + (t + i) * stride, bias ? y[i] + b : y[i]);
-        t += n;
+    for (int64_t t = 0, n; t < tokens; t += n) {
+        n = tile_size(tokens - t);
+        const int8_t* x = q.x + t * cols;
+        const float* xs = q.scale + t * groups;
+        const int32_t* minus = q.minus + t * groups;
+        float* o = out + t * stride;
+        if (n == 8 && R == 1) panel_tile<BITS, 1, 8, 8>(w, panel, bias, groups, x, xs, minus, o, stride);
+        else if (n == 8) {  // two panels share what is read of the activations
+            panel_tile<BITS, R, 4, 8>(w, panel, bias, groups, x, xs, minus, o, stride);
+            panel_tile<BITS, R, 4, 8>(w, panel, bias, groups, x + 16, xs + 4, minus + 4, o + 4 * stride, stride);
+        }
+        else if (n == 4) panel_tile<BITS, R, 4, 4>(w, panel, bias, groups, x, xs, minus, o, stride);
+        else if (n == 2) panel_tile<BITS, R, 2, 2>(w, panel, bias, groups, x, xs, minus, o, stride);
+        else panel_tile<BITS, R, 1, 1>(w, panel, bias, groups, x, xs, minus, o, stride);
     }
 }
 
 // Panels [from, to) of 16 rows of a matrix, for all tokens. out: (tokens, stride), the matrix's first column at out[0].
 static void product(const Matrix& m, int64_t from, int64_t to, const float* x, Quantised q, int64_t tokens, float* out, int64_t stride) {
-    const int64_t item = m.kind == 0 || m.kind == 1 ? 4 : 1;
+    const bool whole = m.kind == 4 || m.kind == 8;
+    const int64_t item = whole ? 1 : 4, groups = m.cols / GROUP, panel = groups * group_bytes(m.kind);
     const int64_t part = std::max<int64_t>(8, ((384 << 10) / (m.cols * item)) & ~7);  // tokens whose rows stay in the second cache
     for (int64_t t = 0; t < tokens; t += part) {
         const int64_t n = std::min(part, tokens - t);
-        for (int64_t p = from; p < to; p++) {
-            const int64_t row = p * ROWS, rows = std::min(ROWS, m.rows - row);
+        for (int64_t p = from; p < to;) {
+            const int64_t row = p * ROWS, rows = std::min(ROWS, m.rows - row), pair = whole && n > 8 && p + 2 <= to;
             const float* bias = m.bias ? m.bias + row : 0;
             float* o = out + t * stride + row;
-            Quantised here = {q.x + t * m.cols, q.scale + t * (m.cols / GROUP), q.minus + t * (m.cols / GROUP)};
-            if (m.kind == 4) panel_tiles<4>((const uint8_t*)m.data + p * (m.cols / GROUP) * group_bytes(4), bias, here, n, m.cols, o, stride);
-            else if (m.kind == 8) panel_tiles<8>((const uint8_t*)m.data + p * (m.cols / GROUP) * group_bytes(8), bias, here, n, m.cols, o, stride);
+            const uint8_t* w = (const uint8_t*)m.data + p * panel;
+            Quantised here = {q.x + t * m.cols, q.scale + t * groups, q.minus + t * groups};
+            if (m.kind == 4 && pair) panel_tiles<4, 2>(w, panel, bias, here, n, m.cols, o, stride);
+            else if (m.kind == 8 && pair) panel_tiles<8, 2>(w, panel, bias, here, n, m.cols, o, stride);
+            else if (m.kind == 4) panel_tiles<4, 1>(w, panel, bias, here, n, m.cols, o, stride);
+            else if (m.kind == 8) panel_tiles<8, 1>(w, panel, bias, here, n, m.cols, o, stride);
             else if (m.kind == 1) rows_block((const uint16_t*)m.data + row * m.cols, bias, rows, x + t * m.cols, n, m.cols, o, stride);
             else rows_block((const float*)m.data + row * m.cols, bias, rows, x + t * m.cols, n, m.cols, o, stride);
+            p += pair ? 2 : 1;
         }
     }
 }
@@ -502,16 +530,13 @@ void serve_step(const Model* mp, const Step* sp, const int32_t* ids, int64_t out
             phase++;
         };
         auto chunk = [&](int64_t n) { return std::max<int64_t>(1, n / (team * 8)); };
-        auto round_row = [&](const float* row, int64_t n, const Quantised& q, int64_t t) {
-            quantise(row, n, (int8_t*)q.x + t * n, (float*)q.scale + t * (n / GROUP), (int32_t*)q.minus + t * (n / GROUP));
-        };
         auto normalise = [&](const float* add, const float* w, bool round) {
             int64_t from = 0, to = T;
             if (!alone) mine(T, from, to);
             for (int64_t t = from; t < to; t++) {
                 float* sum = add && (!alone || me == 0) ? x[1 - now] + t * h : 0;
                 rms_norm(x[now] + t * h, add ? add + t * h : 0, w, h, m.eps, sum, y[me] + t * h);
-                if (round) round_row(y[me] + t * h, h, yq[me], t);
+                if (round) quantise(y[me] + t * h, t, T, h, yq[me]);
             }
             if (add) now = 1 - now;
             if (!alone) {
@@ -563,7 +588,7 @@ void serve_step(const Model* mp, const Step* sp, const int32_t* ids, int64_t out
             if (packed(L.o)) {
                 int64_t from = 0, to = T;
                 if (!alone) mine(T, from, to);
-                for (int64_t t = from; t < to; t++) round_row(mixed + t * qn, qn, yq[me], t);
+                for (int64_t t = from; t < to; t++) quantise(mixed + t * qn, t, T, qn, yq[me]);
                 if (!alone) {
 #pragma omp barrier
                 }
@@ -588,10 +613,7 @@ void serve_step(const Model* mp, const Step* sp, const int32_t* ids, int64_t out
                                 f16 a = load16(g + i * 32 + j);
                                 store16(o + j, a / (1.f + exp16(-a)) * load16(u + i * 32 + j));
                             }
-                            if (packed(L.down)) {
-                                const int64_t k = (t + i) * (I / GROUP) + b;
-                                quantise(o, 32, (int8_t*)mid.x + (t + i) * I + b * 32, (float*)mid.scale + k, (int32_t*)mid.minus + k);
-                            }
+                            if (packed(L.down)) quantise_group(o, t + i, T, I, b, mid);
                         }
                     }
                 }
@@ -609,7 +631,7 @@ void serve_step(const Model* mp, const Step* sp, const int32_t* ids, int64_t out
                 out = delta == 0 ? out : x[1 - now] + i * h;
                 rms_norm(x[now] + t * h, delta + t * h, m.norm, h, m.eps, 0, out);
                 if (hidden) memcpy(hidden + i * h, out, h * 4);
-                if (logits && packed(m.head)) round_row(out, h, mid, i);
+                if (logits && packed(m.head)) quantise(out, i, outputs, h, mid);
             }
 #pragma omp barrier
             if (logits) {
@@ -628,9 +650,8 @@ void serve_linear(const Matrix* m, const float* x, int64_t tokens, float* out, i
 #pragma omp parallel num_threads(threads)
     {
         if (packed(*m)) {
-            const int64_t g = m->cols / GROUP;
 #pragma omp for
-            for (int64_t t = 0; t < tokens; t++) quantise(x + t * m->cols, m->cols, q.data() + t * m->cols, scale.data() + t * g, minus.data() + t * g);
+            for (int64_t t = 0; t < tokens; t++) quantise(x + t * m->cols, t, tokens, m->cols, {q.data(), scale.data(), minus.data()});
         }
         const int64_t n = panels(*m), size = std::max<int64_t>(1, n / (omp_get_num_threads() * 8));
         for (;;) {
