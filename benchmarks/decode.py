@@ -30,14 +30,15 @@ PEERS = {"transformers": "transformers", "llama.cpp": "llama_cpp"}
 def build(name: str, bits: int, folder: Path) -> int:
     """A folder of random weights, packed unless bits is 32, and its GGUF; bytes that one decoding step reads."""
     import torch
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, pre_tokenizers
+
     from craton.model.config import ModelConfig
     from craton.model.decoder import Decoder
     from craton.text.tokenizer import Tokenizer
     from craton.weights import gguf, stored
     from craton.weights.folder import write_config, write_shards
     from craton.weights.quantize import packable
-    from tokenizers import Tokenizer as Backend
-    from tokenizers import decoders, models, pre_tokenizers
 
     folder.mkdir()
     generator = torch.Generator().manual_seed(0)
@@ -77,6 +78,7 @@ def build(name: str, bits: int, folder: Path) -> int:
 
 def ours(folder: str) -> None:
     import torch
+
     from craton.engine.engine import Engine
     from craton.engine.request import Sampling
     from craton.weights.folder import load_network
@@ -172,6 +174,7 @@ def transformers(folder: str) -> None:
 def ours_whole(folder: str) -> None:
     """The same requests as `transformers`, prompts included."""
     import torch
+
     from craton.engine.engine import Engine
     from craton.engine.request import Sampling
     from craton.weights.folder import load_network

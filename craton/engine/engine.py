@@ -377,7 +377,9 @@ class Engine:
             token = likeliest
         else:
             token = draw(scores, s, uniform(sequence.seed, completion.index, len(sequence.tokens)))
-        complete = sequence.matcher is not None and sequence.matcher.accept(token)
+        complete = False
+        if sequence.matcher is not None:
+            token, complete = sequence.matcher.take(token, sequence.most - len(answer) - 1)
         if (token in ends or token in s.stop_token_ids) and len(answer) >= s.min_tokens:
             completion.stop_reason = token if token in s.stop_token_ids else None
             return None, "stop"

@@ -18,7 +18,8 @@ from craton.engine.request import Sampling
 from craton.text.tokenizer import Tokenizer
 
 _MOST_SCHEMA = 256 << 10  # bytes
-_CLOSERS = ("}", "]", '"', "null", "0", "false", "1", "a", "-", ".", ":", ",", " ")
+_CLOSERS = ("}", "]", ")", ">", '"', ",", ":", "null", "9", "5", "1", "0", "false", "a")  # 9: the digit that meets a lower bound first
+_OPENERS = b"([{<\"'"
 
 
 class Grammars:
@@ -32,8 +33,10 @@ class Grammars:
             raise UserError("structured output needs a model with an end token; config.json has no eos_token_id")
         self.tokenizer = LLTokenizer(tokenizer.backend.to_str(), n_vocab=vocabulary, eos_token=[int(e) for e in ends] or int(eos))
         self.order = [t[0] for c in _CLOSERS if len(t := self.tokenizer.tokenize_str(c)) == 1]
-        lengths = [len(self.tokenizer.decode_bytes([i])) for i in range(min(vocabulary, tokenizer.vocab_size))]
-        self.short = sorted(range(len(lengths)), key=lambda i: (lengths[i] or 99, i))[:4096]
+        self.in_string = [t[0] for c in ("}", "q", "Z") if len(t := self.tokenizer.tokenize_str(c)) == 1]
+        self.quote = self.tokenizer.tokenize_str('"')[0]
+        texts = [self.tokenizer.decode_bytes([i]) for i in range(min(vocabulary, tokenizer.vocab_size))]
+        self.short = sorted(range(len(texts)), key=lambda i: (any(c in _OPENERS for c in texts[i]), len(texts[i]) or 99, i))
 
     def matcher(self, s: Sampling) -> "Matcher | None":
         """UserError if the request's schema or grammar is wrong, too large or cannot be met; None if it has none."""
@@ -85,11 +88,10 @@ class Matcher:
         self.check_at: int | None = None  # tokens left at which to look again how many closing takes
 
     def mask(self, logits: Tensor, left: int) -> Tensor:
-        """logits (vocabulary,) with -inf where the grammar does not go on; `left` tokens may still be given."""
-        if not self.closing and (self.check_at is None or left <= self.check_at):
-            need = self._closing_length(left)
-            self.closing = need + 2 >= left
-            self.check_at = left - max(1, (left - need) // 2)
+        """logits (vocabulary,) with -inf where the grammar does not go on; `left` tokens may still be given. UserError
+        if it goes on nowhere."""
+        if self.check_at is None:
+            self._look(left)
         fill_next_token_bitmask(self.matcher, self.bits)
         allowed = _bools(self.bits[0], logits.shape[0])
         if self.closing and (token := self._closer(allowed)) is not None:
@@ -99,11 +101,32 @@ class Matcher:
             raise UserError(f"the grammar allows no token here ({_first_line(self.matcher.get_error() or 'dead end')})")
         return logits.masked_fill(~allowed, -torch.inf)
 
+    def take(self, token: int, left: int) -> tuple[int, bool]:
+        """Go on with a token that the mask allowed, after which `left` may be given. A token after which the answer could
+        not be closed any more is replaced by the one that closes. Returns the token taken, and whether all is complete."""
+        self.matcher.consume_token(token)
+        if not self.closing and not self.matcher.is_stopped() and self.check_at is not None and left <= self.check_at and self._look(left) > left:
+            self.matcher.rollback(1)
+            self.closing = True
+            fill_next_token_bitmask(self.matcher, self.bits)
+            token = self._closer(_bools(self.bits[0], self.grammars.vocabulary)) or token
+            self.matcher.consume_token(token)
+        return token, bool(self.matcher.is_stopped() or (left == 0 and self.matcher.is_accepting()))
+
+    def _look(self, left: int) -> int:
+        """Tokens that closing takes from here; sets when to look again."""
+        need = self._closing_length(left + 1)
+        self.closing = need >= left
+        self.check_at = left - 1 if left <= 4 * need + 32 else left - 8
+        return need
+
     def _closer(self, allowed: Tensor) -> int | None:
-        for token in (*self.grammars.ends, *self.grammars.order):
+        g = self.grammars
+        quoted = all(bool(allowed[t]) for t in g.in_string)  # a bracket is a letter here
+        for token in (*g.ends, *([g.quote] if quoted else []), *g.order):
             if allowed[token]:
                 return int(token)
-        return next((t for t in self.grammars.short if allowed[t]), None)
+        return next((t for t in g.short if allowed[t]), None)
 
     def _closing_length(self, most: int) -> int:
         """Tokens that closing takes from here, at most `most`."""
@@ -116,11 +139,6 @@ class Matcher:
             if token is None or not trial.matcher.consume_token(token):
                 break
         return most
-
-    def accept(self, token: int) -> bool:
-        """Whether the answer is complete with this token."""
-        self.matcher.consume_token(token)
-        return bool(self.matcher.is_stopped())
 
 
 def _bools(bits: Tensor, size: int) -> Tensor:
