@@ -93,6 +93,8 @@ class Matcher:
         if self.check_at is None:
             self._look(left)
         fill_next_token_bitmask(self.matcher, self.bits)
+        if self.matcher.is_error():
+            raise UserError(f"the grammar is too large or cannot go on ({_first_line(self.matcher.get_error())})")
         allowed = _bools(self.bits[0], logits.shape[0])
         if self.closing and (token := self._closer(allowed)) is not None:
             allowed = torch.zeros_like(allowed)

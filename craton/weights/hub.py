@@ -42,7 +42,7 @@ def pull(name: str, out: Path, revision: str | None = None) -> dict[str, Any]:
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         raise UserError(f"{name}: the download failed ({str(error).splitlines()[0][:200]}); run the same command again to go on") from None
     except Exception as error:  # the HTTP library's own
-        if type(error).__module__.split(".")[0] not in ("httpx", "httpcore", "requests", "urllib3"):
+        if not type(error).__module__.startswith(("http", "requests", "urllib3")):
             raise
         raise UserError(f"{name}: the hub cannot be reached ({str(error).splitlines()[0][:200]}); run the same command again to go on") from None
     config = read_config(out)

@@ -85,3 +85,56 @@ def test_fused_step(name, dtype, tmp_path):
             outputs.append(torch.cat(parts))
     torch.testing.assert_close(outputs[0][None], plain, atol=2e-4, rtol=0)
     assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+def test_instruction_sets_agree(bits):
+    """Every compiled variant that this processor runs gives the same bits for packed weights, and the same fp32
+    products but for rounding."""
+    import ctypes
+    from pathlib import Path
+
+    flags = set(kernels.cpu_facts()["flags"].split())
+    needs = {"v3": "avx2", "v3vnni": "avx_vnni", "v4": "avx512bw", "v4vnni": "avx512_vnni"}
+    torch.manual_seed(0)
+    values, scales = weights(48, 96, bits)
+    x, w = torch.randn(21, 96) * 3, torch.randn(21, 100)
+    w2 = torch.randn(37, 100)
+    packed, plain = [], []
+    for level, flag in needs.items():
+        found = sorted(Path(kernels.__file__).parent.glob(f"_serve_{level}.*so"))
+        if flag not in flags or not found:
+            continue
+        other = ctypes.CDLL(str(found[0]))
+        for name, arguments in kernels._SERVING.items():
+            getattr(other, name).argtypes = arguments
+        panels, out = torch.empty(48 * 3 * (bits * 4 + 2), dtype=torch.uint8), torch.empty(21, 48)
+        other.serve_pack(bits, values.data_ptr(), scales.data_ptr(), 48, 96, panels.data_ptr(), 2)
+        matrix = native.MatrixC(panels.data_ptr(), None, 48, 96, bits)
+        other.serve_linear(ctypes.byref(matrix), x.data_ptr(), 21, out.data_ptr(), 2)
+        packed.append(out)
+        plain.append(native.linear(other, w, w2))
+    assert len(packed) >= 2
+    assert all(torch.equal(p, packed[0]) for p in packed)
+    for p in plain:
+        torch.testing.assert_close(p, plain[0], atol=1e-4, rtol=1e-4)
+
+
+def test_without_kernels(monkeypatch, tmp_path, capsys):
+    """A processor without compiled kernels: the same answers, by plain PyTorch, announced once."""
+    from craton.engine.engine import Engine
+    from craton.engine.request import Sampling
+    from craton.weights.quantize import pack_network
+
+    make("llama2", tmp_path)
+    prompts = [[5, 6, 7], list(range(20, 50))]
+    want = Engine(load_network(tmp_path)).generate(prompts, Sampling(20, 0.0, ignore_eos=True))
+    kernels.load_serving.cache_clear()
+    monkeypatch.setattr(kernels, "cpu_facts", lambda: {"flags": ""})
+    try:
+        got = Engine(load_network(tmp_path)).generate(prompts, Sampling(20, 0.0, ignore_eos=True))
+        small = Engine(pack_network(load_network(tmp_path), 8)).generate(prompts, Sampling(4, 0.0, ignore_eos=True))
+        assert capsys.readouterr().err.count("install a C++ compiler") == 1
+    finally:
+        kernels.load_serving.cache_clear()
+    assert [a[0].token_ids for a in got] == [a[0].token_ids for a in want] and len(small[0][0].token_ids) == 4
