@@ -34,12 +34,17 @@ def fsync(path: Path) -> None:
         os.close(handle)
 
 
+_UMASK = os.umask(0)
+os.umask(_UMASK)
+
+
 @contextlib.contextmanager
 def publish(path: Path) -> Iterator[Path]:
     """Yields a temporary name to write; on success it is fsynced and renamed to path, on failure removed."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
+        os.chmod(temporary, 0o666 & ~_UMASK)  # some libraries write files that only their owner can read
         fsync(temporary)
         os.replace(temporary, path)
     except BaseException:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from llguidance import LLMatcher, LLTokenizer
-from llguidance.torch import allocate_token_bitmask, fill_next_token_bitmask
+from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask  # its torch module imports a compiler
 from torch import Tensor
 
 from craton.base import UserError
@@ -143,6 +143,7 @@ class Matcher:
         return most
 
 
-def _bools(bits: Tensor, size: int) -> Tensor:
+def _bools(words: Any, size: int) -> Tensor:
     """int32 words of 32 bits -> (size,) bool."""
+    bits = torch.from_numpy(words)
     return ((bits[:, None] >> torch.arange(32, dtype=torch.int32)) & 1).flatten()[:size].bool()
