@@ -53,13 +53,30 @@ static inline f16 exp16(f16 x) {
 #endif
 }
 
-static inline float sum16(f16 v) {  // a fixed tree
+// The sum of 16 lanes, in one order everywhere: in each quarter (0 + 2) + (1 + 3), then the quarters alike.
+static inline float sum16(f16 v) {
     const float* p = (const float*)&v;
-    float a[8];
-    for (int i = 0; i < 8; i++) a[i] = p[i] + p[i + 8];
-    for (int n = 4; n; n /= 2)
-        for (int i = 0; i < n; i++) a[i] += a[i + n];
-    return a[0];
+    float q[4];
+    for (int i = 0; i < 4; i++) q[i] = (p[4 * i] + p[4 * i + 2]) + (p[4 * i + 1] + p[4 * i + 3]);
+    return (q[0] + q[2]) + (q[1] + q[3]);
+}
+
+// The sums of 16 vectors, as lanes of one.
+static inline f16 sums16(const f16* v) {
+#if defined(__AVX512F__)
+    __m512 t[8], u[4], w[2];
+    for (int i = 0; i < 8; i++) t[i] = _mm512_add_ps(_mm512_unpacklo_ps((__m512)v[2 * i], (__m512)v[2 * i + 1]), _mm512_unpackhi_ps((__m512)v[2 * i], (__m512)v[2 * i + 1]));
+    for (int i = 0; i < 4; i++) {
+        __m512d a = _mm512_castps_pd(t[2 * i]), b = _mm512_castps_pd(t[2 * i + 1]);
+        u[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(a, b)), _mm512_castpd_ps(_mm512_unpackhi_pd(a, b)));
+    }
+    for (int i = 0; i < 2; i++) w[i] = _mm512_add_ps(_mm512_shuffle_f32x4(u[2 * i], u[2 * i + 1], 0x44), _mm512_shuffle_f32x4(u[2 * i], u[2 * i + 1], 0xee));
+    return (f16)_mm512_add_ps(_mm512_shuffle_f32x4(w[0], w[1], 0x88), _mm512_shuffle_f32x4(w[0], w[1], 0xdd));
+#else
+    f16 out;
+    for (int i = 0; i < 16; i++) ((float*)&out)[i] = sum16(v[i]);
+    return out;
+#endif
 }
 
 // ---- integer products -------------------------------------------------------------------------------------------
@@ -192,19 +209,19 @@ struct Matrix {  // kind: 0 fp32, 1 bf16 (row by row), 4, 8 (panels)
     int64_t rows, cols, kind;
 };
 
-// R weight rows and T activation rows, row by row; a sum has 16 lanes, joined at the end.
+// R weight rows and T activation rows, R * T = 16: each sum has 16 lanes, which are joined at the end.
 template <typename Weight, int R, int T>
 static inline void dot_rows(const Weight* w, const float* x, int64_t cols, float* out, int64_t stride, const float* bias) {
-    f16 acc[R][T];
-    for (int r = 0; r < R; r++)
-        for (int t = 0; t < T; t++) acc[r][t] = f16{};
+    f16 acc[T][R];
+    for (int t = 0; t < T; t++)
+        for (int r = 0; r < R; r++) acc[t][r] = f16{};
     const int64_t whole = cols & ~int64_t(15);
     for (int64_t c = 0; c < whole; c += 16) {
         f16 v[T];
         for (int t = 0; t < T; t++) v[t] = load16(x + t * cols + c);
         for (int r = 0; r < R; r++) {
             f16 u = load16(w + r * cols + c);
-            for (int t = 0; t < T; t++) acc[r][t] += u * v[t];
+            for (int t = 0; t < T; t++) acc[t][r] += u * v[t];
         }
     }
     if (whole < cols) {
@@ -214,27 +231,41 @@ static inline void dot_rows(const Weight* w, const float* x, int64_t cols, float
             for (int t = 0; t < T; t++) {
                 float b[16] = {};
                 memcpy(b, x + t * cols + whole, (cols - whole) * sizeof(float));
-                acc[r][t] += load16(a) * load16(b);
+                acc[t][r] += load16(a) * load16(b);
             }
         }
     }
-    for (int r = 0; r < R; r++)
-        for (int t = 0; t < T; t++) out[t * stride + r] = sum16(acc[r][t]) + (bias ? bias[r] : 0.f);
+    const f16 sums = sums16(&acc[0][0]);
+    for (int t = 0; t < T; t++)
+        for (int r = 0; r < R; r++) out[t * stride + r] = ((const float*)&sums)[t * R + r] + (bias ? bias[r] : 0.f);
+}
+
+// One weight row and one activation row, the same sum.
+template <typename Weight>
+static inline float dot_row(const Weight* w, const float* x, int64_t cols) {
+    f16 acc = f16{};
+    const int64_t whole = cols & ~int64_t(15);
+    for (int64_t c = 0; c < whole; c += 16) acc += load16(w + c) * load16(x + c);
+    if (whole < cols) {
+        Weight a[16] = {};
+        float b[16] = {};
+        memcpy(a, w + whole, (cols - whole) * sizeof(Weight));
+        memcpy(b, x + whole, (cols - whole) * sizeof(float));
+        acc += load16(a) * load16(b);
+    }
+    return sum16(acc);
 }
 
 template <typename Weight>
 static void rows_block(const Weight* w, const float* bias, int64_t rows, const float* x, int64_t tokens, int64_t cols, float* out, int64_t stride) {
-    for (int64_t t = 0; t < tokens;) {
-        const int n = tokens - t >= 4 ? 4 : 1;
-        int64_t r = 0;
-        if (n == 4) {
-            for (; r + 4 <= rows; r += 4) dot_rows<Weight, 4, 4>(w + r * cols, x + t * cols, cols, out + t * stride + r, stride, bias ? bias + r : 0);
-            for (; r < rows; r++) dot_rows<Weight, 1, 4>(w + r * cols, x + t * cols, cols, out + t * stride + r, stride, bias ? bias + r : 0);
-        } else {
-            for (; r + 8 <= rows; r += 8) dot_rows<Weight, 8, 1>(w + r * cols, x + t * cols, cols, out + t * stride + r, stride, bias ? bias + r : 0);
-            for (; r < rows; r++) dot_rows<Weight, 1, 1>(w + r * cols, x + t * cols, cols, out + t * stride + r, stride, bias ? bias + r : 0);
-        }
-        t += n;
+    if (rows == 16) {
+        int64_t t = 0;
+        for (; t + 4 <= tokens; t += 4)
+            for (int r = 0; r < 16; r += 4) dot_rows<Weight, 4, 4>(w + r * cols, x + t * cols, cols, out + t * stride + r, stride, bias ? bias + r : 0);
+        for (; t < tokens; t++) dot_rows<Weight, 16, 1>(w, x + t * cols, cols, out + t * stride, stride, bias);
+    } else {  // the last rows of a matrix
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t t = 0; t < tokens; t++) out[t * stride + r] = dot_row(w + r * cols, x + t * cols, cols) + (bias ? bias[r] : 0.f);
     }
 }
 
