@@ -209,15 +209,17 @@ struct Matrix {  // kind: 0 fp32, 1 bf16 (row by row), 4, 8 (panels)
     int64_t rows, cols, kind;
 };
 
-// R weight rows and T activation rows, R * T = 16: each sum has 16 lanes, which are joined at the end.
-template <typename Weight, int R, int T>
-static inline void dot_rows(const Weight* w, const float* x, int64_t cols, float* out, int64_t stride, const float* bias) {
+// R weight rows and T activation rows, R * T = 16: each sum has 16 lanes, which are joined at the end. Meanwhile AHEAD
+// lines are fetched from `next` on for every 16 columns.
+template <typename Weight, int R, int T, int AHEAD>
+static inline void dot_rows(const Weight* w, const float* x, int64_t cols, float* out, int64_t stride, const float* bias, const char* next) {
     f16 acc[T][R];
     for (int t = 0; t < T; t++)
         for (int r = 0; r < R; r++) acc[t][r] = f16{};
     const int64_t whole = cols & ~int64_t(15);
     for (int64_t c = 0; c < whole; c += 16) {
         f16 v[T];
+        for (int i = 0; i < AHEAD; i++) __builtin_prefetch(next + c * 4 * AHEAD + i * 64, 0, 2);
         for (int t = 0; t < T; t++) v[t] = load16(x + t * cols + c);
         for (int r = 0; r < R; r++) {
             f16 u = load16(w + r * cols + c);
@@ -259,10 +261,19 @@ static inline float dot_row(const Weight* w, const float* x, int64_t cols) {
 template <typename Weight>
 static void rows_block(const Weight* w, const float* bias, int64_t rows, const float* x, int64_t tokens, int64_t cols, float* out, int64_t stride) {
     if (rows == 16) {
-        int64_t t = 0;
-        for (; t + 4 <= tokens; t += 4)
-            for (int r = 0; r < 16; r += 4) dot_rows<Weight, 4, 4>(w + r * cols, x + t * cols, cols, out + t * stride + r, stride, bias ? bias + r : 0);
-        for (; t < tokens; t++) dot_rows<Weight, 16, 1>(w, x + t * cols, cols, out + t * stride, stride, bias);
+        const int64_t fours = tokens / 4 * 4;
+        const auto four = [&](auto ahead) {  // the next four rows are fetched while these are multiplied
+            for (int r = 0; r < 16; r += 4) {
+                const char* next = (const char*)(w + (r + 4) * cols);
+                for (int64_t t = 0; t < fours; t += 4, next += ahead * cols * 4)
+                    dot_rows<Weight, 4, 4, ahead>(w + r * cols, x + t * cols, cols, out + t * stride + r, stride, bias ? bias + r : 0, next);
+            }
+        };
+        if (fours >= 64) four(std::integral_constant<int, 0>());
+        else if (fours >= 16) four(std::integral_constant<int, 1>());
+        else if (fours >= 8) four(std::integral_constant<int, 2>());
+        else if (fours) four(std::integral_constant<int, 4>());
+        for (int64_t t = fours; t < tokens; t++) dot_rows<Weight, 16, 1, 0>(w, x + t * cols, cols, out + t * stride, stride, bias, 0);
     } else {  // the last rows of a matrix
         for (int64_t r = 0; r < rows; r++)
             for (int64_t t = 0; t < tokens; t++) out[t * stride + r] = dot_row(w + r * cols, x + t * cols, cols) + (bias ? bias[r] : 0.f);
