@@ -216,12 +216,15 @@ class Worker:
 
 
 def bandwidth(buffer) -> float:
-    """GB/s of reading 1 GiB in order, on two threads."""
+    """GB/s of reading 1 GiB on two threads, the best of three."""
     from craton.model import kernels
 
-    began = time.perf_counter()
-    kernels.load_serving().serve_read(buffer.data_ptr(), buffer.numel(), 2)
-    return buffer.numel() / (time.perf_counter() - began) / 1e9
+    best = 0.0
+    for _ in range(3):
+        began = time.perf_counter()
+        kernels.load_serving().serve_read(buffer.data_ptr(), buffer.numel(), 2)
+        best = max(best, buffer.numel() / (time.perf_counter() - began) / 1e9)
+    return best
 
 
 def first_token(folder: Path) -> float:

@@ -747,15 +747,18 @@ void serve_pack(int64_t bits, const uint8_t* values, const uint16_t* scales, int
     }
 }
 
-// Bytes read in order by each thread: what the memory gives. Returns a sum, so that nothing is left out.
+// Bytes read by each thread as four streams, which is what the memory gives the most for. Returns a sum, so that
+// nothing is left out.
 int64_t serve_read(const uint8_t* data, int64_t bytes, int64_t threads) {
     int64_t total = 0;
 #pragma omp parallel num_threads(threads) reduction(+ : total)
     {
-        const int64_t me = omp_get_thread_num(), team = omp_get_num_threads(), per = bytes / team / 256 * 256;
+        const int64_t per = bytes / omp_get_num_threads() / 4 / 256 * 256;
+        const uint8_t* own = data + omp_get_thread_num() * per * 4;
         i16 a[4] = {};
-        for (const uint8_t *p = data + me * per, *end = p + per; p < end; p += 256)
-            for (int i = 0; i < 4; i++) a[i] += *(const i16*)(p + 64 * i);
+        for (int64_t at = 0; at < per; at += 256)
+            for (int s = 0; s < 4; s++)
+                for (int i = 0; i < 4; i++) a[i] += *(const i16*)(own + s * per + at + 64 * i);
         for (int i = 0; i < 4; i++)
             for (int j = 0; j < 16; j++) total += a[i][j];
     }

@@ -39,6 +39,7 @@ FAMILIES: dict[str, Family] = {
         gemma.GEMMA2, gemma.GEMMA3, olmo2.FAMILY, smollm3.FAMILY, gpt_oss.FAMILY,
     )
 }  # fmt: skip
+WITH_PICTURES = {"gemma3": "gemma3_text", "mistral3": "mistral"}  # their text parts are read
 SHARD_BYTES = 5 << 30
 
 
@@ -54,8 +55,9 @@ def _read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
     if path.is_file() and path.stat().st_size > 10 << 20:
         raise UserError(f"{path}: {count(path.stat().st_size)}B is no model configuration")
     raw = read_json(path)
-    if isinstance(raw, dict) and isinstance(raw.get("text_config"), dict) and raw.get("model_type") == "gemma3":
-        raw = {**raw["text_config"], "model_type": "gemma3_text", "quantization_config": raw.get("quantization_config")}
+    if isinstance(raw, dict) and raw.get("model_type") in WITH_PICTURES and isinstance(raw.get("text_config"), dict):
+        shared = {k: raw[k] for k in ("quantization_config", "eos_token_id", "bos_token_id", "tie_word_embeddings") if k in raw}
+        raw = {**shared, **raw["text_config"], "model_type": WITH_PICTURES[raw["model_type"]], "_text_part": True}
     kind = raw.get("model_type") if isinstance(raw, dict) else None
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise UserError(f"{path}: model_type {kind!r} is not supported; supported: {', '.join(FAMILIES)}")
@@ -204,7 +206,7 @@ def copy_tokenizer(source: Path, target: Path) -> None:
 class Stored:
     """The tensors of a folder by name, opened file by file as they are asked for."""
 
-    def __init__(self, folder: Path):
+    def __init__(self, folder: Path, text_part: bool = False):
         self.folder = folder
         index = folder / "model.safetensors.index.json"
         if index.exists():
@@ -231,6 +233,13 @@ class Stored:
         for key, name in self.files.items():
             if key not in self.shapes:
                 raise UserError(f"{folder / name}: tensor {key} is missing, which the index says is there")
+        self.stored_name = dict(zip(self.files, self.files, strict=True))
+        if text_part:  # of a model that also sees
+            self.stored_name = {_text_name(n): n for n in self.files if "vision_tower." not in n and "multi_modal_projector." not in n}
+            passed = len(self.files) - len(self.stored_name)
+            self.files = {ours: self.files[n] for ours, n in self.stored_name.items()}
+            self.shapes = {ours: self.shapes[n] for ours, n in self.stored_name.items()}
+            say(f"{folder}: the text part alone; {passed} tensors for pictures are passed over")
         self.loaded: dict[str, dict[str, Tensor]] = {}
         self.progress, self.seen = Progress(), 0
 
@@ -239,10 +248,16 @@ class Stored:
         file = self.files[name]
         if file not in self.loaded:
             self.loaded[file] = read_tensors(self.folder / file)
-        tensor = self.loaded[file].pop(name)
+        tensor = self.loaded[file].pop(self.stored_name[name])
         self.seen += tensor.nbytes
         self.progress.show(f"reading {self.folder}: {count(self.seen)}B")
         return tensor
+
+
+def _text_name(name: str) -> str:
+    """A text tensor's name without what wraps the text part; its layout differs between versions of transformers."""
+    name = name.removeprefix("language_model.")
+    return "model." + name.removeprefix("model.language_model.") if name.startswith("model.language_model.") else name
 
 
 def load_network(folder: Path, device: str = "cpu", dtype: torch.dtype | None = None) -> Decoder:
@@ -250,7 +265,7 @@ def load_network(folder: Path, device: str = "cpu", dtype: torch.dtype | None = 
     config, raw = _read_config(folder)
     with torch.device("meta"):
         network = Decoder(config)
-    tensors = Stored(folder)
+    tensors = Stored(folder, bool(raw.get("_text_part")))
     scheme = stored.scheme(raw.get("quantization_config"), folder / "config.json")
     if scheme.kind == "packed":
         stored.put_packed(network, tensors)

@@ -212,3 +212,21 @@ def test_mxfp4_blocks():
     blocks = torch.randint(0, 256, (3, 10, 4, 16), dtype=torch.uint8)
     scales = torch.randint(118, 134, (3, 10, 4), dtype=torch.uint8)
     assert torch.equal(from_mxfp4(blocks, scales), convert_moe_packed_tensors(blocks, scales))
+
+
+@pytest.mark.parametrize("old_names", [False, True])
+def test_text_part_of_a_model_that_sees(old_names, tmp_path):
+    import transformers as t
+
+    torch.manual_seed(0)
+    text = dict(vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=7, num_attention_heads=4, num_key_value_heads=2, head_dim=32, sliding_window=9, query_pre_attn_scalar=32, max_position_embeddings=256)
+    vision = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
+    theirs = t.Gemma3ForConditionalGeneration(t.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=127, boi_token_index=126, eoi_token_index=125)).eval()
+    theirs.save_pretrained(tmp_path)
+    if old_names:  # as Gemma 3 was published
+        tensors = load_file(tmp_path / "model.safetensors")
+        save_file({("language_model.model." + n.removeprefix("model.language_model.") if n.startswith("model.language_model.") else n.removeprefix("model.")): v for n, v in tensors.items()}, tmp_path / "model.safetensors")
+    ours = load_network(tmp_path)
+    ids = torch.randint(3, 120, (1, 40))
+    with torch.no_grad():
+        torch.testing.assert_close(ours(ids), theirs(input_ids=ids).logits, atol=1e-4, rtol=0)
