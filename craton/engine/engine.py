@@ -112,7 +112,8 @@ class Engine:
             bad = max(prompt) if max(prompt) >= self.config.vocab_size else min(prompt)
             raise UserError(f"token id {bad} is outside the model's vocabulary of {self.config.vocab_size}")
         if len(prompt) + bool(s.max_tokens) > self.context:
-            raise UserError(f"the prompt has {len(prompt)} tokens, the context is {self.context}; shorten it")
+            why = "" if self.context == self.config.max_position_embeddings else f", which the cache has room for, of the model's {self.config.max_position_embeddings}"
+            raise UserError(f"the prompt has {len(prompt)} tokens, the context is {self.context}{why}; shorten it")
         if bad_bias := [i for i in s.logit_bias if not 0 <= i < self.config.vocab_size]:
             raise UserError(f"logit_bias: token id {bad_bias[0]} is outside the model's vocabulary of {self.config.vocab_size}")
         if adapter is not None:
@@ -363,7 +364,7 @@ class Engine:
     def _choose(self, sequence: Sequence, logits: torch.Tensor, likeliest: int | None) -> tuple[int | None, str | None]:
         """The next token of an answer, appended to it, and whether it ends there. An end token is no part of it."""
         s, completion, answer = sequence.sampling, sequence.completion, sequence.completion.token_ids
-        scores = adjusted(logits, s, sequence.tokens[: sequence.prompt], answer)
+        scores = adjusted(logits, s, sequence.tokens[: sequence.prompt], answer) if s.adjusts else logits
         ends = () if s.ignore_eos else self.config.eos_token_ids
         if len(answer) < s.min_tokens and (ends or s.stop_token_ids):
             scores = scores.index_fill(0, torch.tensor([*ends, *s.stop_token_ids]), -torch.inf)

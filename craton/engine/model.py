@@ -9,6 +9,7 @@ import torch
 from craton.engine.engine import Engine
 from craton.engine.request import Completion, Sampling
 from craton.model.decoder import Decoder
+from craton.model.serving import fused
 from craton.text.tokenizer import Tokenizer
 from craton.weights.folder import check_fit, load_network
 
@@ -54,6 +55,8 @@ def load_model(path: str, device: str = "cpu", **engine_options: Any) -> Model:
     else:
         network, tokenizer = load_network(folder, device), Tokenizer.open(folder)
     check_fit(network.config, tokenizer, folder)
+    if device == "cpu" and not fused(network.config):
+        network.float()  # modules run in fp32 on a CPU; only the steps in one call read 16-bit weights
     return Model(network, tokenizer, engine_options)
 
 

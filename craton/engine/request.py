@@ -56,6 +56,12 @@ class Sampling:
             raise UserError("json_schema, regex, choice and grammar exclude each other")
 
 
+    @property
+    def adjusts(self) -> bool:
+        """Whether bias or penalties change the logits."""
+        return bool(self.logit_bias) or self.repetition_penalty != 1.0 or self.frequency_penalty != 0.0 or self.presence_penalty != 0.0
+
+
 @dataclass(frozen=True)
 class TokenLogprob:
     token: int

@@ -21,7 +21,7 @@ def uniform(seed: int, index: int, position: int) -> float:
 def adjusted(logits: Tensor, sampling: Sampling, prompt: list[int], answer: list[int]) -> Tensor:
     """logits (vocabulary,) after bias and penalties; the same tensor where there are none."""
     s = sampling
-    if not s.logit_bias and s.repetition_penalty == 1.0 and s.frequency_penalty == 0.0 and s.presence_penalty == 0.0:
+    if not s.adjusts:
         return logits
     logits = logits.clone()
     if s.logit_bias:

@@ -61,6 +61,7 @@ _SERVING = {
     "serve_attention": [_P] * 8 + [_I],
     "serve_pack": [_I, _P, _P, _I, _I, _P, _I],
     "serve_read": [_P, _I, _I],
+    "serve_advise": [_P, _I],
 }
 
 

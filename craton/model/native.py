@@ -38,12 +38,15 @@ def step_of(step: Any) -> StepC:
     )  # fmt: skip
 
 
+KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # of MatrixC; 4 and 8 are packed
+
+
 def linear(library: Any, x: Tensor, w: Tensor) -> Tensor:
-    """x (..., cols) times w (rows, cols; fp32 or bf16) transposed, each row of x on its own."""
+    """x (..., cols) times w (rows, cols; fp32, bf16 or fp16) transposed, each row of x on its own."""
     x, w = x.contiguous(), w.contiguous()
     out = x.new_empty(*x.shape[:-1], w.shape[0])
     if x.numel():
-        matrix = MatrixC(w.data_ptr(), None, w.shape[0], w.shape[1], int(w.dtype == torch.bfloat16))
+        matrix = MatrixC(w.data_ptr(), None, w.shape[0], w.shape[1], KINDS[w.dtype])
         library.serve_linear(ctypes.byref(matrix), x.data_ptr(), x.numel() // x.shape[-1], out.data_ptr(), torch.get_num_threads())
     return out
 

@@ -11,6 +11,9 @@
 // signed products (VNNI) apply without sign fix-ups; what the offset adds is the row's own sum, subtracted beforehand.
 #include <immintrin.h>
 #include <omp.h>
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 #include <algorithm>
 #include <atomic>
@@ -32,6 +35,10 @@ static inline f16 load16(const uint16_t* p) {  // bf16
     return (f16)(__builtin_convertvector(*(const h16*)p, i16) << 16);
 }
 
+struct Half {  // IEEE fp16
+    uint16_t bits;
+};
+
 static inline f16 load_half16(const uint16_t* p) {
 #if defined(__AVX512F__)
     return (f16)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i*)p));
@@ -42,6 +49,8 @@ static inline f16 load_half16(const uint16_t* p) {
     return out;
 #endif
 }
+
+static inline f16 load16(const Half* p) { return load_half16((const uint16_t*)p); }
 
 static inline f16 exp16(f16 x) {
 #if defined(__AVX512F__)
@@ -203,7 +212,7 @@ static void quantise(const float* x, int64_t row, int64_t rows, int64_t cols, co
 
 // ---- products ---------------------------------------------------------------------------------------------------
 
-struct Matrix {  // kind: 0 fp32, 1 bf16 (row by row), 4, 8 (panels)
+struct Matrix {  // kind: 0 fp32, 1 bf16, 2 fp16 (row by row), 4, 8 (panels)
     const void* data;
     const float* bias;
     int64_t rows, cols, kind;
@@ -327,6 +336,7 @@ static void product(const Matrix& m, int64_t from, int64_t to, const float* x, Q
             else if (m.kind == 4) panel_tiles<4, 1>(w, panel, bias, here, n, m.cols, o, stride);
             else if (m.kind == 8) panel_tiles<8, 1>(w, panel, bias, here, n, m.cols, o, stride);
             else if (m.kind == 1) rows_block((const uint16_t*)m.data + row * m.cols, bias, rows, x + t * m.cols, n, m.cols, o, stride);
+            else if (m.kind == 2) rows_block((const Half*)m.data + row * m.cols, bias, rows, x + t * m.cols, n, m.cols, o, stride);
             else rows_block((const float*)m.data + row * m.cols, bias, rows, x + t * m.cols, n, m.cols, o, stride);
             p += pair ? 2 : 1;
         }
@@ -590,7 +600,8 @@ void serve_step(const Model* mp, const Step* sp, const int32_t* ids, int64_t out
             mine(T, from, to);
             for (int64_t t = from; t < to; t++) {
                 if (m.embedding_kind == 0) memcpy(x[0] + t * h, (const float*)m.embedding + ids[t] * h, h * 4);
-                else for (int64_t i = 0; i < h; i += 16) store16(x[0] + t * h + i, load16((const uint16_t*)m.embedding + ids[t] * h + i));
+                else if (m.embedding_kind == 1) for (int64_t i = 0; i < h; i += 16) store16(x[0] + t * h + i, load16((const uint16_t*)m.embedding + ids[t] * h + i));
+                else for (int64_t i = 0; i < h; i += 16) store16(x[0] + t * h + i, load16((const Half*)m.embedding + ids[t] * h + i));
             }
 #pragma omp barrier
         }
@@ -718,6 +729,14 @@ void serve_attention(const Step* s, const Heads* h, const float* q, const float*
         for (int64_t i = 0; i < (int64_t)tiles.size() * h->kv_heads; i++)
             attend(*s, *h, tiles[i / h->kv_heads], i % h->kv_heads, q, h->heads * h->key, keys, values, out, h->heads * h->value, scratch, pointers);
     }
+}
+
+// Asks for large pages under memory that is about to be filled: fewer page tables to walk while it streams.
+void serve_advise(char* data, int64_t bytes) {
+#if defined(__linux__)
+    const uintptr_t size = 2 << 20, from = ((uintptr_t)data + size - 1) / size * size, to = ((uintptr_t)data + bytes) / size * size;
+    if (from < to) madvise((void*)from, to - from, MADV_HUGEPAGE);
+#endif
 }
 
 // Rows as they lie in files (4 bits: two columns a byte, the first low, value + 8; 8 bits: value + 128) and their fp16

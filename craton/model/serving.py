@@ -14,7 +14,7 @@ from craton.model import kernels, ops
 from craton.model.cache import Step
 from craton.model.config import ModelConfig
 from craton.model.decoder import MLP, Attention, Decoder, Linear
-from craton.model.native import LayerC, MatrixC, ModelC, step_of
+from craton.model.native import KINDS, LayerC, MatrixC, ModelC, step_of
 
 GROUP = 32  # values that share a scale
 
@@ -30,12 +30,26 @@ def unpacked(values: Tensor, scales: Tensor, bits: int) -> Tensor:
     return (signed.unflatten(-1, (-1, GROUP)) * scales.float()[..., None]).flatten(-2)
 
 
+_ARENA = 64 << 20
+_arena = torch.empty(0, dtype=torch.uint8)  # what is left of it
+
+
+def _room(size: int) -> Tensor:
+    """size bytes from memory with large pages, 7 % more bandwidth than with small ones; several tensors share a piece."""
+    global _arena
+    if _arena.numel() < size:
+        _arena = torch.empty(max(_ARENA, size), dtype=torch.uint8)
+        kernels.load_serving().serve_advise(_arena.data_ptr(), _arena.numel())
+    room, _arena = _arena[:size], _arena[-(-size // 64) * 64 :]
+    return room
+
+
 def pack(values: Tensor, scales: Tensor, bits: int) -> Tensor:
     """The same in the kernels' panels, (rows * cols / 32 * (16 or 32 bytes + 2),) uint8."""
     library = kernels.load_serving()
     assert library is not None
     rows, cols = values.shape[0], values.shape[1] * 8 // bits
-    out = torch.empty(rows * (cols // GROUP) * (bits * 4 + 2), dtype=torch.uint8)
+    out = _room(rows * (cols // GROUP) * (bits * 4 + 2))
     values, scales = values.contiguous(), scales.half().contiguous()
     library.serve_pack(bits, values.data_ptr(), scales.data_ptr(), rows, cols, out.data_ptr(), torch.get_num_threads())
     return out
@@ -96,7 +110,7 @@ def fused(config: ModelConfig) -> bool:
 
 
 class FusedStep:
-    """A decoder's weights as the kernels take them. Holds what they point to; no copies of fp32 and bf16 matrices."""
+    """A decoder's weights as the kernels take them. Holds what they point to; no copies of matrices."""
 
     def __init__(self, network: Decoder, keys: Tensor, values: Tensor, context: int):
         c = network.config
@@ -118,12 +132,11 @@ class FusedStep:
             layers[i].keys, layers[i].values = keys[i].data_ptr(), values[i].data_ptr()
             layers[i].window, layers[i].rope = c.window(i) or 0, int(not c.no_rope_layers or c.no_rope_layers[i])
         embedding = backbone.embed_tokens.weight.detach()
-        embedding = embedding if embedding.dtype == torch.bfloat16 else embedding.float()
         self.kept += [embedding, keys, values]
         self.layers = layers
         self.model = ModelC(
             c.num_hidden_layers, c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.intermediate_size, c.vocab_size,
-            int(embedding.dtype == torch.bfloat16), c.rms_norm_eps, c.attention_scale or c.head_dim**-0.5, ctypes.cast(layers, ctypes.c_void_p),
+            KINDS[embedding.dtype], c.rms_norm_eps, c.attention_scale or c.head_dim**-0.5, ctypes.cast(layers, ctypes.c_void_p),
             self._matrix(network.lm_head), embedding.data_ptr(), self._float(backbone.norm.weight), cos, sin,
         )  # fmt: skip
         self.workspace = torch.empty(0, dtype=torch.uint8)
@@ -138,11 +151,10 @@ class FusedStep:
             self.kept.append(layer.values)  # type: ignore[arg-type]
             return MatrixC(layer.values.data_ptr(), self._float(layer.bias) if layer.bias is not None else None, layer.rows, layer.cols, layer.bits)  # type: ignore[operator,arg-type]
         assert isinstance(layer, Linear)
-        weight = layer.weight.detach()
-        weight = (weight if weight.dtype in (torch.float32, torch.bfloat16) else weight.float()).contiguous()
+        weight = layer.weight.detach().contiguous()
         self.kept.append(weight)
         bias = None if layer.bias is None else self._float(layer.bias)
-        return MatrixC(weight.data_ptr(), bias, *weight.shape, int(weight.dtype == torch.bfloat16))
+        return MatrixC(weight.data_ptr(), bias, *weight.shape, KINDS[weight.dtype])
 
     def run(self, ids: Tensor, step: Step, rows: Tensor, want_logits: bool = True) -> tuple[Tensor | None, Tensor]:
         """ids (tokens,) int32 -> logits (outputs, vocabulary) and last hidden states (outputs, hidden) of the tokens in

@@ -83,8 +83,8 @@ class Family:
             if key in raw and raw[key] not in allowed:
                 raise ValueError(f"{key} is {raw[key]!r}; {self.model_type} is supported with {' or '.join(map(repr, allowed))}")
         for key in ("hidden_size", "num_attention_heads", "num_hidden_layers"):
-            if not isinstance(raw.get(key), int) or isinstance(raw[key], bool) or not 1 <= raw[key] <= 1 << 24:
-                raise ValueError(f"{key} is {raw.get(key)!r}, must be a whole number of at least 1")
+            if not isinstance(raw.get(key), int) or isinstance(raw[key], bool) or not 1 <= raw[key] <= (1024 if key == "num_hidden_layers" else 1 << 24):
+                raise ValueError(f"{key} is {raw.get(key)!r}, must be a whole number of at least 1 and no larger than any model's")
         values: dict[str, Any] = {key: raw[key] for key in (*COMMON, *self.same) if key in raw}
         values |= {ours: raw[key] for key, ours in self.renamed.items() if raw.get(key) is not None}
         if values.get("head_dim") is None:

@@ -1,5 +1,6 @@
 """Model folders in the Hugging Face layout: networks to disk and back. Weights are safetensors only."""
 
+import dataclasses
 import hashlib
 import json
 import struct
@@ -62,13 +63,24 @@ def _read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise UserError(f"{path}: model_type {kind!r} is not supported; supported: {', '.join(FAMILIES)}")
     try:
-        return FAMILIES[kind].read(raw), raw
+        return _with_ends(FAMILIES[kind].read(raw), folder), raw
     except KeyError as error:
         raise UserError(f"{path}: {error.args[0]} is missing") from None
     except (TypeError, AttributeError) as error:
         raise UserError(f"{path}: a key is mistyped ({error})") from None
     except (ValueError, OverflowError, ZeroDivisionError) as error:
         raise UserError(f"{path}: {error}") from None
+
+
+def _with_ends(config: ModelConfig, folder: Path) -> ModelConfig:
+    """With the end tokens that generation_config.json adds: chat models often name the end of a turn only there."""
+    path = folder / "generation_config.json"
+    more = read_json(path).get("eos_token_id") if path.is_file() else None
+    more = [more] if isinstance(more, int) else more or []
+    if not isinstance(more, list) or not all(isinstance(i, int) and 0 <= i < config.vocab_size for i in more):
+        raise UserError(f"{path}: eos_token_id is {more!r}, which are not ids of this vocabulary")
+    ends = tuple(dict.fromkeys([*config.eos_token_ids, *more]))
+    return config if set(ends) == set(config.eos_token_ids) else dataclasses.replace(config, eos_token_id=ends if len(ends) > 1 else ends[0])
 
 
 def config_json(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:

@@ -37,11 +37,11 @@ def test_packed_linear(bits, rows, cols, tokens):
 
 
 @settings(deadline=None, max_examples=40)
-@given(rows=st.integers(1, 50), cols=st.integers(1, 90), tokens=st.integers(1, 40), bf16=st.booleans())
-def test_linear_row_by_row(rows, cols, tokens, bf16):
+@given(rows=st.integers(1, 50), cols=st.integers(1, 90), tokens=st.integers(1, 40), dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+def test_linear_row_by_row(rows, cols, tokens, dtype):
     torch.manual_seed(rows * 100 + cols)
     x, w = torch.randn(tokens, cols), torch.randn(rows, cols)
-    w = w.bfloat16() if bf16 else w
+    w = w.to(dtype)
     y = native.linear(library, x, w)
     torch.testing.assert_close(y, x @ w.float().t(), atol=1e-4, rtol=1e-4)
     for t in range(tokens):
@@ -66,7 +66,7 @@ def test_row_by_row_logits(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", [n for n in FAMILIES if n.split("-")[0] in ("llama2", "llama3.1", "llama3.2", "llama", "mistral", "qwen2", "qwen3", "smollm3") and n != "llama-biased"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_fused_step(name, dtype, tmp_path):
     make(name, tmp_path)
     network = load_network(tmp_path, dtype=dtype)

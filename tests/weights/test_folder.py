@@ -230,3 +230,13 @@ def test_text_part_of_a_model_that_sees(old_names, tmp_path):
     ids = torch.randint(3, 120, (1, 40))
     with torch.no_grad():
         torch.testing.assert_close(ours(ids), theirs(input_ids=ids).logits, atol=1e-4, rtol=0)
+
+
+def test_end_tokens_of_generation_config(tmp_path):
+    folder = damaged(tmp_path)
+    assert read_config(folder).eos_token_ids == ()
+    (folder / "generation_config.json").write_text('{"eos_token_id": [7, 9]}')
+    assert read_config(folder).eos_token_ids == (7, 9)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [7, 999]}')
+    with pytest.raises(UserError, match="generation_config.json: eos_token_id"):
+        read_config(folder)
