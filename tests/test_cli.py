@@ -44,7 +44,7 @@ def test_generate_refuses_bad_input(model_folder, tmp_path):
         ((tmp_path / "absent", "x"), "no such model folder"),
         ((model_folder, "word " * 5000), "context is 1024"),
         ((model_folder, "x", "--max-tokens", 0), "at least 1"),
-        ((model_folder, "x", "--temperature", -1), "at least 0"),
+        ((model_folder, "x", "--temperature", -1), "from 0 to"),
     ):
         done = craton("generate", *args)
         assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr

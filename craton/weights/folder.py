@@ -144,6 +144,19 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, st
     tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     with publish(path) as temporary:
         save_file(tensors, temporary, {"format": "pt", "sha256": _digest(tensors.items()), **(metadata or {})})
+        _sort_metadata(temporary)
+
+
+def _sort_metadata(path: Path) -> None:
+    """safetensors writes metadata in a random order; in one order, equal contents are equal files."""
+    with open(path, "r+b") as f:
+        size = struct.unpack("<Q", f.read(8))[0]
+        header = json.loads(f.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+        assert len(text) == size
+        f.seek(8)
+        f.write(text)
 
 
 # ---- networks ---------------------------------------------------------------------------------------------------

@@ -240,3 +240,10 @@ def test_end_tokens_of_generation_config(tmp_path):
     (folder / "generation_config.json").write_text('{"eos_token_id": [7, 999]}')
     with pytest.raises(UserError, match="generation_config.json: eos_token_id"):
         read_config(folder)
+
+
+def test_equal_contents_are_equal_files(tmp_path):
+    tensors = {f"t{i}": torch.arange(i + 3.0) for i in range(9)}
+    for i in range(12):
+        write_tensors(tmp_path / str(i), tensors, {"b": "é", "a": "2"})
+    assert len({(tmp_path / str(i)).read_bytes() for i in range(12)}) == 1
