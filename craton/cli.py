@@ -129,14 +129,13 @@ def generate(
 
     if max_tokens < 1:
         raise UserError(f"--max-tokens is {max_tokens}, must be at least 1")
+    sampling = Sampling(max_tokens, temperature, seed=seed)
     loaded, ids, text = load_model(model), list[int](), ""
-    if not json_:
-        print(prompt, end="", flush=True)
-    for event in loaded.engine.stream(loaded.tokenizer.encode(prompt), Sampling(max_tokens, temperature, seed=seed)):
+    for event in loaded.engine.stream(loaded.tokenizer.encode(prompt), sampling):
+        if not json_:
+            print(event.text if ids or text else prompt + event.text, end="", flush=True)
         ids += event.token_ids
         text += event.text
-        if not json_:
-            print(event.text, end="", flush=True)
     if not json_:
         print()
     _emit(json_, {"text": text, "token_ids": ids})
