@@ -204,6 +204,8 @@ def quantize(
     from craton.engine.model import load_model
     from craton.weights.quantize import quantise_folder
 
+    if measure < 0:
+        raise UserError(f"--measure is {measure}, must be at least 0")
     words = read_text(text, measure) if measure else ""
     result = quantise_folder(model, out, bits)
     if words:

@@ -96,6 +96,7 @@ class Engine:
         self.requests: dict[int, list[Sequence]] = {}
         self.counters = Counters()
         self.last_request = 0
+        self.inbox: dict[int, deque[Event]] = {}  # of requests that are streamed
 
     # ---- requests ----
 
@@ -116,6 +117,8 @@ class Engine:
             raise UserError(f"the prompt has {len(prompt)} tokens, the context is {self.context}{why}; shorten it")
         if bad_bias := [i for i in s.logit_bias if not 0 <= i < self.config.vocab_size]:
             raise UserError(f"logit_bias: token id {bad_bias[0]} is outside the model's vocabulary of {self.config.vocab_size}")
+        if bad_stop := [i for i in s.stop_token_ids if not 0 <= i < self.config.vocab_size]:
+            raise UserError(f"stop_token_ids: {bad_stop[0]} is outside the model's vocabulary of {self.config.vocab_size}")
         if adapter is not None:
             raise UserError(f"adapter {adapter!r} is not loaded")
         if (s.stop or s.json_schema or s.regex or s.choice or s.grammar) and self.tokenizer is None:
@@ -135,12 +138,17 @@ class Engine:
             if self.speculate == "lookup":
                 sequence.lookup = PromptLookup(self.guesses)
             if self.tokenizer is not None:
-                sequence.decode = DecodeStream(skip_special_tokens=True)
+                sequence.decode = DecodeStream(ids=self._before(prompt), skip_special_tokens=True)
             sequences.append(sequence)
         self.requests[self.last_request] = sequences
         self.waiting.extend(sequences)
         self.counters.prompt_tokens += len(prompt)
         return self.last_request
+
+    def _before(self, prompt: list[int]) -> list[int]:
+        """The tokens that an answer's text is read after, so that its first space is not lost."""
+        assert self.tokenizer is not None
+        return prompt[-6:] if self.tokenizer.drops_first_space else []
 
     def _matcher(self, s: Sampling) -> Matcher | None:
         if not (s.json_schema or s.regex or s.choice or s.grammar):
@@ -163,6 +171,13 @@ class Engine:
 
     def step(self) -> list[Event]:
         """One forward pass; what it added to each answer."""
+        events = self._advance()
+        for event in events:
+            if event.completion.request in self.inbox:
+                self.inbox[event.completion.request].append(event)
+        return events
+
+    def _advance(self) -> list[Event]:
         events = self._drop_cancelled()
         if self.draft is not None:
             self._draft_guesses()
@@ -227,7 +242,7 @@ class Engine:
         if left > 1 or not sequence.completion.token_ids:
             most = room
             if sequence.score_from is not None:
-                most = max(1, min(room, _LOGIT_BYTES // (4 * self.config.vocab_size)))
+                most = min(room, max(1, _LOGIT_BYTES // (4 * self.config.vocab_size)))
             return min(left, most)
         spare = sequence.most - len(sequence.completion.token_ids) - 1
         sequence.guesses = sequence.guesses[: max(0, min(spare, room - 1))]
@@ -342,11 +357,15 @@ class Engine:
         self.counters.drafted_tokens += len(guesses)
         row = rows[1] - 1 - len(guesses)
         added: list[int] = []
-        finish: str | None = None
+        text = ""
         for i in range(len(guesses) + 1):
             token, finish = self._choose(sequence, logits[row + i], greedy[row + i] if greedy else None)
-            if token is not None:
-                added.append(token)
+            new_tokens = [] if token is None else [token]
+            added += new_tokens
+            more, stopped = self._text(sequence, new_tokens, finish is not None)
+            text += more
+            if stopped is not None:
+                finish, sequence.completion.stop_reason = "stop", stopped
             if finish or i == len(guesses) or token != guesses[i]:
                 break
             self.counters.accepted_tokens += 1
@@ -354,9 +373,6 @@ class Engine:
         sequence.computed = min(past + new, len(tokens) - 1)
         self._make_known(sequence)
         self.counters.generated_tokens += len(added)
-        text, stopped = self._text(sequence, added, finish is not None)
-        if stopped is not None:
-            finish, sequence.completion.stop_reason = "stop", stopped
         if finish:
             return [self._finish(sequence, finish, tuple(added), text)]
         return [Event(sequence.completion, tuple(added), text)]
@@ -406,12 +422,20 @@ class Engine:
         if sequence.decode is None:
             return "", None
         assert self.tokenizer is not None
-        new = "".join(sequence.decode.step(self.tokenizer.backend, token) or "" for token in added)
+        new = ""
+        for token in added:
+            try:
+                new += sequence.decode.step(self.tokenizer.backend, token) or ""
+            except Exception:  # the library gives up on some sequences of single bytes; go on after them
+                sequence.decode = DecodeStream(skip_special_tokens=True)
         if last:  # what an unfinished character decodes to
-            sent, whole = completion.text + sequence.held + new, self.tokenizer.decode(completion.token_ids)
+            before = self._before(sequence.tokens[: sequence.prompt])
+            sent, base, whole = completion.text + sequence.held + new, self.tokenizer.decode(before), self.tokenizer.decode(before + completion.token_ids)
+            whole = whole.removeprefix(base)
             new += whole[len(sent) :] if whole.startswith(sent) else ""
         text = sequence.held + new
-        found = min(((at, s) for s in sequence.sampling.stop if (at := text.find(s)) >= 0), default=None)
+        searched = sequence.sampling.stop if len(completion.token_ids) >= sequence.sampling.min_tokens else ()
+        found = min(((at, s) for s in searched if (at := text.find(s)) >= 0), default=None)
         if found is not None:
             text, sequence.held = text[: found[0]], ""
         else:
@@ -445,7 +469,7 @@ class Engine:
         """Guesses for every answer that is past its prompt, each with the random number its position will have."""
         assert self.draft is not None
         active = [s for s in self.running if not s.prefilling and s.matcher is None and s.completion.token_ids]
-        limit = self.draft.network.config.max_position_embeddings
+        limit = min(self.context, self.draft.network.config.max_position_embeddings)
         active = [s for s in active if len(s.tokens) + self.guesses <= limit and self._reserve(s, len(s.tokens) + self.guesses)]
         for sequence in active:
             sequence.guesses = []
@@ -471,22 +495,30 @@ class Engine:
     def stream(self, prompt: Many[int], sampling: Sampling | None = None) -> Iterator[Event]:
         """Events of one request, until it is finished."""
         request = self.add(prompt, sampling)
-        left = (sampling or Sampling()).n
+        inbox = self.inbox[request] = deque()
         try:
-            while left:
-                for event in self.step():
-                    if event.completion.request == request:
-                        left -= event.finished
-                        yield event
+            while inbox or request in self.requests:
+                if not inbox:
+                    self.step()
+                while inbox:
+                    yield inbox.popleft()
         finally:
-            self.cancel(request)
-            if left:
+            del self.inbox[request]
+            if request in self.requests:  # nobody listens any more
+                self.cancel(request)
                 self.step()
 
     def generate(self, prompts: Many[Many[int]], sampling: Sampling | Many[Sampling] | None = None) -> list[list[Completion]]:
         """All answers of each prompt."""
         many = [sampling or Sampling()] * len(prompts) if sampling is None or isinstance(sampling, Sampling) else sampling
-        numbers = [self.add(p, s) for p, s in zip(prompts, many, strict=True)]
+        numbers: list[int] = []
+        try:
+            for p, s in zip(prompts, many, strict=True):
+                numbers.append(self.add(p, s))
+        except UserError:
+            for number in numbers:
+                self.cancel(number)
+            raise
         return self._run(numbers)
 
     def _run(self, numbers: list[int]) -> list[list[Completion]]:

@@ -130,7 +130,8 @@ class ModelConfig:
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """The ids that end a text."""
-        return () if self.eos_token_id is None else (self.eos_token_id,) if isinstance(self.eos_token_id, int) else self.eos_token_id
+        ends = () if self.eos_token_id is None else (self.eos_token_id,) if isinstance(self.eos_token_id, int) else self.eos_token_id
+        return tuple(i for i in ends if 0 <= i < self.vocab_size)
 
     @property
     def rope_dim(self) -> int:

@@ -82,6 +82,8 @@ class PackedLinear(nn.Module):
     def __init__(self, values: Tensor, scales: Tensor, bits: int, bias: Tensor | None = None):
         super().__init__()
         self.bits, self.rows, self.cols = bits, values.shape[0], values.shape[1] * 8 // bits
+        if not can_pack(self.rows, self.cols):
+            raise ValueError(f"{self.rows} rows and {self.cols} columns cannot be packed; rows go in 16s, columns in 32s")
         self.native = values.device.type == "cpu" and kernels.load_serving() is not None
         self.register_buffer("values", pack(values, scales, bits) if self.native else values, persistent=False)
         self.register_buffer("scales", None if self.native else scales, persistent=False)

@@ -66,7 +66,7 @@ def meaning(config: ModelConfig) -> list[str]:
 def inspect(folder: Path, context: int | None, batch: int) -> dict[str, Any]:
     """Prints and returns the facts; needs config.json alone. UserError for a context or batch that makes no sense."""
     config = read_config(folder)
-    context = context or min(config.max_position_embeddings, 4096)
+    context = min(config.max_position_embeddings, 4096) if context is None else context
     if not 1 <= context <= config.max_position_embeddings or batch < 1:
         raise UserError(f"--context is {context} and --batch {batch}; the model's context is {config.max_position_embeddings}")
     by_part, each = parts(config), bytes_per_token(config)
@@ -130,7 +130,7 @@ def observe(model: Model, prompt: str) -> dict[str, Any]:
 
 
 def write_page(path: Path, title: str, seen: dict[str, Any]) -> None:
-    data = json.dumps(seen, ensure_ascii=False).replace("</", "<\\/").replace("<!--", "<\\!--")
+    data = json.dumps(seen, ensure_ascii=False).replace("</", "<\\/").replace("<!--", "\\u003c!--")
     write_text(path, _PAGE.replace("__TITLE__", html.escape(title)).replace("__DATA__", data))
 
 

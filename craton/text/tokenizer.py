@@ -64,7 +64,10 @@ class Tokenizer:
                 raise UserError(f"{config_path}: not an object")
             config |= own
         if template.is_file():
-            config["chat_template"] = template.read_text(encoding="utf-8")
+            try:
+                config["chat_template"] = template.read_text(encoding="utf-8")
+            except UnicodeDecodeError:
+                raise UserError(f"{template}: not UTF-8 text") from None
         return cls(backend, config)
 
     def save(self, folder: Path) -> None:
@@ -93,11 +96,21 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids as the published tokenizer gives them, with the special tokens it adds at the start."""
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise UserError("the text holds bytes that are not UTF-8") from None
         return self.backend.encode(text).ids
 
     def decode(self, ids: list[int]) -> str:
         """Text of ids, special tokens left out."""
         return self.backend.decode(ids, skip_special_tokens=True)
+
+    @cached_property
+    def drops_first_space(self) -> bool:
+        """Whether `decode` leaves out a space that the first token begins with, as SentencePiece does."""
+        decoder = json.dumps(json.loads(self.backend.to_str())["decoder"])
+        return '"Strip"' in decoder or '"Metaspace"' in decoder
 
     @cached_property
     def chat_template(self) -> ChatTemplate | None:

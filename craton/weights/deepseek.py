@@ -23,8 +23,8 @@ def derive(raw: dict[str, Any]) -> dict[str, Any]:
         "attention_scale": scale,
         "shared_intermediate_size": (raw["n_shared_experts"] or 0) * raw["moe_intermediate_size"],
         "dense_layers": list(range(min(raw["first_k_dense_replace"], raw["num_hidden_layers"]))),
-        "n_group": raw["n_group"] or 1,
-        "topk_group": raw["topk_group"] or 1,
+        "n_group": raw["n_group"] or 1 if raw.get("topk_method") != "greedy" else 1,
+        "topk_group": raw["topk_group"] or 1 if raw.get("topk_method") != "greedy" else 1,
     }
 
 

@@ -78,7 +78,7 @@ class Family:
         for key in raw:
             if key not in known and not key.startswith("_"):
                 raise ValueError(f"{key} is not known for {self.model_type}{nearest(key, known)}; a setting that is not understood could change every answer")
-        raw = {**self.defaults, **{k: v for k, v in raw.items() if v is not None or k not in self.defaults}}
+        raw = {**self.defaults, **raw}
         for key, allowed in self.fixed.items():
             if key in raw and raw[key] not in allowed:
                 raise ValueError(f"{key} is {raw[key]!r}; {self.model_type} is supported with {' or '.join(map(repr, allowed))}")

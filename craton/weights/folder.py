@@ -217,7 +217,7 @@ def write_network(folder: Path, network: Decoder, tokenizer: Path | None = None)
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "tekken.json", "special_tokens_map.json",
-    "chat_template.jinja", "vocab.json", "merges.txt", "added_tokens.json",
+    "chat_template.jinja", "vocab.json", "merges.txt", "added_tokens.json", "spiece.model", "encoder.json", "vocab.bpe",
 )  # fmt: skip
 
 
@@ -341,6 +341,8 @@ def fill(network: Decoder, get: Callable[[str], Tensor], where: Path) -> None:
             for i, (ext, view, _) in enumerate(views):
                 view.copy_((first if i == 0 else get(ext)).view(view.shape))
             made[name] = whole
+        if made[name].dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise UserError(f"{where}: tensor {name} is stored as {str(made[name].dtype).removeprefix('torch.')}; float32, bfloat16 and float16 are read")
         # One sum is finite only if all values are: half the cost of looking at each.
         if made[name].is_floating_point() and not made[name].float().sum().isfinite() and not made[name].isfinite().all():
             raise UserError(f"{where}: tensor {name} holds NaN or infinity; the file is damaged")

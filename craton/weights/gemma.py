@@ -29,11 +29,11 @@ FIXED: dict[str, tuple[Any, ...]] = {"hidden_act": ("gelu_pytorch_tanh",), "atte
 
 GEMMA2 = Family(
     "gemma2", "Gemma2ForCausalLM", SAME, {"hidden_activation": "hidden_act"},
-    {**DEFAULTS, "attn_logit_softcapping": None, "final_logit_softcapping": None, "max_position_embeddings": 8192},
+    {**DEFAULTS, "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "max_position_embeddings": 8192, "num_key_value_heads": 4},
     FIXED, {**ALWAYS, "qk_norm": ""}, (), _derive(2), restore, ropes=("default",),
 )  # fmt: skip
 GEMMA3 = Family(
     "gemma3_text", "Gemma3ForCausalLM", SAME, {"hidden_activation": "hidden_act"},
-    {**DEFAULTS, "attn_logit_softcapping": None, "final_logit_softcapping": None, "max_position_embeddings": 131072, "rope_local_base_freq": 10_000.0},
+    {**DEFAULTS, "attn_logit_softcapping": None, "final_logit_softcapping": None, "max_position_embeddings": 131072, "rope_local_base_freq": 10_000.0, "vocab_size": 262208, "num_attention_heads": 8, "num_key_value_heads": 4},
     FIXED, {**ALWAYS, "qk_norm": "head"}, (), _derive(6), restore, ropes=("default", "linear"), theta=1e6,
 )  # fmt: skip

@@ -84,11 +84,16 @@ def read(path: Path) -> tuple[Decoder, Tokenizer]:
     architecture: Any = fields.get("general.architecture")
     if architecture not in ARCHITECTURES.values():
         raise UserError(f"{path}: architecture {architecture!r} is not read from GGUF; read: {', '.join(sorted(set(ARCHITECTURES.values())))}")
-    config = _config(path, architecture, fields, tensors)
+    try:
+        config, spoken = _config(path, architecture, fields, tensors), _tokenizer(path, fields)
+    except (KeyError, TypeError, ValueError, IndexError, ZeroDivisionError) as error:
+        raise UserError(f"{path}: a setting is missing or mistyped ({error})") from None
     with torch.device("meta"):
         network = Decoder(config)
     progress, seen, wide, made = Progress(), 0, set[str](), dict[str, Tensor]()
-    for name, parameter in list(network.state_dict(keep_vars=True).items()):
+    parameters = dict(network.state_dict(keep_vars=True))
+    names = [n for n in parameters if not (n == "lm_head.weight" and config.tie_word_embeddings)]
+    for name, parameter in parameters.items():
         stored = _name(architecture, config.num_hidden_layers, name)
         if name == "lm_head.weight" and config.tie_word_embeddings:
             t = tensors["token_embd.weight"]
@@ -119,13 +124,16 @@ def read(path: Path) -> tuple[Decoder, Tokenizer]:
         seen += t.n_bytes
         progress.show(f"reading {path}: {count(seen)}B")
     progress.clear()
+    used = {_name(architecture, config.num_hidden_layers, name) for name in names} | {"rope_freqs.weight"}
+    if surplus := set(tensors) - used:
+        raise UserError(f"{path}: tensor {min(surplus)} is not known for {architecture}; it could change every answer")
     if wide:
         say(f"{path}: tensors of type {', '.join(sorted(wide))} are written out in fp32")
     missing, _ = network.load_state_dict(made, assign=True, strict=False)
     if config.tie_word_embeddings and isinstance(network.lm_head, Linear):
         network.tie()
     assert not [m for m in missing if m != "lm_head.weight"], missing
-    return network.eval(), Tokenizer(*_tokenizer(path, fields))
+    return network.eval(), Tokenizer(*spoken)
 
 
 def _values(data: np.ndarray, kind: Type) -> tuple[Tensor, Tensor]:
@@ -164,11 +172,16 @@ def _config(path: Path, architecture: str, fields: dict[str, Any], tensors: dict
     if isinstance(heads, list) or isinstance(get("attention.head_count_kv", 1), list):
         raise UserError(f"{path}: head counts that differ between layers are not supported")
     head_dim = get("attention.key_length", get("embedding_length") // heads)
-    scaling = None
+    if get("rope.dimension_count", head_dim) != head_dim:
+        raise UserError(f"{path}: rotary positions on a part of a head are not supported")
+    if (kind := get("rope.scaling.type", "none")) not in ("none", "linear", "yarn"):
+        raise UserError(f"{path}: {architecture}.rope.scaling.type {kind!r} is not supported; supported: 'none', 'linear', 'yarn'")
+    scaling: dict[str, Any] | None = None
     if get("rope.scaling.type", "none") == "linear":
         scaling = {"rope_type": "linear", "factor": get("rope.scaling.factor")}
     elif get("rope.scaling.type", "none") == "yarn":
         scaling = {"rope_type": "yarn", "factor": get("rope.scaling.factor"), "original_max_position_embeddings": get("rope.scaling.original_context_length")}
+        scaling |= {beta: get(f"rope.scaling.yarn_{beta}") for beta in ("beta_fast", "beta_slow") if get(f"rope.scaling.yarn_{beta}", None)}
     elif "rope_freqs.weight" in tensors:
         given = torch.from_numpy(np.array(tensors["rope_freqs.weight"].data)).float()
         base = rope_frequencies(head_dim, theta, None, 0)[0]
@@ -227,7 +240,8 @@ def _tokenizer(path: Path, fields: dict[str, Any]) -> tuple[Any, dict[str, Any]]
     for name in ("bos", "eos"):
         if (i := fields.get(f"tokenizer.ggml.{name}_token_id")) is not None and i < len(tokens):
             config[f"{name}_token"] = tokens[i]
-    if fields.get("tokenizer.ggml.add_bos_token", kind == "llama") and "bos_token" in config:
+    begins = kind == "llama" or fields.get("tokenizer.ggml.pre") in ("llama-bpe", "tekken")
+    if fields.get("tokenizer.ggml.add_bos_token", begins) and "bos_token" in config:
         bos = config["bos_token"]
         backend.post_processor = processors.TemplateProcessing(single=f"{bos} $A", pair=f"{bos} $A {bos} $B:1", special_tokens=[(bos, vocab[bos])])
     if template := fields.get("tokenizer.chat_template"):
@@ -278,6 +292,9 @@ def write(path: Path, network: Decoder, tokenizer: Tokenizer, name: str, kind: s
             writer.add_rope_scaling_factor(scaling["factor"])
             if scaling["rope_type"] == "yarn":
                 writer.add_rope_scaling_orig_ctx_len(scaling["original_max_position_embeddings"])
+                for beta, add in (("beta_fast", writer.add_rope_scaling_yarn_beta_fast), ("beta_slow", writer.add_rope_scaling_yarn_beta_slow)):
+                    if scaling.get(beta):
+                        add(float(scaling[beta]))
         _write_tokenizer(writer, tokenizer, c)
         packed = packed or {}
         for ours, tensor in network.state_dict().items():

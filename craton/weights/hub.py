@@ -11,6 +11,10 @@ WANTED = ["*.safetensors", "*.safetensors.index.json", "config.json", "generatio
 UNWANTED = ["consolidated*", "original/*", "*/*"]  # the same weights again in other layouts
 
 
+def _line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
 def pull(name: str, out: Path, revision: str | None = None) -> dict[str, Any]:
     """Download ORG/NAME into `out`; interrupted, the same call goes on where it stopped. UserError if there is no such
     model, it has no safetensors, it needs consent, or the network fails."""
@@ -40,11 +44,11 @@ def pull(name: str, out: Path, revision: str | None = None) -> dict[str, Any]:
     except HFValidationError:
         raise UserError(f"{name}: not a model name; give ORG/NAME") from None
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        raise UserError(f"{name}: the download failed ({str(error).splitlines()[0][:200]}); run the same command again to go on") from None
+        raise UserError(f"{name}: the download failed ({_line(error)}); run the same command again to go on") from None
     except Exception as error:  # the HTTP library's own
         if not type(error).__module__.startswith(("http", "requests", "urllib3")):
             raise
-        raise UserError(f"{name}: the hub cannot be reached ({str(error).splitlines()[0][:200]}); run the same command again to go on") from None
+        raise UserError(f"{name}: the hub cannot be reached ({_line(error)}); run the same command again to go on") from None
     config = read_config(out)
     Stored(out)  # every file of the index is there and whole
     say(f"{out}: {config.model_type}, {count(config.parameters)} parameters")

@@ -93,7 +93,8 @@ def quantise_folder(source: Path, out: Path, bits: int) -> dict[str, Any]:
     experts = sum(p.numel() for n, p in network.named_parameters() if "experts.gate_up_proj" in n or "experts.down_proj" in n)
     if experts:
         say(f"{count(experts)} parameters of experts stay as they are: experts are not quantised")
-    config = dataclasses.replace(network.config, tie_word_embeddings=False)
+    # A packed head is no longer the embedding.
+    config = dataclasses.replace(network.config, tie_word_embeddings=network.config.tie_word_embeddings and "lm_head" not in layers)
     before = sum(p.nbytes for p in network.parameters())
     progress, done, total = Progress(), 0, sum(layer.weight.numel() for layer in layers.values())
     squares = [0.0, 0.0]
@@ -116,10 +117,15 @@ def quantise_folder(source: Path, out: Path, bits: int) -> dict[str, Any]:
             progress.show(f"quantised {count(done)} of {count(total)} parameters")
 
     out.mkdir(parents=True, exist_ok=True)
-    write_shards(out, tensors(), before)
-    progress.clear()
-    write_config(out, config, "bfloat16", stored.describe(widths, left_out))
-    copy_tokenizer(source, out)
+    try:
+        write_shards(out, tensors(), before)
+        progress.clear()
+        copy_tokenizer(source, out)
+        write_config(out, config, "bfloat16", stored.describe(widths, left_out))
+    except BaseException:
+        for path in out.iterdir():  # it was empty
+            path.unlink()
+        raise
     after = sum(p.stat().st_size for p in out.glob("*.safetensors"))
     error = (squares[0] / max(squares[1], 1e-30)) ** 0.5
     say(f"{out}: {count(total)} parameters in {bits} bits; {count(before)}B to {count(after)}B; relative error of the weights {error:.4f}")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from craton.base import UserError
 from craton.model.decoder import Decoder, Linear
-from craton.model.serving import GROUP, PackedLinear
+from craton.model.serving import GROUP, PackedLinear, can_pack
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ def scheme(raw: Any, path: Path) -> Scheme:
         for group in groups.values() if not wrong and isinstance(groups, dict) else ():
             weights = group.get("weights") if isinstance(group, dict) else None
             wrong = wrong or not isinstance(weights, dict) or any(weights.get(k) != v for k, v in _WEIGHTS.items()) or weights.get("num_bits") not in (4, 8)
-            wrong = wrong or bool(group.get("input_activations"))
+            wrong = wrong or bool(group.get("input_activations")) or (isinstance(weights, dict) and weights.get("actorder") in ("group", "dynamic"))
         if wrong:
             raise UserError(f"{path}: quantization_config: of compressed-tensors only symmetric pack-quantized weights of 4 or 8 bits in groups of 32 are supported")
         return Scheme("packed")
@@ -92,11 +92,15 @@ def put_packed(network: Decoder, tensors: Any) -> None:
         values, scales, bits = read_packed(tensors, name)
         if values.shape != (rows, cols * bits // 8):
             raise UserError(f"{tensors.folder}: tensor {name} has shape {(values.shape[0], scales.shape[1] * GROUP)}, config.json says {(rows, cols)}")
+        if not can_pack(rows, cols):
+            raise UserError(f"{tensors.folder}: {name} has {rows} rows and {cols} columns; packed weights need rows in 16s and columns in 32s")
         bias = None
         if layer.bias is not None:
-            if f"{name}.bias" not in tensors.files:
-                raise UserError(f"{tensors.folder}: tensor {name}.bias is missing")
+            if tensors.shapes.get(f"{name}.bias") != (rows,):
+                raise UserError(f"{tensors.folder}: tensor {name}.bias is missing or not of shape ({rows},)")
             bias = tensors.get(f"{name}.bias")
+            if not bias.is_floating_point() or not bias.isfinite().all():
+                raise UserError(f"{tensors.folder}: tensor {name}.bias holds NaN, infinity or no numbers at all; the file is damaged")
         parent, _, own = name.rpartition(".")
         setattr(network.get_submodule(parent), own, PackedLinear(values, scales, bits, bias))
 
@@ -106,7 +110,9 @@ def prepare(scheme: Scheme, network: Decoder, shapes: dict[str, tuple[int, ...]]
     out = dict(shapes)
     if scheme.kind == "packed":
         packed = {n.removesuffix(".weight_packed") for n in shapes if n.endswith(".weight_packed")}
-        return {n: s for n, s in shapes.items() if n.rpartition(".")[0] not in packed}
+        biased = {name for name, m in network.named_modules() if isinstance(m, PackedLinear) and m.bias is not None}
+        read = {f"{name}.{part}" for name in packed for part in ("weight_packed", "weight_scale", "weight_shape")} | {f"{name}.bias" for name in biased}
+        return {n: s for n, s in shapes.items() if n not in read}
     if scheme.kind == "fp8":
         for name in shapes:
             if name.endswith("_scale_inv"):
@@ -114,6 +120,9 @@ def prepare(scheme: Scheme, network: Decoder, shapes: dict[str, tuple[int, ...]]
     if scheme.kind == "mxfp4":
         for name, shape in shapes.items():
             if name.endswith("_blocks"):
+                scales = name.removesuffix("_blocks") + "_scales"
+                if len(shape) != 4 or shape[3] != 16 or shapes.get(scales) != shape[:3]:
+                    raise UserError(f"{name} has shape {shape} and {scales} {shapes.get(scales)}; MXFP4 has (experts, rows, groups, 16) and the same without the 16")
                 e, rows, groups, half = shape
                 out[name.removesuffix("_blocks")] = (e, groups * half * 2, rows)
                 del out[name]

@@ -270,3 +270,90 @@ def test_ends(model_folder):
     kept = model.complete("def ", Sampling(60, 0.0, ignore_eos=True, stop_token_ids=(token,), min_tokens=30))
     assert len(kept.token_ids) >= 30
     assert json.loads(json.dumps(whole.text)) == model.tokenizer.decode(whole.token_ids)
+
+
+def spoken(tmp_path):
+    """A tokenizer with SentencePiece's spaces and byte tokens, and a random model of its size."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import decoders, models, normalizers
+
+    from craton.text.tokenizer import Tokenizer
+
+    words = [f"<0x{b:02X}>" for b in range(256)] + ["\u2581", "\u2581world", "\u2581hello", "a", "b", "!"]
+    backend = Backend(models.BPE({w: i for i, w in enumerate(words)}, [], byte_fallback=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend(" "), normalizers.Replace(" ", "\u2581")])
+    backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    config = ModelConfig(len(words), 64, 96, 1, 4, 2, 16, model_type="llama", qk_norm="")
+    return Engine(network(config), Tokenizer(backend, {}))
+
+
+def test_first_space_and_odd_bytes(tmp_path):
+    engine = spoken(tmp_path)
+    text = engine.generate([[258]], Sampling(1, 0.0, logit_bias={257: 1e4}))[0][0].text
+    assert text == " world"
+    r = random.Random(0)
+    for i in range(150):  # random bytes, which the library's stream does not always take
+        answers = engine.generate([[258], [259]], [Sampling(12, 1.0, seed=i), Sampling(3, 0.0, logit_bias={260: 1e4})])
+        assert answers[1][0].text == "bbb" and len(answers[0][0].token_ids) == 12
+        events = list(engine.stream([r.randrange(262)], Sampling(12, 1.0, seed=i)))
+        assert "".join(e.text for e in events) == events[-1].completion.text
+    assert leaked(engine) == CLEAN
+
+
+def test_streams_beside_each_other():
+    engine, alone = Engine(network()), Engine(network())
+    s = Sampling(12, 0.0, ignore_eos=True)
+    want = [alone.generate([[5, i]], s)[0][0].token_ids for i in range(3)]
+    streams = [engine.stream([5, i], s) for i in range(3)]
+    got = [[], [], []]
+    got[0] += next(streams[0]).token_ids
+    assert engine.generate([[9, 9]], s)[0][0].token_ids == alone.generate([[9, 9]], s)[0][0].token_ids
+    for i in (1, 0, 2):
+        for event in streams[i]:
+            got[i] += event.token_ids
+    assert got == want and leaked(engine) == CLEAN and not engine.inbox
+    left = engine.stream([5, 5], s)
+    next(left)
+    left.close()
+    with pytest.raises(UserError):
+        engine.generate([[5], []], s)
+    engine.step()
+    assert leaked(engine) == CLEAN
+
+
+def test_stop_texts_with_guesses(model_folder):
+    import craton
+
+    model = craton.load(str(model_folder))
+    guessing = Engine(model.network, model.tokenizer, draft=model.network)
+    prompt = model.tokenizer.encode("def ")
+    whole = model.complete("def ", Sampling(60, 0.0, ignore_eos=True)).text
+    s = Sampling(60, 0.0, ignore_eos=True, stop=(whole[9:13],), logprobs=0)
+    with_guesses, without = guessing.generate([prompt], s)[0][0], model.complete("def ", s)
+    assert with_guesses.token_ids == without.token_ids and with_guesses.text == without.text and len(with_guesses.logprobs) == len(without.logprobs)
+    assert guessing.counters.accepted_tokens > 0
+    late = model.complete("def ", Sampling(60, 0.0, ignore_eos=True, stop=(whole[9:13],), min_tokens=40))
+    assert len(late.token_ids) >= 40
+    with pytest.raises(UserError, match="stop_token_ids"):
+        model.engine.add(prompt, Sampling(5, stop_token_ids=(10**6,)))
+
+
+def test_scores_beside_guesses_and_embeddings(monkeypatch):
+    """Scored prompts in small pieces, guesses and embeddings in one engine: each as alone."""
+    from craton.engine import engine as module
+
+    monkeypatch.setattr(module, "_LOGIT_BYTES", 4 * 512 * 7)
+    net, r = network(), random.Random(3)
+    texts = [[r.randrange(512) for _ in range(90)] for _ in range(4)]
+    repeats = [([1, 2, 3] * 9)[: 20 + i] for i in range(6)]
+    busy, alone = Engine(net, speculate="lookup", step_tokens=24), Engine(net)
+    want = (alone.embed(texts), [alone.generate([t], Sampling(0, prompt_logprobs=0))[0][0].prompt_logprobs for t in texts])
+    embeds = [busy.add(t, Sampling(0), embed=True) for t in texts]
+    scored = [busy.add(t, Sampling(0, prompt_logprobs=0)) for t in texts]
+    for t in repeats:
+        busy.add(t, Sampling(30, 0.0))
+    done = {}
+    while busy.busy:
+        done |= {e.completion.request: e.completion for e in busy.step() if e.finished}
+    torch.testing.assert_close(torch.tensor([done[n].embedding for n in embeds]), want[0])
+    assert [done[n].prompt_logprobs for n in scored] == want[1]

@@ -165,3 +165,53 @@ def test_other_compressed_layouts_are_refused(folder, change, tmp_path):
     path.write_text(json.dumps(raw | {"quantization_config": raw["quantization_config"] | change}))
     with pytest.raises(UserError, match="compressed-tensors"):
         load_network(tmp_path / "q")
+
+
+def test_packed_folders_that_are_refused(folder, tmp_path):
+    """Parts that do not fit, and parts that would be passed over."""
+    from safetensors.torch import load_file, save_file
+
+    quantise_folder(folder, tmp_path / "q", 4)
+    path, first = tmp_path / "q" / "model.safetensors", "model.layers.0.self_attn.q_proj"
+    tensors = load_file(path)
+    changes = {
+        "unknown tensor": {f"{first}.weight_g_idx": torch.zeros(256, dtype=torch.int32)},
+        "is missing": {f"{first}.weight_scale": None},
+        "rows and|shape": {f"{first}.weight_packed": tensors[f"{first}.weight_packed"][:-3], f"{first}.weight_scale": tensors[f"{first}.weight_scale"][:-3], f"{first}.weight_shape": tensors[f"{first}.weight_shape"] - torch.tensor([3, 0])},
+        "NaN": {f"{first}.weight_scale": tensors[f"{first}.weight_scale"] * float("nan")},
+        "bias": {f"{first}.bias": torch.full((3,), float("nan"))},
+    }
+    for message, change in changes.items():
+        save_file({k: v for k, v in (tensors | change).items() if v is not None}, path, {"format": "pt"})
+        with pytest.raises(UserError, match=message):
+            load_network(tmp_path / "q")
+    config = json.loads((tmp_path / "q" / "config.json").read_text())
+    config["quantization_config"]["config_groups"]["group_0"]["weights"]["actorder"] = "group"
+    (tmp_path / "q" / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UserError, match="compressed-tensors"):
+        load_network(tmp_path / "q")
+
+
+def test_tied_models_with_an_odd_vocabulary(tmp_path):
+    from tests.weights import families
+
+    families.BASE["vocab_size"] = 100
+    try:
+        make("llama3.2", tmp_path / "m")
+    finally:
+        families.BASE["vocab_size"] = 128
+    quantise_folder(tmp_path / "m", tmp_path / "q", 4)
+    assert load_network(tmp_path / "q").config.tie_word_embeddings
+
+
+def test_yarn_in_gguf(model_folder, tmp_path):
+    import dataclasses
+
+    from craton.weights import gguf
+
+    model = craton.load(str(model_folder))
+    network = model.network
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 8.0, "beta_slow": 2.0}
+    network.config = network.model.config = dataclasses.replace(network.config, rope_scaling=scaling)
+    gguf.write(tmp_path / "y.gguf", network, model.tokenizer, "y", "f32")
+    assert gguf.read(tmp_path / "y.gguf")[0].config.rope_scaling == scaling
