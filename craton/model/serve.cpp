@@ -490,7 +490,7 @@ struct Model {
     const float *norm, *cos, *sin;  // cos, sin: (context, head_dim / 2)
 };
 
-struct Work {  // dynamic sharing of a phase's pieces between threads
+struct alignas(64) Work {  // dynamic sharing of a phase's pieces between threads
     std::atomic<int64_t> next{0};
 };
 
@@ -581,7 +581,7 @@ void serve_step(const Model* mp, const Step* sp, const int32_t* ids, int64_t out
             }
             phase++;
         };
-        auto chunk = [&](int64_t n) { return std::max<int64_t>(1, n / (team * 8)); };
+        auto chunk = [&](int64_t n) { return std::max<int64_t>(1, n / (team * 3)); };
         auto normalise = [&](const float* add, const float* w, bool round) {
             int64_t from = 0, to = T;
             if (!alone) mine(T, from, to);
