@@ -71,7 +71,7 @@ def test_thousand_requests(bits, options):
         assert engine.counters.accepted_tokens > 10
     alone = Engine(net, share_prefixes=False)
     done = 0
-    for number, (prompt, s) in r.sample(list(asked.items()), 250):
+    for number, (prompt, s) in list(asked.items())[: 1000 if not options and not bits else 150]:
         if answers[number].finish_reason != "cancelled":
             assert answers[number].token_ids == alone.generate([prompt], s)[0][0].token_ids
             done += 1
