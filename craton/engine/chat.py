@@ -38,7 +38,10 @@ def chat(path: str, max_tokens: int, temperature: float, seed: int) -> dict[str,
         messages.append({"role": "user", "content": line})
         text += line
         ids = model.tokenizer.encode(text) if base else model.tokenizer.encode_chat(messages)
-        prompt = ids[-(context - min(max_tokens, context // 2)) :]
+        room = context - min(max_tokens, context // 2)
+        if len(ids) > room:
+            say(f"(the conversation has {len(ids)} tokens; the first {len(ids) - room} no longer fit the context)")
+        prompt = ids[-room:]
         answer = ""
         for event in model.engine.stream(prompt, Sampling(max_tokens, temperature, seed=seed + turn)):
             print(event.text, end="", flush=True)
