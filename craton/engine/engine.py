@@ -121,7 +121,7 @@ class Engine:
             raise UserError(f"stop_token_ids: {bad_stop[0]} is outside the model's vocabulary of {self.config.vocab_size}")
         if adapter is not None:
             raise UserError(f"adapter {adapter!r} is not loaded")
-        if (s.stop or s.json_schema or s.regex or s.choice or s.grammar) and self.tokenizer is None:
+        if (s.stop or s.structured) and self.tokenizer is None:
             raise UserError("stop texts and structured output need a tokenizer")
         if s.prompt_logprobs is not None and score_from is None:
             score_from = 1
@@ -151,7 +151,7 @@ class Engine:
         return prompt[-6:] if self.tokenizer.drops_first_space else []
 
     def _matcher(self, s: Sampling) -> Matcher | None:
-        if not (s.json_schema or s.regex or s.choice or s.grammar):
+        if not s.structured:
             return None
         if self.grammars is None:
             assert self.tokenizer is not None

@@ -6,7 +6,6 @@ from pathlib import Path
 
 from craton.base import Progress, UserError
 from craton.engine.model import Model
-from craton.engine.request import Sampling
 
 
 def sample_text() -> str:
@@ -39,8 +38,7 @@ def bits_per_byte(model: Model, text: str) -> float:
         known = 1 if start == 0 else size // 2
         if known >= len(window):
             break
-        answer = engine._run([engine.add(window, Sampling(max_tokens=0), score_from=known)])[0][0]
-        nats -= sum(s.logprob for s in answer.prompt_logprobs[known:] if s is not None)
+        nats -= engine.loglikelihood([(window[:known], window[known:])])[0][0]
         progress.show(f"measured {min(start + size, len(ids))} of {len(ids)} tokens")
     progress.clear()
     return nats / math.log(2) / max(1, len(text.encode()) - len(model.tokenizer.decode(ids[:1]).encode()))

@@ -57,6 +57,11 @@ class Sampling:
 
 
     @property
+    def structured(self) -> bool:
+        """Whether the answer must follow a schema or grammar."""
+        return bool(self.json_schema or self.regex or self.choice or self.grammar)
+
+    @property
     def adjusts(self) -> bool:
         """Whether bias or penalties change the logits."""
         return bool(self.logit_bias) or self.repetition_penalty != 1.0 or self.frequency_penalty != 0.0 or self.presence_penalty != 0.0

@@ -37,21 +37,32 @@ def cpu_facts() -> dict[str, str]:
     return {key.strip(): value.strip() for key, value in rows}
 
 
-@lru_cache
-def load() -> ctypes.CDLL | None:
-    """The kernels for this CPU's instruction set, or None (no compiler at installation, or another CPU)."""
-    flags = set(cpu_facts().get("flags", "").split())
-    level = "v4" if {"avx512f", "avx512bw", "avx512vl", "avx512dq"} <= flags else "v3" if {"avx2", "fma"} <= flags else ""
-    found = sorted(Path(__file__).parent.glob(f"_kernels_{level}.*so")) if level else []
+def _open(name: str, levels: list[str], signatures: dict[str, Any], missing: str) -> ctypes.CDLL | None:
+    """The compiled object of the best of these instruction sets, or None, after saying what that means."""
+    found = sorted(Path(__file__).parent.glob(f"_{name}_{levels[0]}.*so")) if levels else []
     if not found:
-        print("craton: compiled CPU kernels not found, using plain PyTorch (slower); "
-              "install a C++ compiler and reinstall craton to have them", file=sys.stderr)  # fmt: skip
+        print(f"craton: {missing}; install a C++ compiler and reinstall craton to have them", file=sys.stderr)
         return None
     library = ctypes.CDLL(str(found[0]))
-    for name, arguments in _SIGNATURES.items():
-        function = getattr(library, name)
-        function.argtypes, function.restype = arguments, None
+    for function, arguments in signatures.items():
+        getattr(library, function).argtypes = arguments
+        getattr(library, function).restype = _I if function in ("serve_workspace", "serve_read") else None
     return library
+
+
+def _levels(vnni: bool) -> list[str]:
+    """Names of the compiled variants that this CPU runs, the best first; vnni: also those with integer products."""
+    flags = set(cpu_facts().get("flags", "").split())
+    wide = {"avx512f", "avx512bw", "avx512vl", "avx512dq"} <= flags
+    narrow = {"avx2", "fma", "f16c"} <= flags
+    names = (("v4vnni", vnni and wide and "avx512_vnni" in flags), ("v4", wide), ("v3vnni", vnni and narrow and "avx_vnni" in flags), ("v3", narrow))
+    return [name for name, runs in names if runs]
+
+
+@lru_cache
+def load() -> ctypes.CDLL | None:
+    """The training kernels (kernels.cpp), or None (no compiler at installation, or another CPU), which is said once."""
+    return _open("kernels", _levels(False), _SIGNATURES, "compiled CPU kernels not found, using plain PyTorch (slower)")
 
 
 _SERVING = {
@@ -67,20 +78,9 @@ _SERVING = {
 
 @lru_cache
 def load_serving() -> Any:
-    """The engine's kernels (serve.cpp) for this CPU's instruction set, or None, which is said once."""
-    flags = set(cpu_facts().get("flags", "").split())
-    wide = {"avx512f", "avx512bw", "avx512vl", "avx512dq"} <= flags
-    levels = ["v4vnni"] * (wide and "avx512_vnni" in flags) + ["v4"] * wide + ["v3vnni"] * ("avx_vnni" in flags) + ["v3"] * ({"avx2", "fma", "f16c"} <= flags)
-    found = sorted(Path(__file__).parent.glob(f"_serve_{levels[0]}.*so")) if levels else []
-    if not found:
-        print("craton: compiled CPU kernels of the engine not found, using plain PyTorch (several times slower, and answers may "
-              "depend on what else is computed with them); install a C++ compiler and reinstall craton to have them", file=sys.stderr)  # fmt: skip
-        return None
-    library = ctypes.CDLL(str(found[0]))
-    for name, arguments in _SERVING.items():
-        function = getattr(library, name)
-        function.argtypes, function.restype = arguments, _I if name in ("serve_workspace", "serve_read") else None
-    return library
+    """The engine's kernels (serve.cpp), or None, which is said once."""
+    return _open("serve", _levels(True), _SERVING, "compiled CPU kernels of the engine not found, using plain PyTorch (several times slower, "
+                 "and answers may depend on what else is computed with them)")  # fmt: skip
 
 
 @lru_cache

@@ -680,8 +680,7 @@ void serve_step(const Model* mp, const Step* sp, const int32_t* ids, int64_t out
             mine(outputs, from, to);
             for (int64_t i = from; i < to; i++) {
                 const int64_t t = rows[i];
-                float* out = act + i * h;  // act has room: outputs <= tokens, and hidden <= what take() gave it or below
-                out = delta == 0 ? out : x[1 - now] + i * h;
+                float* out = x[1 - now] + i * h;
                 rms_norm(x[now] + t * h, delta + t * h, m.norm, h, m.eps, 0, out);
                 if (hidden) memcpy(hidden + i * h, out, h * 4);
                 if (logits && packed(m.head)) quantise(out, i, outputs, h, mid);

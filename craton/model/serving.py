@@ -35,7 +35,7 @@ _arena = torch.empty(0, dtype=torch.uint8)  # what is left of it
 
 
 def _room(size: int) -> Tensor:
-    """size bytes from memory with large pages, 7 % more bandwidth than with small ones; several tensors share a piece."""
+    """size bytes from memory with large pages, which batch 1 reads 5 % faster than small ones; several tensors share a piece."""
     global _arena
     if _arena.numel() < size:
         _arena = torch.empty(max(_ARENA, size), dtype=torch.uint8)
@@ -95,6 +95,12 @@ class PackedLinear(nn.Module):
         else:
             y = x @ unpacked(self.values, self.scales, self.bits).to(x.dtype).t()  # type: ignore[arg-type]
         return y if self.bias is None else y + self.bias.to(y.dtype)
+
+
+def replace(network: nn.Module, name: str, layer: nn.Module) -> None:
+    """Put a layer in the place of the network's module of this name."""
+    parent, _, own = name.rpartition(".")
+    setattr(network.get_submodule(parent), own, layer)
 
 
 # ---- a whole step -----------------------------------------------------------------------------------------------

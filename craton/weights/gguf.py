@@ -18,10 +18,9 @@ from craton.base import Progress, UserError, count, publish, say
 from craton.model.config import ModelConfig
 from craton.model.decoder import Decoder, Linear
 from craton.model.ops import rope_frequencies
-from craton.model.serving import GROUP, PackedLinear, can_pack
+from craton.model.serving import GROUP, PackedLinear, can_pack, replace
 from craton.text import formats
 from craton.text.tokenizer import Tokenizer
-from craton.weights.quantize import replace
 
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}  # our family -> GGUF's
 _PLAIN = {Type.F32: torch.float32, Type.F16: torch.float16, Type.BF16: torch.bfloat16}
@@ -177,9 +176,9 @@ def _config(path: Path, architecture: str, fields: dict[str, Any], tensors: dict
     if (kind := get("rope.scaling.type", "none")) not in ("none", "linear", "yarn"):
         raise UserError(f"{path}: {architecture}.rope.scaling.type {kind!r} is not supported; supported: 'none', 'linear', 'yarn'")
     scaling: dict[str, Any] | None = None
-    if get("rope.scaling.type", "none") == "linear":
+    if kind == "linear":
         scaling = {"rope_type": "linear", "factor": get("rope.scaling.factor")}
-    elif get("rope.scaling.type", "none") == "yarn":
+    elif kind == "yarn":
         scaling = {"rope_type": "yarn", "factor": get("rope.scaling.factor"), "original_max_position_embeddings": get("rope.scaling.original_context_length")}
         scaling |= {beta: get(f"rope.scaling.yarn_{beta}") for beta in ("beta_fast", "beta_slow") if get(f"rope.scaling.yarn_{beta}", None)}
     elif "rope_freqs.weight" in tensors:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from craton.base import Progress, UserError, count, say
 from craton.model.decoder import Decoder, Linear
-from craton.model.serving import GROUP, PackedLinear, can_pack, unpacked
+from craton.model.serving import GROUP, PackedLinear, can_pack, replace, unpacked
 from craton.weights import stored
 from craton.weights.folder import copy_tokenizer, load_network, released, write_config, write_shards
 
@@ -70,11 +70,6 @@ def pack_network(network: Decoder, bits: int, head_bits: int | None = None) -> D
         bias = None if layer.bias is None else layer.bias.detach()
         replace(network, name, PackedLinear(*quantise(layer.weight, width), width, bias))
     return network
-
-
-def replace(network: nn.Module, name: str, layer: nn.Module) -> None:
-    parent, _, own = name.rpartition(".")
-    setattr(network.get_submodule(parent), own, layer)
 
 
 def quantise_folder(source: Path, out: Path, bits: int) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from craton.base import UserError
 from craton.model.decoder import Decoder, Linear
-from craton.model.serving import GROUP, PackedLinear, can_pack
+from craton.model.serving import GROUP, PackedLinear, can_pack, replace
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,7 @@ def put_packed(network: Decoder, tensors: Any) -> None:
             bias = tensors.get(f"{name}.bias")
             if not bias.is_floating_point() or not bias.isfinite().all():
                 raise UserError(f"{tensors.folder}: tensor {name}.bias holds NaN, infinity or no numbers at all; the file is damaged")
-        parent, _, own = name.rpartition(".")
-        setattr(network.get_submodule(parent), own, PackedLinear(values, scales, bits, bias))
+        replace(network, name, PackedLinear(values, scales, bits, bias))
 
 
 def prepare(scheme: Scheme, network: Decoder, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
