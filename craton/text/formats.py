@@ -22,6 +22,13 @@ def byte_to_unicode() -> dict[int, str]:
     return {b: chr(c) for b, c in zip(plain + rest, plain + [256 + i for i in range(len(rest))], strict=True)}
 
 
+def sentencepiece_bpe(vocab: dict[str, int], scores: dict[str, float], unk: str | None, fallback: bool) -> Any:
+    """SentencePiece's BPE from the scores of its ordinary pieces: two pieces merge if they make a third."""
+    merges = [(-score, whole[:i], whole[i:]) for whole, score in scores.items() for i in range(1, len(whole)) if whole[:i] in scores and whole[i:] in scores]
+    merges.sort(key=lambda m: (m[0], -len(m[1]), -len(m[2])))  # equal scores: the leftmost grows first
+    return models.BPE(vocab, [(a, b) for _, a, b in merges], unk_token=unk, fuse_unk=True, byte_fallback=fallback)
+
+
 def from_sentencepiece(path: Path) -> tuple[Backend, dict[str, Any]]:
     """A `.model` file, BPE or unigram -> backend and tokenizer_config. UserError if it is damaged."""
     from sentencepiece import sentencepiece_model_pb2
@@ -43,10 +50,7 @@ def from_sentencepiece(path: Path) -> tuple[Backend, dict[str, Any]]:
         model: Any = models.Unigram([(p.piece, p.score) for p in pieces], unk, fallback)
     else:
         vocab = {p.piece: i for i, p in enumerate(pieces)}
-        ranked = {p.piece: p.score for p in pieces if p.type == normal}
-        merges = [(-score, whole[:i], whole[i:]) for whole, score in ranked.items() for i in range(1, len(whole)) if whole[:i] in ranked and whole[i:] in ranked]
-        merges.sort(key=lambda m: (m[0], -len(m[1]), -len(m[2])))  # equal scores: the leftmost grows first
-        model = models.BPE(vocab, [(a, b) for _, a, b in merges], unk_token=pieces[unk].piece, fuse_unk=True, byte_fallback=fallback)
+        model = sentencepiece_bpe(vocab, {p.piece: p.score for p in pieces if p.type == normal}, pieces[unk].piece, fallback)
     backend = Backend(model)
     steps: list[Any] = []
     if spec.precompiled_charsmap:

@@ -225,9 +225,8 @@ def _tokenizer(path: Path, fields: dict[str, Any]) -> tuple[Any, dict[str, Any]]
     elif kind == "llama":
         scores = fields["tokenizer.ggml.scores"]
         known = {t: s for t, s, k in zip(tokens, scores, types, strict=True) if k == 1}
-        merges = sorted(((-known[w], w[:i], w[i:]) for w in known for i in range(1, len(w)) if w[:i] in known and w[i:] in known), key=lambda m: (m[0], -len(m[1]), -len(m[2])))
         unk = next((t for t, k in zip(tokens, types, strict=True) if k == 2), None)
-        backend = Backend(models.BPE(vocab, [(a, b) for _, a, b in merges], unk_token=unk, fuse_unk=True, byte_fallback=True))
+        backend = Backend(formats.sentencepiece_bpe(vocab, known, unk, True))
         prefix = fields.get("tokenizer.ggml.add_space_prefix", True)
         backend.normalizer = normalizers.Sequence([*([normalizers.Prepend(" ")] if prefix else []), normalizers.Replace(" ", "\u2581")])
         backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), *([decoders.Strip(" ", 1, 0)] if prefix else [])])
