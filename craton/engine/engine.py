@@ -58,6 +58,8 @@ class Sequence:
     total: torch.Tensor | None = None  # of hidden states
     cancelled: bool = False
     admitted: bool = False
+    thinking: bool = False
+    forced: list[int] = field(default_factory=list)  # tokens to come, whatever the model says
 
     @property
     def prefilling(self) -> bool:
@@ -121,8 +123,8 @@ class Engine:
             raise UserError(f"stop_token_ids: {bad_stop[0]} is outside the model's vocabulary of {self.config.vocab_size}")
         if adapter is not None:
             raise UserError(f"adapter {adapter!r} is not loaded")
-        if (s.stop or s.structured) and self.tokenizer is None:
-            raise UserError("stop texts and structured output need a tokenizer")
+        if (s.stop or s.structured or s.reasoning) and self.tokenizer is None:
+            raise UserError("stop texts, structured output and reasoning need a tokenizer")
         if s.prompt_logprobs is not None and score_from is None:
             score_from = 1
         self.last_request += 1
@@ -137,8 +139,9 @@ class Engine:
             sequence.matcher = self._matcher(s)
             if self.speculate == "lookup":
                 sequence.lookup = PromptLookup(self.guesses)
+            sequence.thinking = s.reasoning is not None and s.reasoning.begin is None
             if self.tokenizer is not None:
-                sequence.decode = DecodeStream(ids=self._before(prompt), skip_special_tokens=True)
+                sequence.decode = DecodeStream(ids=self._before(prompt), skip_special_tokens=False)
             sequences.append(sequence)
         self.requests[self.last_request] = sequences
         self.waiting.extend(sequences)
@@ -148,7 +151,7 @@ class Engine:
     def _before(self, prompt: list[int]) -> list[int]:
         """The tokens that an answer's text is read after, so that its first space is not lost."""
         assert self.tokenizer is not None
-        return prompt[-6:] if self.tokenizer.drops_first_space else []
+        return [t for t in prompt[-6:] if t not in self.tokenizer.special_ids] if self.tokenizer.drops_first_space else []
 
     def _matcher(self, s: Sampling) -> Matcher | None:
         if not s.structured:
@@ -185,6 +188,7 @@ class Engine:
         if not plan:
             return events
         self.counters.steps += 1
+        self.counters.computed_tokens += sum(new for _, new in plan)
         logits, hidden, outputs = self._forward(self.runner, plan)
         greedy = logits.argmax(-1).tolist() if logits is not None and any(s.sampling.temperature == 0 for s, _ in plan) else None
         for sequence, new in plan:
@@ -380,33 +384,54 @@ class Engine:
     def _choose(self, sequence: Sequence, logits: torch.Tensor, likeliest: int | None) -> tuple[int | None, str | None]:
         """The next token of an answer, appended to it, and whether it ends there. An end token is no part of it."""
         s, completion, answer = sequence.sampling, sequence.completion, sequence.completion.token_ids
+        left = sequence.most - len(answer)
         scores = adjusted(logits, s, sequence.tokens[: sequence.prompt], answer) if s.adjusts else logits
         ends = () if s.ignore_eos else self.config.eos_token_ids
         if len(answer) < s.min_tokens and (ends or s.stop_token_ids):
             scores = scores.index_fill(0, torch.tensor([*ends, *s.stop_token_ids]), -torch.inf)
-        if sequence.matcher is not None:
+
+        def drawn(scores: torch.Tensor) -> int:
+            if scores is logits and s.temperature == 0 and likeliest is not None:
+                return likeliest
+            return draw(scores, s, uniform(sequence.seed, completion.index, len(sequence.tokens)))
+
+        if s.reasoning is not None and not answer and s.reasoning.begin is not None and drawn(scores) == s.reasoning.begin:
+            sequence.thinking = True
+        complete, thinking = False, sequence.thinking
+        if thinking:
+            token = self._think(sequence, drawn(scores))
+        elif sequence.matcher is None:
+            token = drawn(scores)
+        else:
             try:
-                scores = sequence.matcher.mask(scores, sequence.most - len(answer))
+                scores = sequence.matcher.mask(scores, left)
             except UserError as error:  # this answer fails, not its neighbours
                 completion.stop_reason = str(error)
                 return None, "error"
-        if scores is logits and s.temperature == 0 and likeliest is not None:
-            token = likeliest
-        else:
-            token = draw(scores, s, uniform(sequence.seed, completion.index, len(sequence.tokens)))
-        complete = False
-        if sequence.matcher is not None:
-            token, complete = sequence.matcher.take(token, sequence.most - len(answer) - 1)
+            token, complete = sequence.matcher.take(drawn(scores), left - 1)
         if (token in ends or token in s.stop_token_ids) and len(answer) >= s.min_tokens:
             completion.stop_reason = token if token in s.stop_token_ids else None
             return None, "stop"
         if s.logprobs is not None:
             completion.logprobs += token_logprobs(logits[None], [token], s.logprobs)
+        completion.reasoning_tokens += thinking
         answer.append(token)
         sequence.tokens.append(token)
         if complete:
             return token, "stop"
         return token, "length" if len(answer) >= sequence.most else None
+
+    def _think(self, sequence: Sequence, token: int) -> int:
+        """A token of the thinking: the model's, or the end's if the budget is used up."""
+        reasoning, answer = sequence.sampling.reasoning, sequence.completion.token_ids
+        assert reasoning is not None and self.tokenizer is not None
+        end = self.tokenizer.marker(reasoning.end)
+        if reasoning.budget is not None and sequence.completion.reasoning_tokens >= reasoning.budget and not sequence.forced and token != end[0]:
+            sequence.forced = list(end)
+        if sequence.forced:
+            token = sequence.forced.pop(0)
+        sequence.thinking = [*answer[len(answer) - len(end) + 1 :], token][-len(end) :] != end
+        return token
 
     def _make_known(self, sequence: Sequence) -> None:
         if not self.share_prefixes:
@@ -422,26 +447,30 @@ class Engine:
         if sequence.decode is None:
             return "", None
         assert self.tokenizer is not None
-        new = ""
+        new, hidden = "", self.tokenizer.special_ids.difference(sequence.sampling.show_special)
         for token in added:
+            if token in hidden:
+                continue
             try:
                 new += sequence.decode.step(self.tokenizer.backend, token) or ""
             except Exception:  # the library gives up on some sequences of single bytes; go on after them
-                sequence.decode = DecodeStream(skip_special_tokens=True)
+                sequence.decode = DecodeStream(skip_special_tokens=False)
         if last:  # what an unfinished character decodes to
             before = self._before(sequence.tokens[: sequence.prompt])
-            sent, base, whole = completion.text + sequence.held + new, self.tokenizer.decode(before), self.tokenizer.decode(before + completion.token_ids)
+            decode = self.tokenizer.backend.decode
+            sent, base = completion.text + sequence.held + new, decode(before, skip_special_tokens=False)
+            whole = decode([*before, *(t for t in completion.token_ids if t not in hidden)], skip_special_tokens=False)
             whole = whole.removeprefix(base)
             new += whole[len(sent) :] if whole.startswith(sent) else ""
         text = sequence.held + new
-        searched = sequence.sampling.stop if len(completion.token_ids) >= sequence.sampling.min_tokens else ()
+        searched = sequence.sampling.stop if len(completion.token_ids) >= sequence.sampling.min_tokens and not sequence.thinking else ()
         found = min(((at, s) for s in searched if (at := text.find(s)) >= 0), default=None)
         if found is not None:
             text, sequence.held = text[: found[0]], ""
         else:
             keep = 0
             if not last:
-                keep = max((n for s in sequence.sampling.stop for n in range(min(len(s) - 1, len(text)), 0, -1) if text.endswith(s[:n])), default=0)
+                keep = max((n for s in searched for n in range(min(len(s) - 1, len(text)), 0, -1) if text.endswith(s[:n])), default=0)
             text, sequence.held = text[: len(text) - keep], text[len(text) - keep :]
         completion.text += text
         return text, found[1] if found else None

@@ -7,6 +7,15 @@ from craton.base import UserError
 
 
 @dataclass(frozen=True)
+class Reasoning:
+    """Thinking before the answer. Stop texts and structured output apply to what follows it."""
+
+    end: str  # the text that ends it
+    begin: int | None = None  # the token that opens it, if the model writes it first; None: the prompt has opened it
+    budget: int | None = None  # tokens, after which the end is written for the model
+
+
+@dataclass(frozen=True)
 class Sampling:
     """How tokens are chosen; the names and meanings are those of the OpenAI API and of vLLM.
 
@@ -34,6 +43,8 @@ class Sampling:
     regex: str | None = None
     choice: tuple[str, ...] = ()
     grammar: str | None = None  # Lark, as llguidance reads it
+    reasoning: Reasoning | None = None
+    show_special: tuple[int, ...] = ()  # special tokens that are part of the text; others never are
 
     def __post_init__(self) -> None:
         """UserError names the field that is out of range."""
@@ -54,7 +65,6 @@ class Sampling:
             raise UserError("stop: at most 64 texts, none of them empty")
         if sum(map(bool, (self.json_schema, self.regex, self.choice, self.grammar))) > 1:
             raise UserError("json_schema, regex, choice and grammar exclude each other")
-
 
     @property
     def structured(self) -> bool:
@@ -89,6 +99,7 @@ class Completion:
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
     prompt_tokens: int = 0
     cached_tokens: int = 0  # of the prompt, found in the cache
+    reasoning_tokens: int = 0  # of the answer, its opening and closing included
     embedding: list[float] = field(default_factory=list)
 
 
@@ -110,6 +121,7 @@ class Counters:
     """Since the engine started."""
 
     steps: int = 0
+    computed_tokens: int = 0  # that went through the network
     prompt_tokens: int = 0
     cached_prompt_tokens: int = 0  # of those, found in the cache
     generated_tokens: int = 0

@@ -107,6 +107,15 @@ class Tokenizer:
         return self.backend.decode(ids, skip_special_tokens=True)
 
     @cached_property
+    def special_ids(self) -> frozenset[int]:
+        """Tokens that are no text."""
+        return frozenset(i for i, t in self.backend.get_added_tokens_decoder().items() if t.special)
+
+    def marker(self, text: str) -> list[int]:
+        """Ids of a text that templates write, special tokens by their names."""
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    @cached_property
     def drops_first_space(self) -> bool:
         """Whether `decode` leaves out a space that the first token begins with, as SentencePiece does."""
         decoder = json.dumps(json.loads(self.backend.to_str())["decoder"])
@@ -136,7 +145,7 @@ class Tokenizer:
 
     def encode_chat(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None, add_generation_prompt: bool = True, **more: Any) -> list[int]:
         """The same as ids; the template writes the special tokens itself."""
-        return self.backend.encode(self.render_chat(messages, tools, add_generation_prompt, **more), add_special_tokens=False).ids
+        return self.marker(self.render_chat(messages, tools, add_generation_prompt, **more))
 
     def token_bytes(self) -> np.ndarray:
         """(vocab_size,) int64: bytes of text that each id stands for; 0 for special tokens."""

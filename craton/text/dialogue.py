@@ -1,0 +1,358 @@
+"""What a model writes beside its answer: thinking and tool calls, in the format that its chat template shows.
+
+Nothing here is written for one family. The template renders probe messages; what it puts around the probes is the
+format, which then gives both the grammar that the model is held to and the parser of what it wrote. A template that
+knows no tools is told of them in a system message, in Hermes' format.
+"""
+
+import json
+import re
+import secrets
+import string
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from craton.base import UserError
+from craton.text.tokenizer import Tokenizer
+
+ID, ID_LENGTH = "\0", 9  # stands for a call's id, nine letters and digits as Mistral's models want
+_THINKING = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<seed:think>", "</seed:think>"), ("<thinking>", "</thinking>"))
+_NAMES, _KEY, _ID = ("probe_first", "probe_second"), "probe_key", "a1B2c3D4e"
+_SPACES = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}  # as json.dumps or compact
+_HERMES = (
+    "You may call functions to answer. They are described in <tools></tools>, one JSON object a line:\n<tools>\n{tools}\n</tools>\n"
+    'For each call write <tool_call>\n{{"name": "FUNCTION", "arguments": {{...}}}}\n</tool_call>'
+)
+
+
+@dataclass(frozen=True)
+class CallFormat:
+    """opening NAME middle ARGUMENTS [between NAME middle ARGUMENTS]... closing. ID stands in them for a call's id."""
+
+    opening: str
+    middle: str
+    closing: str
+    between: str | None  # None: one call an answer
+    native: bool = True  # the template renders tools, calls and results itself
+    as_text: bool = False  # it wants arguments as JSON text, not as an object
+
+
+HERMES = CallFormat('<tool_call>\n{"name": "', '", "arguments": ', "}\n</tool_call>", '}\n</tool_call>\n<tool_call>\n{"name": "', native=False)
+
+
+@dataclass(frozen=True)
+class Dialogue:
+    """How one model's conversations look."""
+
+    tokenizer: Tokenizer
+    thinking: tuple[str, str] | None
+    calls: CallFormat
+
+    def render(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]], thinking: bool | None, effort: str | None, prefix: str | None) -> tuple[str, bool]:
+        """Messages and tools in OpenAI's shape -> the prompt, and whether it leaves the model thinking. thinking: None
+        is the template's default. prefix: how the answer begins."""
+        more: dict[str, Any] = {}
+        if thinking is not None:
+            more = {"enable_thinking": thinking, "thinking": thinking}
+        if effort:
+            more["reasoning_effort"] = effort
+        shown = [self._message(m) for m in messages]
+        if tools and not self.calls.native:
+            text = _HERMES.format(tools="\n".join(json.dumps(t["function"], ensure_ascii=False) for t in tools))
+            if shown and shown[0]["role"] == "system":
+                shown[0] = {**shown[0], "content": f"{shown[0]['content']}\n\n{text}"}
+            else:
+                shown.insert(0, {"role": "system", "content": text})
+        prompt = self.tokenizer.render_chat(shown, tools if tools and self.calls.native else None, True, **more)
+        opened = False
+        if self.thinking:
+            begin, end = self.thinking
+            opened = prompt.rstrip().endswith(begin)
+            if thinking is False or (prefix and opened):
+                if opened:
+                    prompt, opened = f"{prompt.rstrip()}\n\n{end}\n\n", False
+                elif thinking is False and end not in prompt[-len(end) - 8 :]:
+                    prompt += f"{begin}\n\n{end}\n\n"
+        return prompt + (prefix or ""), opened
+
+    def _message(self, m: dict[str, Any]) -> dict[str, Any]:
+        out = {k: v for k, v in m.items() if v is not None}
+        if out["role"] == "developer":
+            out["role"] = "system"
+        calls = out.get("tool_calls")
+        if self.calls.native:
+            out.setdefault("content", "")
+            if calls and not self.calls.as_text:
+                out["tool_calls"] = [{**c, "function": {**c["function"], "arguments": _object(c)}} for c in calls]
+            return out
+        if calls:
+            text = "\n".join(f'<tool_call>\n{{"name": {json.dumps(c["function"]["name"])}, "arguments": {c["function"]["arguments"]}}}\n</tool_call>' for c in calls)
+            return {"role": "assistant", "content": "\n".join(filter(None, (out.get("content"), text)))}
+        if out["role"] == "tool":
+            return {"role": "user", "content": f"<tool_response>\n{out.get('content', '')}\n</tool_response>"}
+        out.setdefault("content", "")
+        return out
+
+    def show_special(self, tools: bool) -> tuple[int, ...]:
+        """Special tokens that the parser must see."""
+        texts = [*(self.thinking or ()), *((self.calls.opening, self.calls.middle, self.calls.closing, self.calls.between or "") if tools else ())]
+        return tuple(sorted({t for text in texts for t in self.tokenizer.marker(text)} & self.tokenizer.special_ids))
+
+    def grammar(self, tools: list[dict[str, Any]], choice: str, parallel: bool, schema: str | None = None) -> str:
+        """Lark grammar of an answer: text (or JSON by the schema) or calls. choice: "auto" or "required"."""
+        f, names = self.calls, {t["function"]["name"]: t["function"].get("parameters") or {"type": "object"} for t in tools}
+        opening = f.opening.split(ID)[0] if ID in f.opening else f.opening
+        bodies = " | ".join(f"{self._lark(json.dumps(n)[1:-1] + f.middle)} %json {json.dumps({**p, 'x-guidance': _SPACES})}" for n, p in names.items())
+        more = f"({self._lark(f.between)} body)*" if parallel and f.between is not None else ""
+        tail = f"body {more} {self._lark(f.closing)}"
+        lines = [f"body: {bodies}"]
+        if choice == "required":
+            lines.append(f"start: {self._lark(f.opening)} {tail}")
+        elif schema is not None:
+            lines += [f"start: answer | {self._lark(f.opening)} {tail}", f"answer: %json {json.dumps({**json.loads(schema), 'x-guidance': {'whitespace_flexible': False}})}"]
+        else:  # the opening as text, or as the tokens that text cannot contain
+            trigger = "".join(c if c.isalnum() or ord(c) > 127 else f"\\x{ord(c):02X}" for c in opening)
+            tokens = f" | TEXT? {self._lark(f.opening)} {tail}" if self._added(opening) else ""
+            lines += [f"start: TEXT | pre {tail}{tokens}", f"TEXT: /(?s:.*)/ & ~/(?s:.*){trigger}(?s:.*)/", f"pre[lazy]: /(?s:.*){trigger}/"]
+        return "\n".join(lines)
+
+    def _added(self, text: str) -> dict[str, int]:
+        """Added tokens whose names are in a text."""
+        return {t.content: i for i, t in self.tokenizer.backend.get_added_tokens_decoder().items() if t.content in text}
+
+    def _lark(self, text: str) -> str:
+        """A literal text in Lark; added tokens by number too, since some are never spelled out."""
+        names = self._added(text)
+        pieces = re.split("(" + "|".join(map(re.escape, [*sorted(names, key=len, reverse=True), ID])) + ")", text)
+        out = []
+        for p in filter(None, pieces):
+            quoted = json.dumps(p, ensure_ascii=False)
+            out.append(f"/[a-zA-Z0-9]{{{ID_LENGTH}}}/" if p == ID else f"(<[{names[p]}]> | {quoted})" if p in names else quoted)
+        return " ".join(out)
+
+
+def _object(call: dict[str, Any]) -> Any:
+    try:
+        return json.loads(call["function"]["arguments"] or "{}")
+    except json.JSONDecodeError:
+        raise UserError(f"messages: the arguments of tool call {call.get('id')!r} are not JSON") from None
+
+
+# ---- learning the format from the template ----------------------------------------------------------------------
+
+
+def learn(tokenizer: Tokenizer, end_ids: tuple[int, ...]) -> Dialogue:
+    """The format of a tokenizer's chat template, for a model that ends its turns with one of end_ids. UserError if it has
+    no template."""
+    if tokenizer.chat_template is None:
+        raise UserError("tokenizer_config.json: no chat_template, so this model cannot chat")
+    source = tokenizer.chat_template.source
+    thinking = next((m for m in _THINKING if m[1] in source), None)
+    ends = [text for i in end_ids if (text := tokenizer.backend.id_to_token(i))]
+    return Dialogue(tokenizer, thinking, _learn_calls(tokenizer, thinking, ends) or HERMES)
+
+
+def _specials(tokenizer: Tokenizer, text: str) -> list[str]:
+    """The special tokens in a text, in order."""
+    return [tokenizer.backend.id_to_token(i) for i in tokenizer.marker(text) if i in tokenizer.special_ids]
+
+
+def _learn_calls(tokenizer: Tokenizer, thinking: tuple[str, str] | None, ends: list[str]) -> CallFormat | None:
+    tools = [{"type": "function", "function": {"name": n, "description": "-", "parameters": {"type": "object", "properties": {_KEY: {"type": "string"}}}}} for n in _NAMES]
+    user = {"role": "user", "content": "probe"}
+
+    def rendered(names: tuple[str, ...], as_text: bool) -> str | None:
+        arguments = [{_KEY: n + " value"} for n in names]
+        calls = [{"id": _ID, "type": "function", "function": {"name": n, "arguments": json.dumps(a) if as_text else a}} for n, a in zip(names, arguments, strict=True)]
+        try:
+            return tokenizer.render_chat([user, {"role": "assistant", "content": "", "tool_calls": calls}], tools, False)
+        except UserError:
+            return None
+
+    try:
+        start = tokenizer.render_chat([user], tools, True)
+        if not all(n in start for n in _NAMES):
+            return None
+        answer = tokenizer.render_chat([user, {"role": "assistant", "content": "probe answer"}], tools, False)
+    except UserError:
+        return None
+    if thinking and start.rstrip().endswith(thinking[0]):
+        start = start.rstrip().removesuffix(thinking[0])
+    tail = answer.rpartition("probe answer")[2]
+    turn_ends = {*ends, *([tail.strip()] if tail.strip() else []), *_specials(tokenizer, tail)[:1]}
+    for as_text in (False, True):
+        one = rendered(_NAMES[:1], as_text)
+        if one is None or not one.startswith(start):
+            continue
+        found = _cut(one[len(start) :], _NAMES[:1])
+        if found is None:
+            continue
+        (opening, middle), closing = found[0], found[-1][0]
+        if thinking:
+            opening = re.sub(re.escape(thinking[0]) + r"\s*" + re.escape(thinking[1]) + r"\s*", "", opening)
+        closing = closing[: min((at for e in turn_ends if (at := closing.find(e)) >= 0), default=len(closing))].rstrip()
+        two = rendered(_NAMES, as_text)
+        both = _cut(two[len(start) :], _NAMES) if two and two.startswith(start) else None
+        between = both[1][0] if both else None
+        return CallFormat(opening, middle, closing, between, True, as_text)
+    return None
+
+
+def _cut(text: str, names: tuple[str, ...]) -> list[tuple[str, str]] | None:
+    """[(text before a name, text between it and its arguments)..., (what follows the last, "")]."""
+    out, at = [], 0
+    for name in names:
+        place = text.find(name, at)
+        key = text.find(f'"{_KEY}"', place)
+        begin = text.rfind("{", place, key) if place >= 0 and key >= 0 else -1
+        if begin < 0:
+            return None
+        try:
+            value, length = json.JSONDecoder().raw_decode(text[begin:])
+        except json.JSONDecodeError:
+            return None
+        if value != {_KEY: name + " value"}:
+            return None
+        out.append((text[at:place].replace(_ID, ID), text[place + len(name) : begin].replace(_ID, ID)))
+        at = begin + length
+    out.append((text[at:].replace(_ID, ID), ""))
+    return out
+
+
+# ---- reading what the model writes ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Part:
+    """A piece of an answer. kind: "reasoning", "content", "call" (text is the name) or "arguments"."""
+
+    kind: str
+    text: str
+    call: int = 0  # which call, from 0
+    id: str = ""  # ours: where models write ids at all, some do so after the arguments
+
+
+class Parser:
+    """Text in, parts out; whatever is cut how, the parts join to the same."""
+
+    def __init__(self, dialogue: Dialogue | None, tools: bool, thinking: bool, may_think: bool):
+        self.calls = dialogue.calls if dialogue and tools else None
+        self.markers = dialogue.thinking if dialogue else None
+        self.state = "lead" if thinking else "start" if may_think and self.markers else "content"
+        self.buffer, self.call = "", -1
+        self.depth, self.quoted, self.escaped = 0, False, False
+
+    def feed(self, text: str, last: bool = False) -> Iterator[Part]:
+        self.buffer += text
+        while True:
+            before = self.state, len(self.buffer)
+            yield from getattr(self, "_" + self.state)(last)
+            if (self.state, len(self.buffer)) == before:
+                return
+
+    def _start(self, last: bool) -> Iterator[Part]:
+        """Thinking may begin here, and only here."""
+        assert self.markers
+        text = self.buffer.lstrip()
+        if text.startswith(self.markers[0]):
+            self.buffer, self.state = text[len(self.markers[0]) :], "lead"
+        elif last or not self.markers[0].startswith(text):
+            self.state = "content"
+        return
+        yield
+
+    def _lead(self, last: bool) -> Iterator[Part]:
+        yield from self._gap(last, "think")
+
+    def _think(self, last: bool) -> Iterator[Part]:
+        assert self.markers
+        yield from self._until(self.markers[1], last, "reasoning", "gap")
+
+    def _gap(self, last: bool, then: str = "content") -> Iterator[Part]:
+        """White space between thinking and answer belongs to neither."""
+        self.buffer = self.buffer.lstrip()
+        if self.buffer or last:
+            self.state = then
+        return
+        yield
+
+    def _content(self, last: bool) -> Iterator[Part]:
+        if self.calls is None:
+            if self.buffer:
+                yield Part("content", self.buffer)
+            self.buffer = ""
+        else:
+            yield from self._until(self.calls.opening, last, "content", "name")
+
+    def _until(self, marker: str, last: bool, kind: str, then: str) -> Iterator[Part]:
+        """Everything before the marker is of a kind; white space just before it is dropped, as templates do."""
+        found = _pattern(marker).search(self.buffer)
+        if found:
+            text, self.buffer, self.state = self.buffer[: found.start()].rstrip(), self.buffer[found.end() :], then
+        else:
+            keep = 0 if last else _may_begin(self.buffer, marker)
+            space = 0 if last else len(self.buffer) - keep - len(self.buffer[: len(self.buffer) - keep].rstrip())
+            text, self.buffer = self.buffer[: len(self.buffer) - keep - space], self.buffer[len(self.buffer) - keep - space :]
+        if text:
+            yield Part(kind, text)
+
+    def _name(self, last: bool) -> Iterator[Part]:
+        assert self.calls
+        at = self.buffer.find(self.calls.middle.split(ID)[0] or '"')
+        if at >= 0 and (found := _pattern(self.calls.middle).match(self.buffer, at)):
+            name, self.buffer, self.state = self.buffer[:at], self.buffer[found.end() :], "arguments"
+            self.call += 1
+            self.depth, self.quoted, self.escaped = 0, False, False
+            yield Part("call", name, self.call, "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(ID_LENGTH)))
+        elif last:
+            self.buffer = ""
+
+    def _arguments(self, last: bool) -> Iterator[Part]:
+        end = len(self.buffer)
+        for i, c in enumerate(self.buffer):
+            if self.quoted:
+                self.quoted = self.escaped or c != '"'
+                self.escaped = c == "\\" and not self.escaped
+            elif c == '"':
+                self.quoted = True
+            elif c in "{[":
+                self.depth += 1
+            elif c in "}]":
+                self.depth -= 1
+                if not self.depth:
+                    end, self.state = i + 1, "after"
+                    break
+        text, self.buffer = self.buffer[:end], self.buffer[end:]
+        if text:
+            yield Part("arguments", text, self.call)
+
+    def _after(self, last: bool) -> Iterator[Part]:
+        assert self.calls
+        if self.calls.between is not None and (found := _pattern(self.calls.between).match(self.buffer)):
+            self.buffer, self.state = self.buffer[found.end() :], "name"
+        elif last:
+            self.buffer = ""
+        return
+        yield
+
+
+def _pattern(literal: str) -> re.Pattern[str]:
+    return re.compile(re.escape(literal).replace(re.escape(ID), f"[a-zA-Z0-9]{{{ID_LENGTH}}}"))
+
+
+def _may_begin(text: str, marker: str) -> int:
+    """Characters at the end of text that may be the beginning of the marker."""
+    fixed = marker.split(ID)[0]
+    return next((n for n in range(min(len(fixed) - 1, len(text)), 0, -1) if text.endswith(fixed[:n])), len(text) if ID in marker and fixed in text else 0)
+
+
+def merge(parts: list[Part]) -> list[Part]:
+    """Neighbours of the same kind and call joined."""
+    out: list[Part] = []
+    for p in parts:
+        if out and out[-1].kind == p.kind and out[-1].call == p.call and p.kind != "call":
+            out[-1] = replace(out[-1], text=out[-1].text + p.text)
+        else:
+            out.append(p)
+    return out

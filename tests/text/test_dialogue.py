@@ -1,0 +1,158 @@
+"""Formats of thinking and tool calls, learned from templates in the published styles."""
+
+import json
+import random
+
+import pytest
+from llguidance import LLMatcher, LLTokenizer
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as Backend
+
+from craton.text.dialogue import HERMES, Parser, learn, merge
+from craton.text.tokenizer import Tokenizer
+
+CHATML = "{%- for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{%- endfor %}{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{%- endif %}"
+QWEN = """{%- if tools %}<|im_start|>system
+# Tools
+<tools>{% for t in tools %}
+{{ t | tojson }}{% endfor %}
+</tools><|im_end|>
+{% endif %}{%- for m in messages %}{%- if m.role == 'assistant' %}<|im_start|>assistant
+THINK{{ m.content }}{%- for c in m.tool_calls or [] %}{{ '\n' if not loop.first or m.content else '' }}<tool_call>
+{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}
+</tool_call>{%- endfor %}<|im_end|>
+{% elif m.role == 'tool' %}<|im_start|>user
+<tool_response>
+{{ m.content }}
+</tool_response><|im_end|>
+{% else %}<|im_start|>{{ m.role }}
+{{ m.content }}<|im_end|>
+{% endif %}{%- endfor %}{%- if add_generation_prompt %}<|im_start|>assistant
+SWITCH{% endif %}"""
+SWITCH = "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
+QWEN3 = QWEN.replace("SWITCH", SWITCH).replace("THINK", "{% if loop.last %}<think>\n{{ m.reasoning_content or '' }}\n</think>\n\n{% endif %}")
+LLAMA = """{{ bos_token }}{%- if tools %}<|start_header_id|>system<|end_header_id|>
+{% for t in tools %}{{ t | tojson }}{% endfor %}<|eot_id|>{% endif %}{%- for m in messages %}{%- if m.tool_calls %}{%- if m.tool_calls | length != 1 %}{{ raise_exception('one call at a time') }}{%- endif %}<|start_header_id|>assistant<|end_header_id|>
+
+{"name": "{{ m.tool_calls[0].function.name }}", "parameters": {{ m.tool_calls[0].function.arguments | tojson }}}<|eom_id|>{%- else %}<|start_header_id|>{{ m.role }}<|end_header_id|>
+
+{{ m.content }}<|eot_id|>{%- endif %}{%- endfor %}{%- if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>
+
+{% endif %}"""
+MISTRAL = """{{ bos_token }}{%- for m in messages %}{%- if m.role == 'user' %}{%- if tools and loop.last or tools and not loop.last %}[AVAILABLE_TOOLS]{{ tools | tojson }}[/AVAILABLE_TOOLS]{%- endif %}[INST]{{ m.content }}[/INST]{%- elif m.tool_calls %}[TOOL_CALLS][{%- for c in m.tool_calls %}{%- if c.id | length != 9 %}{{ raise_exception('ids have nine characters') }}{%- endif %}{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}, "id": "{{ c.id }}"}{{ ', ' if not loop.last else '' }}{%- endfor %}]</s>{%- else %}{{ m.content }}</s>{%- endif %}{%- endfor %}"""
+DEEPSEEK = """{{ bos_token }}{% for t in tools or [] %}{{ t | tojson }}{% endfor %}{%- for m in messages %}{%- if m.role == 'user' %}<User>{{ m.content }}{%- elif m.tool_calls %}<Assistant><calls>{%- for c in m.tool_calls %}{{ '\n' if not loop.first else '' }}<call>{{ c.type + '<sep>' + c.function.name + '\n```json\n' + c.function.arguments + '\n```</call>' }}{%- endfor %}</calls></s>{%- else %}<Assistant>{{ m.content.split('</think>')[-1] }}</s>{%- endif %}{%- endfor %}{%- if add_generation_prompt %}<Assistant><think>
+{% endif %}"""
+SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|start_header_id|>", "<|end_header_id|>", "[TOOL_CALLS]", "[INST]", "[/INST]", "<User>", "<Assistant>", "<calls>", "</calls>", "<call>", "</call>", "<sep>"]
+TOOLS = [{"type": "function", "function": {"name": n, "parameters": {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}, "required": ["city"], "additionalProperties": False}}} for n in ("weather", "wea", "get-time")]
+ENDS = ("<|im_end|>", "</s>", "<|eot_id|>", "<|eom_id|>")
+
+
+def tokenizer(template: str, special: list[str] = SPECIAL, added: tuple[str, ...] = ("<tool_call>", "</tool_call>", "<think>", "</think>")) -> Tokenizer:
+    backend = Backend(models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False), decoders.ByteLevel()
+    backend.add_special_tokens(special)
+    backend.add_tokens([AddedToken(a, special=False, normalized=False) for a in added])
+    return Tokenizer(backend, {"bos_token": "<s>", "eos_token": "</s>", "chat_template": template})
+
+
+def dialogue(template: str, **more):
+    t = tokenizer(template, **more)
+    return learn(t, tuple(t.backend.token_to_id(e) for e in ENDS if e in t.backend.get_vocab()))
+
+
+STYLES = {
+    "chatml": (CHATML, HERMES.opening, False),
+    "qwen": (QWEN.replace("THINK", "").replace("SWITCH", ""), '<tool_call>\n{"name": "', True),
+    "qwen3": (QWEN3, '<tool_call>\n{"name": "', True),
+    "llama": (LLAMA, '{"name": "', True),
+    "mistral": (MISTRAL, '[TOOL_CALLS][{"name": "', True),
+    "deepseek": (DEEPSEEK, "<calls><call>function<sep>", True),
+}
+
+
+@pytest.mark.parametrize("style", STYLES)
+@pytest.mark.parametrize("special", [False, True])
+def test_learned(style, special):
+    template, opening, native = STYLES[style]
+    markers = ("<tool_call>", "</tool_call>", "<think>", "</think>")
+    d = dialogue(template, special=[*SPECIAL, *markers], added=()) if special else dialogue(template)
+    assert d.calls.opening == opening and d.calls.native == native
+    assert (d.calls.between is None) == (style == "llama")
+    assert d.thinking == (("<think>", "</think>") if style in ("qwen3", "deepseek") else None)
+    assert d.calls.as_text == (style == "deepseek")
+
+
+@pytest.mark.parametrize("style", STYLES)
+def test_grammar_and_parser(style):
+    """What the template itself writes for calls is accepted by the grammar and read back, however it is cut."""
+    d = dialogue(STYLES[style][0])
+    calls = [("weather", {"city": 'New "York" {', "days": 3}), ("wea", {"city": "Rom", "days": 1})][: 1 if d.calls.between is None else 2]
+    written = [{"id": "abcDEF123", "type": "function", "function": {"name": n, "arguments": json.dumps(a)}} for n, a in calls]
+    history = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "", "tool_calls": written}]
+    start, opened = d.render(history[:1], TOOLS, None, None, None)
+    assert opened == (style == "deepseek")
+    start = start.removesuffix("<think>\n")
+    whole = d.tokenizer.render_chat([d._message(m) for m in history], TOOLS if d.calls.native else None, False)
+    if d.calls.native:
+        assert whole.startswith(start)
+        text = whole[len(start) :]
+    else:
+        text = whole.partition("assistant\n")[2]
+    text = text.replace("<think>\n\n</think>\n\n", "")
+    text = min((text.split(e)[0] for e in ENDS), key=len)
+    lt = LLTokenizer(d.tokenizer.backend.to_str(), eos_token=d.tokenizer.backend.token_to_id("</s>"))
+    for choice, before in (("required", ""), ("auto", ""), ("auto", "Let me see. ")):
+        matcher = LLMatcher(lt, LLMatcher.grammar_from_lark(d.grammar(TOOLS, choice, True)))
+        ids = d.tokenizer.marker(before + text)
+        assert matcher.validate_tokens(ids) == len(ids), (choice, before + text, matcher.get_error())
+        matcher.consume_tokens(ids)
+        assert matcher.is_accepting()
+    for bad in (text.replace("weather", "nothing"), text.replace('"city": "New', '"town": "New')):
+        matcher = LLMatcher(lt, LLMatcher.grammar_from_lark(d.grammar(TOOLS, "auto", True)))
+        ids = d.tokenizer.marker(bad)
+        assert matcher.validate_tokens(ids) < len(ids)
+    if len(calls) == 2:
+        matcher = LLMatcher(lt, LLMatcher.grammar_from_lark(d.grammar(TOOLS, "required", False)))
+        ids = d.tokenizer.marker(text)
+        assert matcher.validate_tokens(ids) < len(ids)
+    r = random.Random(0)
+    for before in ("", "So: < {\n"):
+        for thought in ("", "hm <tool\n"):
+            marked = (f"<think>{thought}</think>\n\n" if thought else "") if d.thinking else ""
+            source = marked + before + text
+            seen = set()
+            for _ in range(40):
+                parser, parts, at = Parser(d, True, False, True), [], 0
+                while at < len(source):
+                    step = r.choice((1, 2, 5, 30, 400))
+                    parts += parser.feed(source[at : at + step])
+                    at += step
+                parts = merge([*parts, *parser.feed("", True)])
+                seen.add(tuple((p.kind, p.text, p.call) for p in parts))
+            assert len(seen) == 1
+            found = [p for p in parts if p.kind == "call"]
+            assert [p.text for p in found] == [n for n, _ in calls]
+            assert [json.loads(p.text) for p in parts if p.kind == "arguments"] == [a for _, a in calls]
+            assert "".join(p.text for p in parts if p.kind == "content") == before.rstrip()
+            if marked:
+                assert parts[0].kind == "reasoning" and parts[0].text == thought.rstrip()
+            assert len({p.id for p in found}) == len(found) and all(len(p.id) == 9 for p in found)
+
+
+def test_no_tools_means_no_parsing():
+    d = dialogue(STYLES["qwen"][0])
+    text = 'See <tool_call>\n{"name": "x"  \n'
+    parts = merge([*Parser(d, False, False, True).feed(text), *Parser(d, False, False, True).feed("", True)])
+    assert parts[0].text == text
+
+
+def test_thinking_switch():
+    d = dialogue(QWEN3)
+    user = [{"role": "user", "content": "hi"}]
+    assert d.render(user, [], None, None, None)[0].endswith("assistant\n")
+    assert d.render(user, [], False, None, None) == (d.render(user, [], None, None, None)[0] + "<think>\n\n</think>\n\n", False)
+    d = dialogue(DEEPSEEK)
+    assert d.render(user, [], None, None, None)[1]
+    prompt, opened = d.render(user, [], False, None, None)
+    assert prompt.endswith("<think>\n\n</think>\n\n") and not opened
+    assert d.render(user, [], None, None, "The answer")[0].endswith("</think>\n\nThe answer")
