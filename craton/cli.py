@@ -156,6 +156,43 @@ def chat(
 
 
 @app.command()
+def serve(
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Model folders or GGUF files, each as MODEL or NAME=MODEL.")],
+    host: Annotated[str, typer.Option(help="Where to listen; anything but this machine needs an API key.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0: any that is free.")] = 8000,
+    api_keys: Annotated[Path | None, typer.Option(help="A file with one API key a line; also CRATON_API_KEY.")] = None,
+    allow_origin: Annotated[list[str] | None, typer.Option(help="A web page's origin that may call the API (CORS). Repeatable.")] = None,
+    max_wait: Annotated[float, typer.Option(help="Seconds that a request may wait before it is begun; what would wait longer gets 429.")] = 30.0,
+    max_queue: Annotated[int, typer.Option(help="Requests at once, waiting ones included.")] = 256,
+    max_body: Annotated[int, typer.Option(help="Bytes of a request.")] = 16 << 20,
+    max_n: Annotated[int, typer.Option(help="Answers to one request.")] = 16,
+    timeout: Annotated[float, typer.Option(help="Seconds that an answer may take.")] = 600.0,
+    drain: Annotated[float, typer.Option(help="Seconds that answers in the making get after SIGTERM.")] = 30.0,
+    cache: Annotated[float | None, typer.Option(help="GB of keys and values, for each model.")] = None,
+    lookup: Annotated[bool, typer.Option("--lookup", help="Guess ahead from the text so far: faster where answers repeat their prompts.")] = False,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    votes: Annotated[Path, typer.Option(help="Where votes from the page are kept, one JSON object a line.")] = Path("votes.jsonl"),
+    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write the requests' bodies to the log.")] = False,
+    engine: Annotated[str, typer.Option(help="craton, or vllm to hand the folder to vLLM.")] = "craton",
+) -> None:  # fmt: skip
+    """Serve models: a page to chat with, and the APIs of OpenAI, Open Responses and Anthropic."""
+    from craton.serve import run
+
+    if engine not in ("craton", "vllm"):
+        raise UserError(f"--engine is {engine!r}; known: craton, vllm")
+    for name, value in (("--max-wait", max_wait), ("--max-queue", max_queue), ("--max-body", max_body), ("--max-n", max_n), ("--timeout", timeout)):
+        if value <= 0:
+            raise UserError(f"{name} is {value}, must be above 0")
+    if not 0 <= port <= 65535:
+        raise UserError(f"--port is {port}, must be from 0 to 65535")
+    keys, origins = run.read_keys(api_keys), allow_origin or []
+    if engine == "vllm":
+        run.serve_by_vllm(models, host, port, keys, origins, max_queue)
+    options = {"device": device, "speculate": "lookup" if lookup else "", "cache_bytes": int(cache * 1e9) if cache else None}
+    run.serve(models, host, port, keys, origins, max_wait, max_queue, max_body, max_n, timeout, drain, log_prompts, votes, **options)
+
+
+@app.command()
 def pull(
     name: Annotated[str, typer.Argument(metavar="ORG/NAME", help="A model on the hub (HF_ENDPOINT, or huggingface.co).")],
     out: Annotated[Path | None, typer.Option(help="The folder; NAME if left out.")] = None,

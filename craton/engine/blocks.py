@@ -75,3 +75,11 @@ class BlockPool:
         self.last_identity += 1
         self.known[key], self.key[block], self.identity[block] = block, key, self.last_identity
         return self.last_identity
+
+    def forget(self) -> None:
+        """Nothing is known any more, so that nothing is shared with what comes."""
+        self.fresh += self.idle
+        self.idle.clear()
+        self.known.clear()
+        self.key.clear()
+        self.identity.clear()

@@ -9,6 +9,7 @@ beside it, on cache hits, on how a prompt was cut, on preemption or on guesses.
 """
 
 import os
+import threading
 from collections import deque
 from collections.abc import Iterator
 from collections.abc import Sequence as Many
@@ -93,6 +94,7 @@ class Engine:
                 raise UserError(f"the draft model's vocabulary is {draft.config.vocab_size}, the model's {config.vocab_size}; they must be the same")
             self.draft = Runner(draft, blocks, min(self.context, draft.config.max_position_embeddings))
         self.grammars: Grammars | None = None
+        self.grammars_lock = threading.Lock()
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
         self.requests: dict[int, list[Sequence]] = {}
@@ -103,10 +105,12 @@ class Engine:
     # ---- requests ----
 
     def add(
-        self, prompt: Many[int], sampling: Sampling | None = None, *, adapter: str | None = None, score_from: int | None = None, embed: bool = False
+        self, prompt: Many[int], sampling: Sampling | None = None, *, adapter: str | None = None, score_from: int | None = None, embed: bool = False,
+        matcher: Matcher | None = None,
     ) -> int:
         """A new request; returns its number. UserError if it cannot be served: an empty or too long prompt, ids outside
-        the vocabulary, an unknown adapter, a schema that cannot be met."""
+        the vocabulary, an unknown adapter, a schema that cannot be met. matcher: what `matcher` made of the sampling,
+        where that is not to take this thread's time."""
         s = sampling or Sampling()
         prompt = list(prompt)
         if not prompt:
@@ -136,7 +140,7 @@ class Engine:
             sequence = Sequence(
                 Completion(self.last_request, index, prompt_tokens=len(prompt)), s, list(prompt), len(prompt), most, seed, adapter, leader, score_from if leader is None else None, embed,
             )  # fmt: skip
-            sequence.matcher = self._matcher(s)
+            sequence.matcher = matcher.copy() if matcher else self.matcher(s)
             if self.speculate == "lookup":
                 sequence.lookup = PromptLookup(self.guesses)
             sequence.thinking = s.reasoning is not None and s.reasoning.begin is None
@@ -153,12 +157,14 @@ class Engine:
         assert self.tokenizer is not None
         return [t for t in prompt[-6:] if t not in self.tokenizer.special_ids] if self.tokenizer.drops_first_space else []
 
-    def _matcher(self, s: Sampling) -> Matcher | None:
+    def matcher(self, s: Sampling) -> Matcher | None:
+        """The schema or grammar of a request, compiled; None if it has none. UserError if it is wrong. From any thread."""
         if not s.structured:
             return None
-        if self.grammars is None:
-            assert self.tokenizer is not None
-            self.grammars = Grammars(self.tokenizer, self.config.vocab_size, self.config.eos_token_ids)
+        with self.grammars_lock:
+            if self.grammars is None:
+                assert self.tokenizer is not None
+                self.grammars = Grammars(self.tokenizer, self.config.vocab_size, self.config.eos_token_ids)
         return self.grammars.matcher(s)
 
     def cancel(self, request: int) -> None:

@@ -87,6 +87,9 @@ class Matcher:
         self.closing = False
         self.check_at: int | None = None  # tokens left at which to look again how many closing takes
 
+    def copy(self) -> "Matcher":
+        return Matcher(self.grammars, self.matcher.deep_copy())
+
     def mask(self, logits: Tensor, left: int) -> Tensor:
         """logits (vocabulary,) with -inf where the grammar does not go on; `left` tokens may still be given. UserError
         if it goes on nowhere."""
@@ -132,7 +135,7 @@ class Matcher:
 
     def _closing_length(self, most: int) -> int:
         """Tokens that closing takes from here, at most `most`."""
-        trial = Matcher(self.grammars, self.matcher.deep_copy())
+        trial = self.copy()
         for count in range(min(most, 2048)):
             if trial.matcher.is_stopped() or trial.matcher.is_accepting():
                 return count

@@ -48,15 +48,19 @@ class Dialogue:
     tokenizer: Tokenizer
     thinking: tuple[str, str] | None
     calls: CallFormat
+    turn_end: int | None  # the special token after an answer
 
-    def render(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]], thinking: bool | None, effort: str | None, prefix: str | None) -> tuple[str, bool]:
+    def render(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]], thinking: bool | None = None, effort: str | None = None, prefix: str | None = None, more: dict[str, Any] | None = None) -> tuple[str, bool]:
         """Messages and tools in OpenAI's shape -> the prompt, and whether it leaves the model thinking. thinking: None
-        is the template's default. prefix: how the answer begins."""
-        more: dict[str, Any] = {}
+        is the template's default. prefix: how the answer begins. more: for the template. UserError if the template refuses."""
+        more = dict(more or {})
         if thinking is not None:
-            more = {"enable_thinking": thinking, "thinking": thinking}
+            more |= {"enable_thinking": thinking, "thinking": thinking}
         if effort:
             more["reasoning_effort"] = effort
+        for name in ("messages", "tools", "add_generation_prompt", "documents", *self.tokenizer.chat_template.special):  # type: ignore[union-attr]
+            if name in more:
+                raise UserError(f"chat_template_kwargs: {name} cannot be set there")
         shown = [self._message(m) for m in messages]
         if tools and not self.calls.native:
             text = _HERMES.format(tools="\n".join(json.dumps(t["function"], ensure_ascii=False) for t in tools))
@@ -150,12 +154,21 @@ def learn(tokenizer: Tokenizer, end_ids: tuple[int, ...]) -> Dialogue:
     source = tokenizer.chat_template.source
     thinking = next((m for m in _THINKING if m[1] in source), None)
     ends = [text for i in end_ids if (text := tokenizer.backend.id_to_token(i))]
-    return Dialogue(tokenizer, thinking, _learn_calls(tokenizer, thinking, ends) or HERMES)
+    return Dialogue(tokenizer, thinking, _learn_calls(tokenizer, thinking, ends) or HERMES, _turn_end(tokenizer))
+
+
+def _turn_end(tokenizer: Tokenizer) -> int | None:
+    try:
+        text = tokenizer.render_chat([{"role": "user", "content": "probe"}, {"role": "assistant", "content": "probe answer"}], None, False)
+    except UserError:
+        return None
+    after = tokenizer.marker(text.rpartition("probe answer")[2].lstrip())
+    return after[0] if after and after[0] in tokenizer.special_ids else None
 
 
 def _specials(tokenizer: Tokenizer, text: str) -> list[str]:
     """The special tokens in a text, in order."""
-    return [tokenizer.backend.id_to_token(i) for i in tokenizer.marker(text) if i in tokenizer.special_ids]
+    return [str(tokenizer.backend.id_to_token(i)) for i in tokenizer.marker(text) if i in tokenizer.special_ids]
 
 
 def _learn_calls(tokenizer: Tokenizer, thinking: tuple[str, str] | None, ends: list[str]) -> CallFormat | None:

@@ -147,6 +147,22 @@ class Tokenizer:
         """The same as ids; the template writes the special tokens itself."""
         return self.marker(self.render_chat(messages, tools, add_generation_prompt, **more))
 
+    @cached_property
+    def _bytes_of(self) -> Any:
+        """A function from a token's name to the bytes it stands for."""
+        state = json.dumps(json.loads(self.backend.to_str())["pre_tokenizer"]) + json.dumps(json.loads(self.backend.to_str())["decoder"])
+        if "ByteLevel" in state:
+            table = {c: b for b, c in formats.byte_to_unicode().items()}
+            return lambda name: bytes(table[c] for c in name) if all(c in table for c in name) else name.encode()
+        return lambda name: bytes([int(name[3:5], 16)]) if re.fullmatch(r"<0x[0-9A-F]{2}>", name) else name.replace("\u2581", " ").encode()
+
+    def bytes_of(self, token: int) -> bytes:
+        """What a token adds to a text; of a special token, its name."""
+        name = self.backend.id_to_token(token)
+        if name is None:
+            return b""
+        return name.encode() if token in self.special_ids else bytes(self._bytes_of(name))
+
     def token_bytes(self) -> np.ndarray:
         """(vocab_size,) int64: bytes of text that each id stands for; 0 for special tokens."""
         state = json.loads(self.backend.to_str())

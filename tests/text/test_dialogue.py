@@ -89,7 +89,7 @@ def test_grammar_and_parser(style):
     calls = [("weather", {"city": 'New "York" {', "days": 3}), ("wea", {"city": "Rom", "days": 1})][: 1 if d.calls.between is None else 2]
     written = [{"id": "abcDEF123", "type": "function", "function": {"name": n, "arguments": json.dumps(a)}} for n, a in calls]
     history = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "", "tool_calls": written}]
-    start, opened = d.render(history[:1], TOOLS, None, None, None)
+    start, opened = d.render(history[:1], TOOLS)
     assert opened == (style == "deepseek")
     start = start.removesuffix("<think>\n")
     whole = d.tokenizer.render_chat([d._message(m) for m in history], TOOLS if d.calls.native else None, False)
@@ -149,10 +149,10 @@ def test_no_tools_means_no_parsing():
 def test_thinking_switch():
     d = dialogue(QWEN3)
     user = [{"role": "user", "content": "hi"}]
-    assert d.render(user, [], None, None, None)[0].endswith("assistant\n")
-    assert d.render(user, [], False, None, None) == (d.render(user, [], None, None, None)[0] + "<think>\n\n</think>\n\n", False)
+    assert d.render(user, [])[0].endswith("assistant\n")
+    assert d.render(user, [], False) == (d.render(user, [])[0] + "<think>\n\n</think>\n\n", False)
     d = dialogue(DEEPSEEK)
-    assert d.render(user, [], None, None, None)[1]
-    prompt, opened = d.render(user, [], False, None, None)
+    assert d.render(user, [])[1]
+    prompt, opened = d.render(user, [], False)
     assert prompt.endswith("<think>\n\n</think>\n\n") and not opened
-    assert d.render(user, [], None, None, "The answer")[0].endswith("</think>\n\nThe answer")
+    assert d.render(user, [], prefix="The answer")[0].endswith("</think>\n\nThe answer")

@@ -1,0 +1,169 @@
+"""What stands before the API: keys, hosts, sizes, time limits, logs. Plain ASGI.
+
+A request without a key where one is needed learns nothing: the same 401 whatever it asks for, before its body is read.
+"""
+
+import asyncio
+import hashlib
+import hmac
+import json
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+log = logging.getLogger("craton.serve")
+OPEN = {"/health", "/ready"}  # need no key, nor does the page, which says nothing of the server
+HEADER_SECONDS, BODY_SECONDS, MOST_CONNECTIONS = 15.0, 60.0, 2048
+Send = Callable[[dict[str, Any]], Any]
+
+
+def error_body(path: str, status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """An error as the path's dialect has it."""
+    kinds = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large", 429: "rate_limit_error"}
+    kind = kinds.get(status, "invalid_request_error" if status < 500 else "api_error")
+    if path.startswith("/v1/messages"):
+        return {"type": "error", "error": {"type": kind, "message": message}, "request_id": None}
+    return {"error": {"message": message, "type": "server_error" if status >= 500 else kind, "param": param, "code": code}}
+
+
+async def send_error(scope: dict[str, Any], send: Send, status: int, message: str, param: str | None = None, code: str | None = None, headers: dict[str, str] | None = None) -> None:
+    data = json.dumps(error_body(scope["path"], status, message, param, code), ensure_ascii=False).encode()
+    head = {"content-type": "application/json", "content-length": str(len(data)), **(headers or {})}
+    await send({"type": "http.response.start", "status": status, "headers": [(k.lower().encode(), v.encode("latin-1", "replace")) for k, v in head.items()]})
+    await send({"type": "http.response.body", "body": data})
+
+
+class Guard:
+    """keys: none means that everybody may ask. hosts: values of the Host header that are answered; None: all."""
+
+    def __init__(self, app: Any, keys: list[str], hosts: set[str] | None, open_paths: set[str], most_bytes: int, log_prompts: bool):
+        self.app, self.hosts, self.most_bytes, self.log_prompts = app, hosts, most_bytes, log_prompts
+        self.open = OPEN | open_paths
+        self.keys = [hashlib.sha256(k.encode()).digest() for k in keys]
+
+    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        began, status = time.perf_counter(), 0
+
+        async def watched(message: dict[str, Any]) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), (b"x-content-type-options", b"nosniff")]
+            await send(message)
+
+        try:
+            await self._guarded(scope, receive, watched)
+        except Exception:
+            log.exception("a request failed")
+            if not status:
+                await send_error(scope, watched, 500, "the server failed; its log says more")
+        finally:
+            route = getattr(scope.get("route"), "path", "(no such path)" if status == 404 else "-")
+            log.info("%s %s %d %.3f s", scope["method"] if scope["method"].isalpha() else "?", route, status, time.perf_counter() - began)
+
+    async def _guarded(self, scope: dict[str, Any], receive: Any, send: Send) -> None:
+        headers = dict(scope["headers"])
+        if self.hosts is not None and headers.get(b"host", b"").decode("latin-1").rsplit(":", 1)[0].lower() not in self.hosts:
+            await send_error(scope, send, 403, "this Host is not served; a server without keys answers to local names only")
+            return
+        scope["owner"] = ""
+        if self.keys:
+            owner = self._owner(headers)
+            if owner is None and scope["path"] not in self.open:
+                await send_error(scope, send, 401, "an API key is needed: Authorization: Bearer KEY", headers={"www-authenticate": "Bearer", "connection": "close"})
+                return
+            scope["owner"] = owner or ""
+        if scope["method"] not in ("POST", "PUT", "PATCH"):
+            await self.app(scope, receive, send)
+            return
+        kind = headers.get(b"content-type", b"").decode("latin-1").partition(";")[0].strip().lower()
+        if kind != "application/json":  # a page elsewhere cannot send this without asking first
+            await send_error(scope, send, 415, "the body must be JSON, with Content-Type: application/json")
+            return
+        try:
+            too_long = int(headers.get(b"content-length", b"0")) > self.most_bytes
+        except ValueError:
+            too_long = True
+        body = bytearray()
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                more = not too_long
+                while more:
+                    message = await receive()
+                    if message["type"] == "http.disconnect":
+                        return
+                    body += message.get("body", b"")
+                    more = message.get("more_body", False)
+                    if too_long := len(body) > self.most_bytes:
+                        break
+        except TimeoutError:
+            await send_error(scope, send, 408, f"the body did not arrive within {BODY_SECONDS:.0f} s", headers={"connection": "close"})
+            return
+        if too_long:
+            await send_error(scope, send, 413, f"the body is larger than {self.most_bytes} bytes", headers={"connection": "close"})
+            return
+        if self.log_prompts:
+            log.info("body: %s", json.dumps(body[:100_000].decode("utf-8", "replace")))
+        given = False
+
+        async def replay() -> dict[str, Any]:
+            nonlocal given
+            if given:
+                message: dict[str, Any] = await receive()
+                return message
+            given = True
+            return {"type": "http.request", "body": bytes(body), "more_body": False}
+
+        await self.app(scope, replay, send)
+
+    def _owner(self, headers: dict[bytes, bytes]) -> str | None:
+        """Whose key this is; every key is compared, in constant time."""
+        value = headers.get(b"x-api-key", b"")
+        if (bearer := headers.get(b"authorization", b""))[:7].lower() == b"bearer ":
+            value = bearer[7:].strip()
+        digest, found = hashlib.sha256(value).digest(), None
+        for key in self.keys:
+            if hmac.compare_digest(digest, key):
+                found = key.hex()
+        return found
+
+
+class Protocol(HttpToolsProtocol):
+    """uvicorn's, with a limit on the time that a request's head may take and on connections."""
+
+    deadline: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: Any) -> None:
+        super().connection_made(transport)
+        if len(self.connections) > MOST_CONNECTIONS:
+            transport.abort()
+            return
+        self._expect()
+
+    def data_received(self, data: bytes) -> None:
+        if self.deadline is None and (self.cycle is None or self.cycle.response_complete):
+            self._expect()
+        super().data_received(data)
+
+    def on_headers_complete(self) -> None:
+        self._expected()
+        super().on_headers_complete()
+        self.scope["extensions"] = {"craton.abort": {"call": self.transport.abort}}
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._expected()
+        super().connection_lost(exc)
+
+    def _expect(self) -> None:
+        self.deadline = self.loop.call_later(HEADER_SECONDS, self.transport.abort)
+
+    def _expected(self) -> None:
+        if self.deadline is not None:
+            self.deadline.cancel()
+            self.deadline = None

@@ -1,0 +1,258 @@
+"""/v1/responses, as the Open Responses specification has it. What was answered is kept in memory, so that a later
+request can go on from it (previous_response_id); the oldest is forgotten first."""
+
+import json
+import secrets
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+from craton.serve.ask import ApiError, Ask, Served, run, schema_text, text_of
+from craton.serve.openai import choose, logprobs_of, thinking_of
+from craton.serve.schema import ResponsesRequest
+
+_MOST, _MOST_BYTES = 1000, 64 << 20
+
+
+class Store:
+    """Responses by id and owner, with the conversation that led to each."""
+
+    def __init__(self) -> None:
+        self.kept: OrderedDict[tuple[str, str], tuple[dict[str, Any], list[dict[str, Any]], int]] = OrderedDict()
+        self.bytes = 0
+
+    def put(self, owner: str, response: dict[str, Any], messages: list[dict[str, Any]]) -> None:
+        size = len(json.dumps([response, messages]))
+        self.kept[owner, response["id"]] = (response, messages, size)
+        self.bytes += size
+        while self.kept and (len(self.kept) > _MOST or self.bytes > _MOST_BYTES):
+            self.bytes -= self.kept.popitem(last=False)[1][2]
+
+    def get(self, owner: str, name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        if (found := self.kept.get((owner, name))) is None:
+            raise ApiError(404, f"there is no response {name!r}; it was never stored, or is forgotten", "previous_response_id", "response_not_found")
+        return found[0], found[1]
+
+    def delete(self, owner: str, name: str) -> None:
+        self.get(owner, name)
+        self.bytes -= self.kept.pop((owner, name))[2]
+
+
+def messages_of(body: ResponsesRequest) -> list[dict[str, Any]]:
+    """Input items in the shape of chat messages."""
+    if isinstance(body.input, str):
+        return [{"role": "user", "content": body.input}]
+    out: list[dict[str, Any]] = []
+    thought = ""
+
+    def assistant() -> dict[str, Any]:
+        """Reasoning, text and calls of one turn are items of their own here, but one message there."""
+        nonlocal thought
+        if not out or out[-1]["role"] != "assistant":
+            out.append({"role": "assistant", "content": ""})
+        if thought:
+            out[-1]["reasoning_content"], thought = thought, ""
+        return out[-1]
+
+    for item in body.input:
+        if item.type == "message":
+            content = text_of(item.content if isinstance(item.content, str) else [p.model_dump() for p in item.content])
+            if item.role == "assistant":
+                message = assistant()
+                message["content"] = "\n".join(filter(None, (message["content"], content)))
+            else:
+                out.append({"role": item.role, "content": content})
+        elif item.type == "reasoning":
+            thought = text_of([p.model_dump() for p in item.content or item.summary])
+        elif item.type == "function_call":
+            assistant().setdefault("tool_calls", []).append({"id": item.call_id, "type": "function", "function": {"name": item.name, "arguments": item.arguments}})
+        else:
+            out.append({"role": "tool", "tool_call_id": item.call_id, "content": text_of(item.output if isinstance(item.output, str) else [p.model_dump() for p in item.output])})
+    return out
+
+
+def ask_of(body: ResponsesRequest, before: list[dict[str, Any]]) -> tuple[Ask, list[dict[str, Any]]]:
+    """The ask, and the conversation without instructions."""
+    want = body.top_logprobs is not None or "message.output_text.logprobs" in (body.include or ())
+    sampling: dict[str, Any] = {
+        "temperature": body.temperature, "top_p": body.top_p, "presence_penalty": body.presence_penalty, "frequency_penalty": body.frequency_penalty,
+        "max_tokens": body.max_output_tokens, "logprobs": (body.top_logprobs or 0) if want else None,
+    }  # fmt: skip
+    form = body.text.format if body.text else None
+    if form is not None and form.type != "text":
+        sampling["json_schema"] = schema_text({"type": "object"} if form.type == "json_object" else form.schema_)
+    choice: Any = body.tool_choice
+    if choice is not None and not isinstance(choice, str):
+        choice = ([choice.name], "required") if choice.type == "function" else ([t.name for t in choice.tools], choice.mode)
+    listed = [{"type": "function", "function": {k: v for k, v in t.model_dump(exclude={"type"}).items() if v is not None}} for t in body.tools or ()]
+    tools, mode = choose(listed, choice)
+    conversation = [*before, *messages_of(body)]
+    first = [{"role": "system", "content": body.instructions}] if body.instructions else []
+    effort = body.reasoning.effort if body.reasoning else None
+    return Ask(sampling, messages=[*first, *conversation], tools=tools, choice=mode, parallel=body.parallel_tool_calls is not False, **thinking_of(None, effort)), conversation
+
+
+def _resource(served: Served, body: ResponsesRequest) -> dict[str, Any]:
+    form = body.text.format if body.text else None
+    shown: dict[str, Any] = {"type": "text"}
+    if form is not None:
+        shown = form.model_dump(by_alias=True) if form.type == "json_schema" else {"type": form.type}
+        if form.type == "json_schema":
+            shown |= {"strict": True}
+    choice: Any = body.tool_choice or "auto"
+    tools = [{"type": "function", "name": t.name, "description": t.description, "parameters": t.parameters, "strict": bool(t.strict)} for t in body.tools or ()]
+    defaults = served.describe()["defaults"]
+
+    def given(value: Any, default: Any) -> Any:
+        return default if value is None else value
+
+    reasoning = body.reasoning
+    return {
+        "id": f"resp_{secrets.token_hex(16)}", "object": "response", "created_at": int(time.time()), "completed_at": None, "status": "in_progress",
+        "incomplete_details": None, "model": served.name, "previous_response_id": body.previous_response_id, "instructions": body.instructions, "output": [], "error": None,
+        "tools": tools, "tool_choice": choice if isinstance(choice, str) else choice.model_dump(), "truncation": "disabled", "parallel_tool_calls": body.parallel_tool_calls is not False,
+        "text": {"format": shown}, "top_p": given(body.top_p, defaults["top_p"]), "presence_penalty": given(body.presence_penalty, 0.0),
+        "frequency_penalty": given(body.frequency_penalty, 0.0), "top_logprobs": body.top_logprobs or 0, "temperature": given(body.temperature, defaults["temperature"]),
+        "reasoning": {"effort": reasoning.effort, "summary": reasoning.summary} if reasoning else {"effort": None, "summary": None}, "usage": None,
+        "max_output_tokens": body.max_output_tokens, "max_tool_calls": None, "store": body.store is not False, "background": False, "service_tier": "default",
+        "metadata": body.metadata or {}, "safety_identifier": body.safety_identifier, "prompt_cache_key": body.prompt_cache_key,
+    }  # fmt: skip
+
+
+class _Items:
+    """The output items of a response in the making, and the events that tell of them.
+
+    Thinking is streamed as summary where a summary is asked for, which is how both OpenAI and Open Responses name those
+    events; else its item comes whole: for its text they have different events.
+    """
+
+    def __init__(self, emit: Callable[..., None], summary: bool):
+        self.emit, self.summary = emit, summary
+        self.items: list[dict[str, Any]] = []
+        self.open: str | None = None  # kind of the last item, while it grows
+
+    def add(self, kind: str, text: str, scores: list[dict[str, Any]], call_id: str = "") -> None:
+        if kind == "call" or self.open != kind:
+            self.close()
+            self._begin(kind, text, call_id)
+        item = self.items[-1]
+        if kind == "content":
+            part = item["content"][0]
+            part["text"] += text
+            part["logprobs"] += scores
+            self._place("response.output_text.delta", content_index=0, delta=text, logprobs=scores)
+        elif kind == "arguments":
+            item["arguments"] += text
+            self._place("response.function_call_arguments.delta", delta=text)
+        elif kind == "reasoning" and self.summary:
+            item["summary"][0]["text"] += text
+            self._place("response.reasoning_summary_text.delta", summary_index=0, delta=text)
+        elif kind == "reasoning":
+            item["content"][0]["text"] += text
+
+    def _begin(self, kind: str, text: str, call_id: str) -> None:
+        self.open = "arguments" if kind == "call" else kind
+        name = secrets.token_hex(12)
+        if kind == "call":
+            item: dict[str, Any] = {"type": "function_call", "id": f"fc_{name}", "call_id": call_id, "name": text, "arguments": "", "status": "in_progress"}
+        elif kind == "content":
+            item = {"type": "message", "id": f"msg_{name}", "status": "in_progress", "role": "assistant", "content": []}
+        else:
+            item = {"type": "reasoning", "id": f"rs_{name}", "summary": []} | ({} if self.summary else {"content": []})
+        self.items.append(item)
+        self.emit("response.output_item.added", output_index=len(self.items) - 1, item=item)
+        if kind == "content":
+            item["content"].append({"type": "output_text", "text": "", "annotations": [], "logprobs": []})
+            self._place("response.content_part.added", content_index=0, part=item["content"][0])
+        elif kind == "reasoning" and self.summary:
+            item["summary"].append({"type": "summary_text", "text": ""})
+            self._place("response.reasoning_summary_part.added", summary_index=0, part=item["summary"][0])
+        elif kind == "reasoning":
+            item["content"].append({"type": "reasoning_text", "text": ""})
+
+    def _place(self, type_: str, **more: Any) -> None:
+        self.emit(type_, item_id=self.items[-1]["id"], output_index=len(self.items) - 1, **more)
+
+    def close(self, complete: bool = True) -> None:
+        """The last item grows no more."""
+        if self.open is None:
+            return
+        item = self.items[-1]
+        if self.open == "arguments":
+            self._place("response.function_call_arguments.done", arguments=item["arguments"], name=item["name"])
+        elif self.open == "content":
+            part = item["content"][0]
+            self._place("response.output_text.done", content_index=0, text=part["text"], logprobs=part["logprobs"])
+            self._place("response.content_part.done", content_index=0, part=part)
+        elif self.summary:
+            self._place("response.reasoning_summary_text.done", summary_index=0, text=item["summary"][0]["text"])
+            self._place("response.reasoning_summary_part.done", summary_index=0, part=item["summary"][0])
+        if "status" in item:
+            item["status"] = "completed" if complete else "incomplete"
+        self.emit("response.output_item.done", output_index=len(self.items) - 1, item=item)
+        self.open = None
+
+
+async def responses(served: Served, body: ResponsesRequest, store: Store, owner: str) -> AsyncIterator[bytes]:
+    if body.stream_options is not None and not body.stream:
+        raise ApiError(400, "stream_options needs stream: true", "stream_options")
+    before = store.get(owner, body.previous_response_id)[1] if body.previous_response_id else []
+    ask, conversation = ask_of(body, before)
+    answers = await run(served, ask)
+    response, out, number = _resource(served, body), list[bytes](), 0
+
+    def emit(type_: str, **values: Any) -> None:
+        nonlocal number
+        if body.stream:
+            data = json.dumps({"type": type_, "sequence_number": number, **values}, ensure_ascii=False, separators=(",", ":"))
+            out.append(f"event: {type_}\ndata: {data}\n\n".encode())
+            number += 1
+
+    try:
+        items = _Items(emit, bool(body.reasoning and body.reasoning.summary))
+        emit("response.created", response=response)
+        emit("response.in_progress", response=response)
+        finished = None
+        async for deltas in answers:
+            for d in deltas:
+                scores = logprobs_of(served.tokenizer, d.logprobs)
+                for p in d.parts:
+                    if p.kind == "call":
+                        items.add("call", p.text, [], p.id)
+                    else:
+                        items.add(p.kind, p.text, scores if p.kind == "content" else [])
+                        scores = [] if p.kind == "content" else scores
+                finished = d.finished or finished
+            if out:
+                yield b"".join(out)
+                out.clear()
+        assert finished is not None
+        cut = finished.finish_reason == "length"
+        if not any(i["type"] != "reasoning" for i in items.items):
+            items.add("content", "", [])
+        items.close(not cut)
+        usage = {
+            "input_tokens": answers.prompt_tokens, "output_tokens": answers.completion_tokens, "total_tokens": answers.prompt_tokens + answers.completion_tokens,
+            "input_tokens_details": {"cached_tokens": answers.cached_tokens, "cache_write_tokens": 0}, "output_tokens_details": {"reasoning_tokens": answers.reasoning_tokens},
+        }  # fmt: skip
+        response |= {"output": items.items, "usage": usage, "status": "incomplete" if cut else "completed", "completed_at": None if cut else int(time.time())}
+        response["incomplete_details"] = {"reason": "max_output_tokens"} if cut else None
+        if response["store"]:
+            store.put(owner, response, [*conversation, _as_message(items.items)])
+        if body.stream:
+            emit(f"response.{response['status']}", response=response)
+            yield b"".join(out)
+        else:
+            yield json.dumps(response, ensure_ascii=False).encode()
+    finally:
+        answers.close()
+
+
+def _as_message(items: list[dict[str, Any]]) -> dict[str, Any]:
+    message: dict[str, Any] = {"role": "assistant", "content": "".join(i["content"][0]["text"] for i in items if i["type"] == "message")}
+    if thought := "".join((i.get("content") or i["summary"])[0]["text"] for i in items if i["type"] == "reasoning"):
+        message["reasoning_content"] = thought
+    if calls := [i for i in items if i["type"] == "function_call"]:
+        message["tool_calls"] = [{"id": c["call_id"], "type": "function", "function": {"name": c["name"], "arguments": c["arguments"]}} for c in calls]
+    return message

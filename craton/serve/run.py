@@ -1,0 +1,132 @@
+"""`craton serve`: from names and flags to a listening server."""
+
+import gc
+import ipaddress
+import logging
+import os
+import shutil
+import socket
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+
+from craton.base import UserError, count, say
+from craton.serve.app import Metrics, Settings, create_app
+from craton.serve.ask import Served, open_served
+from craton.serve.guard import Protocol
+
+
+def read_keys(path: Path | None) -> list[str]:
+    """API keys: one a line of a file, and those in CRATON_API_KEY, separated by commas."""
+    keys = [k.strip() for k in os.environ.get("CRATON_API_KEY", "").split(",") if k.strip()]
+    if path is not None:
+        try:
+            lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
+        except UnicodeDecodeError:
+            raise UserError(f"{path}: not UTF-8 text") from None
+        found = [line for line in lines if line and not line.startswith("#")]
+        if not found:
+            raise UserError(f"{path}: holds no key; write one a line")
+        keys += found
+    if short := [k for k in keys if len(k) < 8]:
+        raise UserError(f"an API key has {len(short[0])} characters; give at least 8")
+    return keys
+
+
+def named(models: list[str]) -> dict[str, str]:
+    """MODEL or NAME=MODEL -> path by name."""
+    out: dict[str, str] = {}
+    for given in models:
+        name, equals, path = given.partition("=")
+        if not equals or "/" in name:
+            name, path = Path(given).resolve().name.removesuffix(".gguf"), given
+        if name in out:
+            raise UserError(f"two models are named {name!r}; give NAME=MODEL")
+        if not Path(path).exists():
+            raise UserError(f"{path}: no such model folder or file")
+        out[name] = path
+    return out
+
+
+def local(host: str) -> bool:
+    """Whether only this machine can connect."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def serve(
+    models: list[str], host: str, port: int, keys: list[str], origins: list[str], max_wait: float, max_queue: int, max_body: int, max_n: int, timeout: float, drain: float,
+    log_prompts: bool, votes: Path | None, **options: Any,
+) -> None:  # fmt: skip
+    """Until SIGTERM or SIGINT. Raises UserError for what cannot be served."""
+    if not local(host) and not keys:
+        raise UserError(f"--host {host} can be reached from elsewhere, so an API key is needed: --api-keys FILE, or CRATON_API_KEY")
+    paths = named(models)
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    for noisy in ("httpx", "asyncio", "multipart"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    served: dict[str, Served] = {}
+    metrics = Metrics(served)
+    for name, path in paths.items():
+        began = time.perf_counter()
+        one = served[name] = open_served(name, path, max_wait, max_queue, metrics.observe, **options)
+        one.worker.warm_up()
+        cache = one.engine.pool.total * 16
+        what = "only pretrained, continues text" if one.pretrained_only else "chat" if one.dialogue else "no chat template: completions only"
+        say(f"{name}: {what}; context {count(one.engine.context)}, cache {count(cache)} tokens, prompts at {count(one.worker.rate)} tokens/s; ready in {time.perf_counter() - began:.1f} s")
+    hosts = None if keys else {"localhost", "127.0.0.1", "[::1]", host if ":" not in host else f"[{host}]"}
+    settings = Settings(keys, hosts, origins, max_body, max_n, timeout, log_prompts, votes)
+    app = create_app(served, settings, metrics)
+    sys.setswitchinterval(0.001)  # the engine's thread must not wait long for the one that writes
+    gc.collect()
+    gc.freeze()  # a full collection would go through every module, in the middle of an answer
+    config = uvicorn.Config(
+        app, host=host, port=port, http=Protocol, loop="uvloop", ws="none", access_log=False, log_config=None, server_header=False, timeout_graceful_shutdown=int(drain),
+        timeout_keep_alive=30, backlog=2048, h11_max_incomplete_event_size=1 << 16,
+    )  # fmt: skip
+    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
+    listener = _listen(host, port)
+    address = f"[{host}]" if ":" in host else host
+    say(f"http://{address}:{listener.getsockname()[1]}  (page at /, API at /v1{', key needed' if keys else ''}); Ctrl-C ends")
+    uvicorn.Server(config).run(sockets=[listener])
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM)
+    listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        listener.bind((host, port))
+    except (OSError, OverflowError) as error:
+        raise UserError(f"--host {host} --port {port}: cannot listen there ({getattr(error, 'strerror', None) or error})") from None
+    return listener
+
+
+def vllm_command(models: list[str], host: str, port: int, keys: list[str], origins: list[str], max_queue: int) -> list[str]:
+    """The command that serves the same folder by vLLM. Raises UserError for what vLLM cannot do."""
+    paths = named(models)
+    if len(paths) > 1:
+        raise UserError("--engine vllm serves one model; start one server a model")
+    ((name, path),) = paths.items()
+    if not local(host) and not keys:
+        raise UserError(f"--host {host} can be reached from elsewhere, so an API key is needed: --api-keys FILE, or CRATON_API_KEY")
+    program = shutil.which("vllm", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
+    if program is None:
+        raise UserError("--engine vllm: vLLM is not installed; pip install 'craton[vllm]' on a machine with a GPU")
+    command = [program, "serve", path, "--served-model-name", name, "--host", host, "--port", str(port), "--max-num-seqs", str(min(max_queue, 256)), "--shutdown-timeout", "30"]
+    if origins:
+        command += ["--allowed-origins", "[" + ",".join(f'"{o}"' for o in origins) + "]"]
+    return command
+
+
+def serve_by_vllm(models: list[str], host: str, port: int, keys: list[str], origins: list[str], max_queue: int) -> None:
+    """Become vLLM. Keys go by the environment, so that no list of processes shows them."""
+    command = vllm_command(models, host, port, keys, origins, max_queue)
+    environment = {**os.environ, **({"VLLM_API_KEY": ",".join(keys)} if keys else {})}
+    say("vLLM: " + " ".join(command))
+    os.execve(command[0], command, environment)

@@ -1,0 +1,517 @@
+"""The requests that are understood, field by field. What is not here is refused by name.
+
+Fields that clients always send and that cannot change an answer (user, metadata, cache hints) are here and have no
+effect beyond what their comment says. Where only one value is supported, the type says which.
+"""
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, JsonValue
+
+Text = Annotated[str, Field(max_length=10_485_760)]
+Name = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[a-zA-Z0-9_-]+$")]
+Model = Annotated[str, Field(max_length=256, description="One of the names that /v1/models lists.")]
+Metadata = Annotated[dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)]
+Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
+Token = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Temperature = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]
+TopP = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
+Stop = Annotated[str, Field(min_length=1, max_length=1000)]
+Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Schema = dict[str, JsonValue]
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+
+class TextPart(Strict):
+    type: Literal["text", "input_text", "output_text"]
+    text: Text
+    annotations: list[Any] | None = None  # comes back with our own answers
+    logprobs: list[Any] | None = None
+
+
+class ImageUrl(Strict):
+    url: str
+    detail: Literal["auto", "low", "high"] | None = None
+
+
+class ImagePart(Strict):
+    """As a data: URL; addresses are not fetched. A model that cannot see is told so in the image's place."""
+
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
+class CalledFunction(Strict):
+    name: Name
+    arguments: Text
+
+
+class ToolCall(Strict):
+    id: Annotated[str, Field(min_length=1, max_length=64)]
+    type: Literal["function"] = "function"
+    function: CalledFunction
+    index: int | None = None
+
+
+class SystemMessage(Strict):
+    role: Literal["system", "developer"]
+    content: Text | list[TextPart]
+    name: Text | None = None
+
+
+class UserMessage(Strict):
+    role: Literal["user"]
+    content: Text | list[TextPart | ImagePart]
+    name: Text | None = None
+
+
+class AssistantMessage(Strict):
+    role: Literal["assistant"]
+    content: Text | list[TextPart] | None = None
+    reasoning_content: Text | None = None
+    reasoning: Text | None = None
+    tool_calls: list[ToolCall] | None = None
+    name: Text | None = None
+    refusal: None = None
+    audio: None = None
+    function_call: None = None
+    annotations: list[Any] | None = None
+
+
+class ToolMessage(Strict):
+    role: Literal["tool"]
+    content: Text | list[TextPart]
+    tool_call_id: Annotated[str, Field(min_length=1, max_length=64)]
+    name: Text | None = None
+
+
+Message = Annotated[SystemMessage | UserMessage | AssistantMessage | ToolMessage, Field(discriminator="role")]
+
+
+class Function(Strict):
+    name: Name
+    description: Text | None = None
+    parameters: Schema | None = None
+    strict: bool | None = None  # arguments always follow the schema
+
+
+class Tool(Strict):
+    type: Literal["function"]
+    function: Function
+
+
+class NamedFunction(Strict):
+    name: Name
+
+
+class NamedTool(Strict):
+    type: Literal["function"]
+    function: NamedFunction
+
+
+class AllowedToolList(Strict):
+    mode: Literal["auto", "required"]
+    tools: Annotated[list[NamedTool], Field(min_length=1)]
+
+
+class AllowedTools(Strict):
+    type: Literal["allowed_tools"]
+    allowed_tools: AllowedToolList
+
+
+class JsonSchema(Strict):
+    name: Name
+    description: Text | None = None
+    schema_: Annotated[Schema | None, Field(alias="schema")] = None
+    strict: bool | None = None  # always so
+
+
+class FormatText(Strict):
+    type: Literal["text"]
+
+
+class FormatObject(Strict):
+    type: Literal["json_object"]
+
+
+class FormatSchema(Strict):
+    type: Literal["json_schema"]
+    json_schema: JsonSchema
+
+
+class StreamOptions(Strict):
+    include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None
+
+
+class Structured(Strict):
+    """As vLLM's structured_outputs: one of these."""
+
+    json_: Annotated[Schema | None, Field(alias="json")] = None
+    regex: Annotated[str, Field(min_length=1, max_length=65536)] | None = None
+    choice: Annotated[list[Stop], Field(min_length=1, max_length=1000)] | None = None
+    grammar: Annotated[str, Field(min_length=1, max_length=262144)] | None = None
+
+
+class Thinking(Strict):
+    """As Anthropic's: how long the model may think before it answers."""
+
+    type: Literal["enabled", "disabled", "adaptive"]
+    budget_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    display: Literal["summarized", "omitted"] | None = None  # reasoning is shown as it was written, or not at all
+
+
+class ResponseReasoning(Strict):
+    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    summary: Literal["auto", "concise", "detailed"] | None = None  # the reasoning itself is given, never a summary
+
+
+class Sampled(Strict):
+    """What OpenAI's generation endpoints have in common, and vLLM's additions to them."""
+
+    model: Model
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    n: Annotated[int, Field(ge=1, le=128)] | None = None
+    seed: Seed | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=64)] | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]] | None = None
+    user: Text | None = None  # no effect
+    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None
+    min_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100, allow_inf_nan=False)] | None = None
+    min_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    ignore_eos: bool | None = None
+    stop_token_ids: Annotated[list[Token], Field(max_length=64)] | None = None
+    structured_outputs: Structured | None = None
+
+
+class ChatRequest(Sampled):
+    """POST /v1/chat/completions."""
+
+    messages: Annotated[list[Message], Field(min_length=1, max_length=100_000)]
+    max_tokens: Count | None = None
+    max_completion_tokens: Count | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | NamedTool | AllowedTools | None = None
+    parallel_tool_calls: bool | None = None
+    response_format: Annotated[FormatText | FormatObject | FormatSchema, Field(discriminator="type")] | None = None
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    reasoning: ResponseReasoning | None = None  # the same as an object
+    thinking: Thinking | None = None
+    chat_template_kwargs: dict[str, JsonValue] | None = None  # handed to the model's template
+    modalities: list[Literal["text"]] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    store: Literal[False] | None = None
+    metadata: Metadata | None = None  # no effect
+    safety_identifier: Text | None = None  # no effect
+    prompt_cache_key: Text | None = None  # no effect: equal beginnings are always shared
+    audio: None = None
+    prediction: None = None
+    web_search_options: None = None
+    functions: None = None
+    function_call: None = None
+
+
+class CompletionRequest(Sampled):
+    """POST /v1/completions."""
+
+    prompt: Text | Annotated[list[Text], Field(min_length=1, max_length=256)] | Annotated[list[Token], Field(min_length=1)] | Annotated[list[Annotated[list[Token], Field(min_length=1)]], Field(min_length=1, max_length=256)]
+    max_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = 16
+    echo: bool | None = None
+    logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    best_of: Annotated[int, Field(ge=1, le=128)] | None = None  # only where it equals n
+    suffix: None = None
+
+
+class EmbeddingRequest(Strict):
+    """POST /v1/embeddings."""
+
+    model: Model
+    input: Text | Annotated[list[Text], Field(min_length=1, max_length=2048)] | Annotated[list[Token], Field(min_length=1)] | Annotated[list[Annotated[list[Token], Field(min_length=1)]], Field(min_length=1, max_length=2048)]
+    encoding_format: Literal["float", "base64"] | None = None
+    dimensions: Count | None = None  # only the model's own
+    user: Text | None = None  # no effect
+
+
+class TokenizeRequest(Strict):
+    """POST /tokenize: a prompt or messages."""
+
+    model: Model | None = None
+    prompt: Text | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=100_000)] | None = None
+    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    add_special_tokens: bool = True
+    return_token_strs: bool | None = None
+
+
+class DetokenizeRequest(Strict):
+    """POST /detokenize."""
+
+    model: Model | None = None
+    tokens: Annotated[list[Token], Field(max_length=10_000_000)]
+
+
+# ---- Open Responses ---------------------------------------------------------------------------------------------
+
+
+class InputImage(Strict):
+    type: Literal["input_image"]
+    image_url: str
+    detail: Literal["auto", "low", "high"] | None = None
+
+
+class RefusalPart(Strict):
+    type: Literal["refusal"]
+    refusal: Text
+
+
+class ItemMessage(Strict):
+    type: Literal["message"] = "message"
+    id: Text | None = None
+    role: Literal["user", "assistant", "system", "developer"]
+    content: Text | list[Annotated[TextPart | InputImage | RefusalPart, Field(discriminator="type")]]
+    status: Literal["in_progress", "completed", "incomplete"] | None = None
+    phase: Literal["commentary", "final_answer"] | None = None
+
+
+class ItemCall(Strict):
+    type: Literal["function_call"]
+    id: Text | None = None
+    call_id: Annotated[str, Field(min_length=1, max_length=64)]
+    name: Name
+    arguments: Text
+    status: Literal["in_progress", "completed", "incomplete"] | None = None
+
+
+class ItemOutput(Strict):
+    type: Literal["function_call_output"]
+    id: Text | None = None
+    call_id: Annotated[str, Field(min_length=1, max_length=64)]
+    output: Text | list[TextPart]
+    status: Literal["in_progress", "completed", "incomplete"] | None = None
+
+
+class ReasoningPart(Strict):
+    type: Literal["reasoning_text", "summary_text"]
+    text: Text
+
+
+class ItemReasoning(Strict):
+    type: Literal["reasoning"]
+    id: Text | None = None
+    summary: list[ReasoningPart]
+    content: list[ReasoningPart] | None = None
+    encrypted_content: None = None
+    status: Literal["in_progress", "completed", "incomplete"] | None = None
+
+
+class ResponseTool(Strict):
+    type: Literal["function"]
+    name: Name
+    description: Text | None = None
+    parameters: Schema | None = None
+    strict: bool | None = None
+
+
+class ResponseToolChoice(Strict):
+    type: Literal["function"]
+    name: Name
+
+
+class ResponseAllowedTools(Strict):
+    type: Literal["allowed_tools"]
+    mode: Literal["none", "auto", "required"]
+    tools: Annotated[list[ResponseToolChoice], Field(min_length=1)]
+
+
+class TextFormatSchema(Strict):
+    type: Literal["json_schema"]
+    name: Name
+    description: Text | None = None
+    schema_: Annotated[Schema, Field(alias="schema")]
+    strict: bool | None = None
+
+
+class ResponseText(Strict):
+    format: Annotated[FormatText | FormatObject | TextFormatSchema, Field(discriminator="type")] | None = None
+    verbosity: Literal["medium"] | None = None
+
+
+class ResponseStreamOptions(Strict):
+    include_obfuscation: Literal[False] | None = None
+
+
+class ResponsesRequest(Strict):
+    """POST /v1/responses, as the Open Responses specification has it."""
+
+    model: Model
+    input: Text | Annotated[list[ItemMessage | ItemCall | ItemOutput | ItemReasoning], Field(min_length=1, max_length=100_000)]
+    instructions: Text | None = None
+    previous_response_id: Annotated[str, Field(max_length=64)] | None = None
+    stream: bool | None = None
+    stream_options: ResponseStreamOptions | None = None
+    store: bool | None = None
+    include: list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] | None = None  # reasoning is never encrypted
+    tools: Annotated[list[ResponseTool], Field(max_length=128)] | None = None
+    tool_choice: Literal["none", "auto", "required"] | ResponseToolChoice | ResponseAllowedTools | None = None
+    parallel_tool_calls: bool | None = None
+    text: ResponseText | None = None
+    reasoning: ResponseReasoning | None = None
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    max_output_tokens: Count | None = None
+    max_tool_calls: None = None
+    truncation: Literal["disabled"] | None = None
+    background: Literal[False] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+    metadata: Metadata | None = None
+    user: Text | None = None  # no effect
+    safety_identifier: Text | None = None
+    prompt_cache_key: Text | None = None
+
+
+# ---- Anthropic --------------------------------------------------------------------------------------------------
+
+
+class CacheControl(Strict):
+    type: Literal["ephemeral"]  # no effect: equal beginnings are always shared
+    ttl: Literal["5m", "1h"] | None = None
+
+
+class AnthropicText(Strict):
+    type: Literal["text"]
+    text: Text
+    cache_control: CacheControl | None = None
+    citations: None = None
+
+
+class AnthropicSource(Strict):
+    type: Literal["base64"]
+    media_type: Literal["image/jpeg", "image/png", "image/gif", "image/webp"]
+    data: str
+
+
+class AnthropicImage(Strict):
+    type: Literal["image"]
+    source: AnthropicSource
+    cache_control: CacheControl | None = None
+
+
+class AnthropicThinking(Strict):
+    type: Literal["thinking"]
+    thinking: Text
+    signature: Text
+
+
+class DirectCaller(Strict):
+    type: Literal["direct"]
+
+
+class AnthropicToolUse(Strict):
+    type: Literal["tool_use"]
+    id: Annotated[str, Field(min_length=1, max_length=64)]
+    name: Name
+    input: dict[str, JsonValue]
+    cache_control: CacheControl | None = None
+    caller: DirectCaller | None = None
+    toolset_name: None = None
+
+
+class AnthropicToolResult(Strict):
+    type: Literal["tool_result"]
+    tool_use_id: Annotated[str, Field(min_length=1, max_length=64)]
+    content: Text | list[Annotated[AnthropicText | AnthropicImage, Field(discriminator="type")]] | None = None
+    is_error: bool | None = None
+    cache_control: CacheControl | None = None
+
+
+class AnthropicMessage(Strict):
+    role: Literal["user", "assistant"]
+    content: Text | list[Annotated[AnthropicText | AnthropicImage | AnthropicThinking | AnthropicToolUse | AnthropicToolResult, Field(discriminator="type")]]
+
+
+class AnthropicTool(Strict):
+    type: Literal["custom"] | None = None
+    name: Name
+    description: Text | None = None
+    input_schema: Schema
+    strict: bool | None = None
+    cache_control: CacheControl | None = None
+
+
+class AnthropicToolChoice(Strict):
+    type: Literal["auto", "any", "tool", "none"]
+    name: Name | None = None
+    disable_parallel_tool_use: bool | None = None
+
+
+class AnthropicMetadata(Strict):
+    user_id: Text | None = None  # no effect
+
+
+class AnthropicFormat(Strict):
+    type: Literal["json_schema"]
+    schema_: Annotated[Schema, Field(alias="schema")]
+
+
+class AnthropicOutput(Strict):
+    effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
+    format: AnthropicFormat | None = None
+
+
+class CountTokensRequest(Strict):
+    """POST /v1/messages/count_tokens."""
+
+    model: Model
+    messages: Annotated[list[AnthropicMessage], Field(min_length=1, max_length=100_000)]
+    system: Text | list[AnthropicText] | None = None
+    tools: Annotated[list[AnthropicTool], Field(max_length=128)] | None = None
+    tool_choice: AnthropicToolChoice | None = None
+    thinking: Thinking | None = None
+    output_config: AnthropicOutput | None = None
+    cache_control: CacheControl | None = None
+
+
+class MessagesRequest(CountTokensRequest):
+    """POST /v1/messages."""
+
+    max_tokens: Count
+    stream: bool | None = None
+    temperature: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
+    top_p: TopP | None = None
+    top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    stop_sequences: Annotated[list[Stop], Field(max_length=64)] | None = None
+    metadata: AnthropicMetadata | None = None
+    service_tier: Literal["auto", "standard_only"] | None = None
+
+
+# ---- votes ------------------------------------------------------------------------------------------------------
+
+
+class Contender(Strict):
+    model: Model
+    settings: dict[str, JsonValue] = {}
+    text: Text
+
+
+class VoteRequest(Strict):
+    """POST /votes: which of two answers a person preferred, not knowing whose they were."""
+
+    messages: Annotated[list[dict[str, JsonValue]], Field(min_length=1, max_length=10_000)]
+    left: Contender
+    right: Contender
+    vote: Literal["left", "right", "tie", "neither"]

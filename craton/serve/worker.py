@@ -1,0 +1,305 @@
+"""The thread that steps an engine, and the streams by which requests reach it and answers come back.
+
+Everything but `_run` and what it calls happens in the event loop's thread. A request is let in if what is in front of
+it can be expected to be done within max_wait; one that was let in and still has not begun by then is turned away too.
+"""
+
+import asyncio
+import logging
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from craton.base import UserError
+from craton.engine.engine import Engine
+from craton.engine.request import Completion, Event, Sampling, TokenLogprob
+from craton.engine.structured import Matcher
+
+log = logging.getLogger("craton.serve")
+_FORGET = 0.9  # weight of the past in running means
+_GUESS = 256  # tokens an answer has, as long as none has finished
+
+
+class Refused(Exception):
+    """Too much to do. retry_after: seconds until it could be done."""
+
+    def __init__(self, retry_after: float, why: str):
+        super().__init__(why)
+        self.retry_after = max(1, math.ceil(retry_after))
+
+
+class Failed(Exception):
+    """The engine failed, or the server is stopping."""
+
+
+@dataclass
+class Piece:
+    """What some steps added to one answer."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    logprobs: list[TokenLogprob]
+    finished: Completion | None  # the whole answer, at its end
+
+
+@dataclass(eq=False)
+class Stream:
+    """One request's way back. `take` gives all that has come since the last call."""
+
+    worker: "Worker"
+    size: int  # prompt tokens
+    answers: int
+    arrived: float = field(default_factory=time.monotonic)
+    request: int | None = None
+    first: float | None = None  # when the first token came
+    left: int = 0  # answers that are not finished
+    ready: deque[Piece] = field(default_factory=deque)
+    waiter: asyncio.Future[None] | None = None
+    error: Exception | None = None
+    began: bool = False  # its prompt is being computed, or done
+    cancelled: bool = False
+
+    @property
+    def done(self) -> bool:
+        return not self.left or self.error is not None
+
+    async def take(self) -> list[Piece]:
+        """At least one piece, or [] at the end. Raises what went wrong."""
+        while not self.ready:
+            if self.error:
+                raise self.error
+            if not self.left:
+                return []
+            self.waiter = asyncio.get_running_loop().create_future()
+            await self.waiter
+        out = list(self.ready)
+        self.ready.clear()
+        return out
+
+    def wake(self) -> None:
+        if self.waiter is not None and not self.waiter.done():
+            self.waiter.set_result(None)
+
+    def fail(self, error: Exception) -> None:
+        self.error = self.error or error
+        self.wake()
+
+    def close(self) -> None:
+        """No more is wanted; cache blocks are free after the next step. Any number of times."""
+        if not self.done and not self.cancelled:
+            self.cancelled = True
+            self.worker.cancel(self)
+
+
+class Worker:
+    """One engine in its thread."""
+
+    def __init__(self, engine: Engine, max_wait: float, max_queue: int, observe: Callable[[str, float], None] = lambda name, value: None):
+        self.engine, self.max_wait, self.max_queue, self.observe = engine, max_wait, max_queue, observe
+        self.wake = threading.Condition()
+        self.inbox: deque[Callable[[], None]] = deque()
+        self.streams: dict[int, Stream] = {}  # by the engine's number
+        self.alive: set[Stream] = set()
+        self.stopping = False
+        self.crashed: str | None = None
+        # Measured: tokens a second through the network, seconds a step, answers finished a second.
+        self.rate, self.step_seconds, self.finish_rate = 0.0, 0.0, 0.0
+        self.last_finish = 0.0
+        self.backlog = 0  # prompt tokens that the engine has and has not computed
+        self.backlog_inbox = 0  # and those on the way to it
+        self.running = self.waiting = 0
+        self.loop: asyncio.AbstractEventLoop | None = None
+        self.thread = threading.Thread(target=self._run, name="engine", daemon=True)
+
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.loop = loop
+        self.thread.start()
+
+    def warm_up(self) -> None:
+        """A prompt and a few tokens through the engine before the first request: memory is touched, speed known."""
+        engine = self.engine
+        size = max(1, min(256, engine.context - 4))
+        token = next(i for i in range(engine.config.vocab_size) if i not in engine.config.eos_token_ids)
+        for repeat in range(2):
+            began, before = time.perf_counter(), engine.counters.computed_tokens
+            engine.generate([[token] * (size - repeat)], Sampling(max_tokens=1, temperature=0.0, ignore_eos=True))
+            self.rate = (engine.counters.computed_tokens - before) / (time.perf_counter() - began)
+        if engine.context >= 16:
+            began = time.perf_counter()
+            engine.generate([[token] * 4], Sampling(max_tokens=8, temperature=0.0, ignore_eos=True))
+            self.step_seconds = (time.perf_counter() - began) / 8
+        engine.pool.forget()
+
+    # ---- in the event loop ----
+
+    def expected_wait(self, answers: int) -> float:
+        """Seconds until a request that comes now would begin."""
+        wait = (self.backlog + self.backlog_inbox) / self.rate if self.rate else 0.0
+        most = self.engine.most_running
+        ahead = sum(s.left for s in self.alive) + answers - most
+        short = self.waiting > 0 and not self.backlog_inbox and self.engine.pool.free < 2
+        if ahead > 0 or short:
+            finishing = self.finish_rate or most / (_GUESS * max(self.step_seconds, 1e-3))
+            wait += max(ahead, self.waiting) / finishing
+        return wait
+
+    def submit(self, prompt: list[int], sampling: Sampling, matcher: Matcher | None = None, embed: bool = False) -> Stream:
+        """Raises Refused if it would wait too long, Failed if the engine has. What is wrong with the request itself is
+        raised by `Stream.take`."""
+        if self.crashed or self.stopping:
+            raise Failed(self.crashed or "the server is stopping")
+        wait = self.expected_wait(sampling.n)
+        if len(self.alive) >= self.max_queue:
+            seconds = 1 / (self.finish_rate or 1)
+            raise Refused(seconds, f"{len(self.alive)} requests are being served, which is the most")
+        if wait > self.max_wait:
+            raise Refused(wait - self.max_wait, f"the wait is about {wait:.0f} s, more than {self.max_wait:.0f} s")
+        stream = Stream(self, len(prompt), sampling.n, left=sampling.n)
+        self.alive.add(stream)
+        self.backlog_inbox += len(prompt)
+
+        def add() -> None:
+            try:
+                stream.request = self.engine.add(prompt, sampling, matcher=matcher, embed=embed)
+                self.streams[stream.request] = stream
+                if stream.cancelled:
+                    self.engine.cancel(stream.request)
+            except UserError as error:
+                self._post(self._drop, stream, error)
+            finally:
+                self._post(self._arrived, len(prompt))
+
+        self._send(add)
+        return stream
+
+    def cancel(self, stream: Stream) -> None:
+        if stream.request is not None:
+            self.engine.cancel(stream.request)
+        self._send(lambda: None)
+
+    def check(self) -> None:
+        """Turn away what has waited too long; called now and then."""
+        now = time.monotonic()
+        for stream in [s for s in self.alive if not s.began and not s.cancelled and now - s.arrived > self.max_wait]:
+            stream.fail(Refused(self.expected_wait(0), f"it has waited {self.max_wait:.0f} s"))
+            stream.cancelled = True
+            self.cancel(stream)
+
+    async def stop(self, patience: float) -> None:
+        """Answers in the making are finished, for so many seconds at most; then the thread ends."""
+        until = time.monotonic() + patience
+        while self.alive and time.monotonic() < until and self.thread.is_alive():
+            await asyncio.sleep(0.05)
+        self.stopping = True
+        for stream in list(self.alive):
+            stream.fail(Failed("the server is stopping"))
+        self._send(lambda: None)
+        await asyncio.to_thread(self.thread.join, 10)
+
+    def _arrived(self, tokens: int) -> None:
+        self.backlog_inbox -= tokens
+
+    def _drop(self, stream: Stream, error: Exception | None = None) -> None:
+        self.alive.discard(stream)
+        if error:
+            stream.fail(error)
+
+    def _deliver(self, pieces: list[tuple[Stream, Piece]], seconds: float, tokens: int) -> None:
+        now = time.monotonic()
+        for stream, piece in pieces:
+            if stream.first is None and (piece.token_ids or piece.finished):
+                stream.first = now
+                if piece.token_ids:
+                    self.observe("time_to_first_token", now - stream.arrived)
+            stream.ready.append(piece)
+            if piece.finished is not None:
+                stream.left -= 1
+                if piece.finished.finish_reason != "cancelled":
+                    self._finished(now)
+                if not stream.left:
+                    self._drop(stream)
+            stream.wake()
+        self.observe("step", seconds)
+        self.observe("generated", tokens)
+
+    def _finished(self, now: float) -> None:
+        """The mean time between answers that finish, as a rate."""
+        gap = min(60.0, max(1e-4, now - self.last_finish)) if self.last_finish else 0.0
+        if gap:
+            mean = 1 / self.finish_rate if self.finish_rate else gap
+            self.finish_rate = 1 / (_FORGET * mean + (1 - _FORGET) * gap)
+        self.last_finish = now
+
+    # ---- between the threads ----
+
+    def _send(self, command: Callable[[], None]) -> None:
+        with self.wake:
+            self.inbox.append(command)
+            self.wake.notify()
+
+    def _post(self, command: Callable[..., None], *values: Any) -> None:
+        assert self.loop is not None
+        if not self.loop.is_closed():
+            self.loop.call_soon_threadsafe(command, *values)
+
+    # ---- in the engine's thread ----
+
+    def _run(self) -> None:
+        while not self.stopping:
+            with self.wake:
+                while not self.inbox and not self.engine.busy and not self.stopping:
+                    self.wake.wait()
+            while self.inbox:
+                self.inbox.popleft()()
+            if not self.engine.busy:
+                continue
+            before, began = self.engine.counters.computed_tokens, time.perf_counter()
+            try:
+                events = self.engine.step()
+            except Exception as error:  # one step failed: its requests do, the server goes on
+                log.exception("a step of the engine failed")
+                self._give_up(f"{type(error).__name__}: {error}")
+                continue
+            self._measure(time.perf_counter() - began, self.engine.counters.computed_tokens - before)
+            self._post(self._deliver, self._pieces(events), time.perf_counter() - began, sum(len(e.token_ids) for e in events))
+
+    def _pieces(self, events: list[Event]) -> list[tuple[Stream, Piece]]:
+        out = []
+        for event in events:
+            c = event.completion
+            if (stream := self.streams.get(c.request)) is None:
+                continue
+            if event.finished and c.request not in self.engine.requests:
+                del self.streams[c.request]
+            new = c.logprobs[len(c.logprobs) - len(event.token_ids) :] if c.logprobs and event.token_ids else []
+            out.append((stream, Piece(c.index, event.text, list(event.token_ids), new, c if event.finished else None)))
+        return out
+
+    def _measure(self, seconds: float, tokens: int) -> None:
+        engine = self.engine
+        if tokens >= 32:
+            self.rate = _FORGET * self.rate + (1 - _FORGET) * tokens / seconds if self.rate else tokens / seconds
+        self.step_seconds = _FORGET * self.step_seconds + (1 - _FORGET) * seconds if self.step_seconds else seconds
+        self.backlog = sum(len(s.tokens) - s.computed for s in engine.running if s.prefilling) + sum(len(s.tokens) for s in engine.waiting if s.leader is None)
+        self.running, self.waiting = len(engine.running), len(engine.waiting)
+        for s in engine.running:
+            if (stream := self.streams.get(s.completion.request)) is not None:
+                stream.began = True
+
+    def _give_up(self, why: str) -> None:
+        engine = self.engine
+        for sequence in (*engine.running, *engine.waiting):
+            engine.pool.release(sequence.blocks)
+            sequence.blocks = []
+        engine.running.clear()
+        engine.waiting.clear()
+        engine.requests.clear()
+        engine.pool.forget()
+        for stream in self.streams.values():
+            self._post(self._drop, stream, Failed(why))
+        self.streams.clear()
