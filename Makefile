@@ -14,7 +14,7 @@ test-all: .venv/dev
 	$(BIN)/python -m pytest -m ''
 
 # torch first and alone: its CPU build satisfies everything that comes after.
-.venv/installed: pyproject.toml setup.py constraints.txt craton/model/kernels.cpp craton/model/serve.cpp craton/model/simd.h
+.venv/installed: pyproject.toml setup.py constraints.txt craton/model/kernels.cpp craton/model/serve.cpp craton/model/simd.h web/package-lock.json $(wildcard web/src/* web/build.mjs)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check $$(grep ^torch== constraints.txt)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[parquet]'
@@ -34,6 +34,6 @@ bench-env: .venv-bench/installed
 	touch $@
 
 clean:
-	rm -rf .venv .venv-bench build runs craton.egg-info craton/model/*.so
+	rm -rf .venv .venv-bench build runs craton.egg-info craton/model/*.so craton/serve/static web/node_modules
 
 .PHONY: demo test test-all bench-env clean

