@@ -31,7 +31,7 @@ class Store:
 
     def get(self, owner: str, name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         if (found := self.kept.get((owner, name))) is None:
-            raise ApiError(404, f"there is no response {name!r}; it was never stored, or is forgotten", "previous_response_id", "response_not_found")
+            raise ApiError(404, f"previous_response_id: there is no response {name[:64]!r}; it was never stored, or is forgotten", "previous_response_id", "response_not_found")
         return found[0], found[1]
 
     def delete(self, owner: str, name: str) -> None:

@@ -274,10 +274,11 @@ class Worker:
             c = event.completion
             if (stream := self.streams.get(c.request)) is None:
                 continue
-            if event.finished and c.request not in self.engine.requests:
-                del self.streams[c.request]
             new = c.logprobs[len(c.logprobs) - len(event.token_ids) :] if c.logprobs and event.token_ids else []
             out.append((stream, Piece(c.index, event.text, list(event.token_ids), new, c if event.finished else None)))
+        for event in events:
+            if event.completion.request not in self.engine.requests:
+                self.streams.pop(event.completion.request, None)
         return out
 
     def _measure(self, seconds: float, tokens: int) -> None:

@@ -50,7 +50,7 @@ def conversation(r: random.Random) -> tuple[str, str]:
     said = " ".join(r.choice(WORDS) for _ in range(r.randint(1, 30))).capitalize() + r.choice([".", "?", "!", ""])
     system = f"<|im_start|>system\n{' '.join(r.choice(WORDS) for _ in range(r.randint(1, 12)))}.<|im_end|>\n" if r.random() < 0.3 else ""
     tools = ""
-    kind = r.choice(("plain", "plain", "count", "tool", "result"))
+    kind = r.choice(("plain", "count", "tool", "tool", "tool", "result"))
     if kind in ("tool", "result"):
         parameters = {"type": "object", "properties": {"location": {"type": "string", "description": "City name"}}, "required": ["location"]}
         function = {"name": "get_weather", "description": "Get current weather for a location.", "parameters": parameters}
@@ -81,7 +81,7 @@ def conversation(r: random.Random) -> tuple[str, str]:
     return prompt + (thought if off else ""), ("" if off else thought) + answer + "<|im_end|>"
 
 
-def build(out: Path, steps: int = 160, batch: int = 16) -> Path:
+def build(out: Path, steps: int = 260, batch: int = 16) -> Path:
     """Train it (about 20 s) and write its folder."""
     torch.manual_seed(0)
     r = random.Random(0)

@@ -1,0 +1,79 @@
+"""A server in a process of its own, over a tiny chat model that was trained for these tests."""
+
+import contextlib
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+import tiny  # noqa: E402
+
+
+class Running:
+    """A `craton serve` and its log."""
+
+    def __init__(self, *arguments: object, env: dict[str, str] | None = None, cwd: Path | None = None):
+        self.process = subprocess.Popen([sys.executable, "-m", "craton", "serve", *map(str, arguments), "--port", "0"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, **(env or {})}, cwd=cwd)
+        self.lines: list[str] = []
+        self.url = ""
+        ready = threading.Event()
+
+        def read() -> None:
+            assert self.process.stdout
+            for line in self.process.stdout:
+                self.lines.append(line)
+                if found := re.search(r"http://\S+?:\d+", line):
+                    self.url = self.url or found[0]
+                    ready.set()
+            ready.set()
+
+        threading.Thread(target=read, daemon=True).start()
+        ready.wait(60)
+        assert self.url, "".join(self.lines)
+        self.client = httpx.Client(base_url=self.url, timeout=60)
+        until = time.monotonic() + 30
+        while time.monotonic() < until:
+            with contextlib.suppress(httpx.TransportError):
+                if self.client.get("/ready").status_code == 200:
+                    break
+            time.sleep(0.02)
+
+    def post(self, path: str, **more: Any) -> httpx.Response:
+        return self.client.post(path, **more)
+
+    def metric(self, name: str) -> float:
+        """The sum of a metric over its labels."""
+        rows = [line for line in self.client.get("/metrics").text.splitlines() if re.match(rf"{name}(\{{| )", line)]
+        return sum(float(r.rsplit(" ", 1)[1]) for r in rows)
+
+    def stop(self, how: int = signal.SIGTERM) -> int:
+        self.process.send_signal(how)
+        return self.process.wait(30)
+
+
+def events(response: httpx.Response) -> list[dict[str, Any]]:
+    """The JSON of an event stream's data lines."""
+    return [json.loads(line[6:]) for line in response.text.splitlines() if line.startswith("data: {")]
+
+
+@pytest.fixture(scope="session")
+def chat_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.build(tmp_path_factory.mktemp("chat") / "chat")
+
+
+@pytest.fixture(scope="session")
+def server(chat_folder: Path, model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    running = Running(f"chat={chat_folder}", f"base={model_folder}", "--votes", tmp_path_factory.mktemp("votes") / "votes.jsonl")
+    yield running
+    running.stop()
