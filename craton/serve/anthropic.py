@@ -23,8 +23,6 @@ def _messages(body: CountTokensRequest) -> list[dict[str, Any]]:
             continue
         parts, message = [], dict[str, Any](role=m.role)
         for block in m.content:
-            if block.type in ("tool_use", "thinking") and m.role != "assistant" or block.type == "tool_result" and m.role != "user":
-                raise ApiError(400, f"messages: a {block.type} block cannot be in a message of the {m.role}", "messages")
             if block.type == "tool_result":
                 content = block.content if block.content is None or isinstance(block.content, str) else [p.model_dump() for p in block.content]
                 text = text_of(content)

@@ -17,6 +17,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse, Response
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import Route
 
 from craton.base import UserError
 from craton.serve import anthropic, openai, responses, shapes
@@ -31,7 +32,8 @@ from craton.serve.schema import (
     EmbeddingRequest,
     MessagesRequest,
     ResponsesRequest,
-    TokenizeRequest,
+    TokenizeMessages,
+    TokenizePrompt,
     VoteRequest,
 )
 from craton.serve.worker import Failed, Refused
@@ -280,18 +282,16 @@ def create_app(models: dict[str, Served], settings: Settings, metrics: Metrics) 
 
     # ---- tokens ----
 
-    async def tokens_of(body: TokenizeRequest) -> AsyncIterator[bytes]:
+    async def tokens_of(body: TokenizePrompt | TokenizeMessages) -> AsyncIterator[bytes]:
         served = state.find(body.model)
-        if (body.prompt is None) == (body.messages is None):
-            raise ApiError(400, "give either prompt or messages", "prompt")
 
         def work() -> list[int]:
-            if body.prompt is not None:
+            if isinstance(body, TokenizePrompt):
                 return served.tokenizer.encode(body.prompt) if body.add_special_tokens else served.tokenizer.marker(body.prompt)
             if served.dialogue is None:
                 raise UserError(f"the model {served.name!r} has no chat template; give a prompt")
             tools = [t.model_dump(exclude_none=True) for t in body.tools or ()]
-            return served.tokenizer.marker(served.dialogue.render(openai.messages_of([m.model_dump() for m in body.messages or ()]), tools)[0])
+            return served.tokenizer.marker(served.dialogue.render(openai.messages_of([m.model_dump() for m in body.messages]), tools)[0])
 
         ids = await asyncio.to_thread(work)
         out: dict[str, Any] = {"count": len(ids), "max_model_len": served.engine.context, "tokens": ids}
@@ -300,7 +300,7 @@ def create_app(models: dict[str, Served], settings: Settings, metrics: Metrics) 
         yield json.dumps(out).encode()
 
     @post("/tokenize", "Tokens of a prompt or of messages", shapes.TOKENS)
-    async def tokenize(body: TokenizeRequest) -> Reply:
+    async def tokenize(body: TokenizePrompt | TokenizeMessages) -> Reply:
         return Reply(tokens_of(body), False, state)
 
     async def text_of_tokens(body: DetokenizeRequest) -> AsyncIterator[bytes]:
@@ -342,6 +342,8 @@ def create_app(models: dict[str, Served], settings: Settings, metrics: Metrics) 
     async def vote_on(body: VoteRequest) -> AsyncIterator[bytes]:
         if settings.votes is None:
             raise ApiError(404, "votes are not kept by this server", code="no_votes")
+        for contender in (body.left, body.right):
+            state.find(contender.model)
         line = json.dumps({"time": time.time(), **body.model_dump()}, ensure_ascii=False) + "\n"
         await asyncio.to_thread(_append, settings.votes, line)
         yield b'{"stored":true}'
@@ -371,7 +373,11 @@ def create_app(models: dict[str, Served], settings: Settings, metrics: Metrics) 
 
     @app.exception_handler(HTTPException)
     async def other(request: Request, error: HTTPException) -> Response:
-        return JSONResponse(error_body(request.url.path, error.status_code, str(error.detail)), error.status_code, dict(error.headers or {}))
+        headers = dict(error.headers or {})
+        if error.status_code == 405:  # the framework names the methods of one route only
+            routes = [r for r in app.routes if isinstance(r, Route) and r.path_regex.match(request.url.path) and r.include_in_schema]
+            headers["allow"] = ", ".join(sorted({m for r in routes for m in r.methods or ()}))
+        return JSONResponse(error_body(request.url.path, error.status_code, str(error.detail)), error.status_code, headers)
 
     make = app.openapi
 
@@ -382,13 +388,17 @@ def create_app(models: dict[str, Served], settings: Settings, metrics: Metrics) 
         for path in document["paths"].values():
             for operation in path.values():
                 operation["responses"].pop("422", None)
+        for shape in document["components"]["schemas"].values():
+            if (model := shape.get("properties", {}).get("model")) is not None:
+                (model["anyOf"][0] if "anyOf" in model else model)["enum"] = list(models)
         if settings.keys:
             document.setdefault("components", {})["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         return document
 
     app.openapi = openapi  # type: ignore[method-assign]
     counting = _Counting(app, metrics)
-    guarded: Any = Guard(counting, settings.keys, settings.hosts, {"/", *(f"/page/{n}" for n in page.names)}, settings.max_body, settings.log_prompts)
+    posts = {r.path for r in app.routes if isinstance(r, Route) and "POST" in (r.methods or ())}
+    guarded: Any = Guard(counting, settings.keys, settings.hosts, {"/", *(f"/page/{n}" for n in page.names)}, posts, settings.max_body, settings.log_prompts)
     if settings.origins:
         guarded = CORSMiddleware(guarded, allow_origins=settings.origins, allow_methods=["GET", "POST", "DELETE"], allow_headers=["*"])
     return guarded

@@ -39,8 +39,8 @@ async def send_error(scope: dict[str, Any], send: Send, status: int, message: st
 class Guard:
     """keys: none means that everybody may ask. hosts: values of the Host header that are answered; None: all."""
 
-    def __init__(self, app: Any, keys: list[str], hosts: set[str] | None, open_paths: set[str], most_bytes: int, log_prompts: bool):
-        self.app, self.hosts, self.most_bytes, self.log_prompts = app, hosts, most_bytes, log_prompts
+    def __init__(self, app: Any, keys: list[str], hosts: set[str] | None, open_paths: set[str], posts: set[str], most_bytes: int, log_prompts: bool):
+        self.app, self.hosts, self.posts, self.most_bytes, self.log_prompts = app, hosts, posts, most_bytes, log_prompts
         self.open = OPEN | open_paths
         self.keys = [hashlib.sha256(k.encode()).digest() for k in keys]
 
@@ -79,7 +79,7 @@ class Guard:
                 await send_error(scope, send, 401, "an API key is needed: Authorization: Bearer KEY", headers={"www-authenticate": "Bearer", "connection": "close"})
                 return
             scope["owner"] = owner or ""
-        if scope["method"] not in ("POST", "PUT", "PATCH"):
+        if scope["method"] != "POST" or scope["path"] not in self.posts:
             await self.app(scope, receive, send)
             return
         kind = headers.get(b"content-type", b"").decode("latin-1").partition(";")[0].strip().lower()

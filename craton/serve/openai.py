@@ -86,9 +86,7 @@ def chat_ask(body: ChatRequest) -> Ask:
     if body.max_tokens is not None and body.max_completion_tokens is not None and body.max_tokens != body.max_completion_tokens:
         raise ApiError(400, "max_tokens and max_completion_tokens differ; give one", "max_tokens")
     sampling["max_tokens"] = body.max_completion_tokens if body.max_completion_tokens is not None else body.max_tokens
-    if body.top_logprobs is not None and not body.logprobs:
-        raise ApiError(400, "top_logprobs needs logprobs: true", "top_logprobs")
-    if body.logprobs:
+    if body.logprobs or body.top_logprobs is not None:
         sampling["logprobs"] = body.top_logprobs or 0
     if body.response_format is not None and body.response_format.type != "text":
         if body.structured_outputs is not None:
@@ -136,7 +134,7 @@ async def chat(served: Served, body: ChatRequest) -> AsyncIterator[bytes]:
     ask = chat_ask(body)
     answers = await run(served, ask)
     head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": served.name, "system_fingerprint": "craton", "service_tier": "default"}
-    want = bool(body.logprobs)
+    want = "logprobs" in ask.sampling
     try:
         async for chunk in _stream_chat(answers, ask, head, want, body) if body.stream else _whole_chat(answers, ask, head, want):
             yield chunk

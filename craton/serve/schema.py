@@ -6,24 +6,31 @@ effect beyond what their comment says. Where only one value is supported, the ty
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, JsonValue
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue
 
 Text = Annotated[str, Field(max_length=10_485_760)]
 Name = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[a-zA-Z0-9_-]+$")]
 Model = Annotated[str, Field(max_length=256, description="One of the names that /v1/models lists.")]
 Metadata = Annotated[dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)]
 Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
-Token = Annotated[int, Field(ge=0, le=2**31 - 1)]
+Token = Annotated[int, Field(ge=0, le=2**30)]
 Temperature = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]
 TopP = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
-Count = Annotated[int, Field(ge=1, le=2**31 - 1)]
+Count = Annotated[int, Field(ge=1, le=2**30)]
 Schema = dict[str, JsonValue]
+No = Annotated[bool, AfterValidator(lambda v: _no(v)), Field(json_schema_extra={"const": False})]
+
+
+def _no(value: bool) -> bool:
+    if value:
+        raise ValueError("only false is supported")
+    return value
 
 
 class Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class TextPart(Strict):
@@ -145,7 +152,7 @@ class FormatSchema(Strict):
 
 class StreamOptions(Strict):
     include_usage: bool | None = None
-    include_obfuscation: Literal[False] | None = None
+    include_obfuscation: No | None = None
 
 
 class Structured(Strict):
@@ -161,7 +168,7 @@ class Thinking(Strict):
     """As Anthropic's: how long the model may think before it answers."""
 
     type: Literal["enabled", "disabled", "adaptive"]
-    budget_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    budget_tokens: Annotated[int, Field(ge=0, le=2**30)] | None = None
     display: Literal["summarized", "omitted"] | None = None  # reasoning is shown as it was written, or not at all
 
 
@@ -185,10 +192,10 @@ class Sampled(Strict):
     frequency_penalty: Penalty | None = None
     logit_bias: dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]] | None = None
     user: Text | None = None  # no effect
-    top_k: Annotated[int, Field(ge=-1, le=2**31 - 1)] | None = None
+    top_k: Annotated[int, Field(ge=-1, le=2**30)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100, allow_inf_nan=False)] | None = None
-    min_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    min_tokens: Annotated[int, Field(ge=0, le=2**30)] | None = None
     ignore_eos: bool | None = None
     stop_token_ids: Annotated[list[Token], Field(max_length=64)] | None = None
     structured_outputs: Structured | None = None
@@ -212,7 +219,7 @@ class ChatRequest(Sampled):
     chat_template_kwargs: dict[str, JsonValue] | None = None  # handed to the model's template
     modalities: list[Literal["text"]] | None = None
     service_tier: Literal["auto", "default"] | None = None
-    store: Literal[False] | None = None
+    store: No | None = None
     metadata: Metadata | None = None  # no effect
     safety_identifier: Text | None = None  # no effect
     prompt_cache_key: Text | None = None  # no effect: equal beginnings are always shared
@@ -227,7 +234,7 @@ class CompletionRequest(Sampled):
     """POST /v1/completions."""
 
     prompt: Text | Annotated[list[Text], Field(min_length=1, max_length=256)] | Annotated[list[Token], Field(min_length=1)] | Annotated[list[Annotated[list[Token], Field(min_length=1)]], Field(min_length=1, max_length=256)]
-    max_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = 16
+    max_tokens: Annotated[int, Field(ge=0, le=2**30)] | None = 16
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     best_of: Annotated[int, Field(ge=1, le=128)] | None = None  # only where it equals n
@@ -244,14 +251,21 @@ class EmbeddingRequest(Strict):
     user: Text | None = None  # no effect
 
 
-class TokenizeRequest(Strict):
-    """POST /tokenize: a prompt or messages."""
+class TokenizePrompt(Strict):
+    """POST /tokenize: a prompt."""
 
     model: Model | None = None
-    prompt: Text | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=100_000)] | None = None
-    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    prompt: Text
     add_special_tokens: bool = True
+    return_token_strs: bool | None = None
+
+
+class TokenizeMessages(Strict):
+    """POST /tokenize: messages, as the model's template shows them."""
+
+    model: Model | None = None
+    messages: Annotated[list[Message], Field(min_length=1, max_length=100_000)]
+    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
     return_token_strs: bool | None = None
 
 
@@ -349,7 +363,7 @@ class ResponseText(Strict):
 
 
 class ResponseStreamOptions(Strict):
-    include_obfuscation: Literal[False] | None = None
+    include_obfuscation: No | None = None
 
 
 class ResponsesRequest(Strict):
@@ -376,7 +390,7 @@ class ResponsesRequest(Strict):
     max_output_tokens: Count | None = None
     max_tool_calls: None = None
     truncation: Literal["disabled"] | None = None
-    background: Literal[False] | None = None
+    background: No | None = None
     service_tier: Literal["auto", "default"] | None = None
     metadata: Metadata | None = None
     user: Text | None = None  # no effect
@@ -439,9 +453,17 @@ class AnthropicToolResult(Strict):
     cache_control: CacheControl | None = None
 
 
-class AnthropicMessage(Strict):
-    role: Literal["user", "assistant"]
-    content: Text | list[Annotated[AnthropicText | AnthropicImage | AnthropicThinking | AnthropicToolUse | AnthropicToolResult, Field(discriminator="type")]]
+class AnthropicUser(Strict):
+    role: Literal["user"]
+    content: Text | list[Annotated[AnthropicText | AnthropicImage | AnthropicToolResult, Field(discriminator="type")]]
+
+
+class AnthropicAssistant(Strict):
+    role: Literal["assistant"]
+    content: Text | list[Annotated[AnthropicText | AnthropicThinking | AnthropicToolUse, Field(discriminator="type")]]
+
+
+AnthropicMessage = Annotated[AnthropicUser | AnthropicAssistant, Field(discriminator="role")]
 
 
 class AnthropicTool(Strict):
@@ -493,7 +515,7 @@ class MessagesRequest(CountTokensRequest):
     stream: bool | None = None
     temperature: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
     top_p: TopP | None = None
-    top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    top_k: Annotated[int, Field(ge=0, le=2**30)] | None = None
     stop_sequences: Annotated[list[Stop], Field(max_length=64)] | None = None
     metadata: AnthropicMetadata | None = None
     service_tier: Literal["auto", "standard_only"] | None = None

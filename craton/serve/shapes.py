@@ -65,7 +65,7 @@ def documented(answer: Shape, streamed: bool, path: str) -> dict[int | str, dict
     error = _ANTHROPIC_ERROR if path.startswith("/v1/messages") else _ERROR
     good: dict[str, Any] = {"application/json": {"schema": answer}}
     if streamed:
-        good["text/event-stream"] = {"schema": {"type": "string"}}
+        good["text/event-stream"] = {}
     return {200: {"description": "OK", "content": good}, **{s: {"description": why, "content": {"application/json": {"schema": error}}} for s, why in _WHY.items()}}
 
 

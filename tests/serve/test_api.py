@@ -358,7 +358,7 @@ def test_count_tokens(claude):
     [
         ("/v1/chat/completions", {"wrong_field": 1}, "wrong_field"), ("/v1/chat/completions", {"audio": {"voice": "x", "format": "wav"}}, "audio"),
         ("/v1/chat/completions", {"store": True}, "store"), ("/v1/chat/completions", {"temperature": 3}, "temperature"), ("/v1/chat/completions", {"n": 17}, "n"),
-        ("/v1/chat/completions", {"n": 0}, "n"), ("/v1/chat/completions", {"top_logprobs": 3}, "top_logprobs"), ("/v1/chat/completions", {"messages": []}, "messages"),
+        ("/v1/chat/completions", {"n": 0}, "n"), ("/v1/chat/completions", {"top_logprobs": 33}, "top_logprobs"), ("/v1/chat/completions", {"messages": []}, "messages"),
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "x", "extra": 1}]}, "extra"), ("/v1/chat/completions", {"messages": [{"role": "robot", "content": "x"}]}, "messages"),
         ("/v1/chat/completions", {"stream_options": {"include_usage": True}}, "stream_options"), ("/v1/chat/completions", {"tool_choice": "required"}, "tool_choice"),
         ("/v1/chat/completions", {"tools": [*TOOLS, *TOOLS]}, "tools"), ("/v1/chat/completions", {"logit_bias": {"99999999": 1}}, "logit_bias"),
