@@ -34,7 +34,7 @@ def _messages(body: CountTokensRequest) -> list[dict[str, Any]]:
                 message["reasoning_content"] = message.get("reasoning_content", "") + block.thinking
             else:
                 parts.append(block.model_dump())
-        if parts or len(message) > 1:
+        if parts or len(message) > 1 or not m.content:
             out.append({**message, "content": text_of(parts)})
     return out
 

@@ -172,6 +172,9 @@ class Reply(Response):
             await fail(429, f"too busy: {error}; try again in {error.retry_after} s", code="overloaded", headers={"retry-after": str(error.retry_after)})
         except Failed as error:
             await fail(503, str(error))
+        except Exception:
+            log.exception("an answer failed")
+            await fail(500, "the server failed; its log says more")
         finally:
             self.state.replies.discard(self)
             listener.cancel()
@@ -378,6 +381,10 @@ def create_app(models: dict[str, Served], settings: Settings, metrics: Metrics) 
             routes = [r for r in app.routes if isinstance(r, Route) and r.path_regex.match(request.url.path) and r.include_in_schema]
             headers["allow"] = ", ".join(sorted({m for r in routes for m in r.methods or ()}))
         return JSONResponse(error_body(request.url.path, error.status_code, str(error.detail)), error.status_code, headers)
+
+    @app.exception_handler(Exception)
+    async def unforeseen(request: Request, error: Exception) -> Response:
+        return JSONResponse(error_body(request.url.path, 500, "the server failed; its log says more"), 500)
 
     make = app.openapi
 

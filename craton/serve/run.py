@@ -66,7 +66,7 @@ def serve(
     """Until SIGTERM or SIGINT. Raises UserError for what cannot be served."""
     if not local(host) and not keys:
         raise UserError(f"--host {host} can be reached from elsewhere, so an API key is needed: --api-keys FILE, or CRATON_API_KEY")
-    paths = named(models)
+    paths, listener = named(models), _listen(host, port)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     for noisy in ("httpx", "asyncio", "multipart"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
@@ -90,7 +90,6 @@ def serve(
         timeout_keep_alive=30, backlog=2048, h11_max_incomplete_event_size=1 << 16,
     )  # fmt: skip
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
-    listener = _listen(host, port)
     address = f"[{host}]" if ":" in host else host
     say(f"http://{address}:{listener.getsockname()[1]}  (page at /, API at /v1{', key needed' if keys else ''}); Ctrl-C ends")
     uvicorn.Server(config).run(sockets=[listener])
