@@ -23,8 +23,8 @@ import tiny  # noqa: E402
 class Running:
     """A `craton serve` and its log."""
 
-    def __init__(self, *arguments: object, env: dict[str, str] | None = None, cwd: Path | None = None):
-        self.process = subprocess.Popen([sys.executable, "-m", "craton", "serve", *map(str, arguments), "--port", "0"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, **(env or {})}, cwd=cwd)
+    def __init__(self, *arguments: object, env: dict[str, str] | None = None, cwd: Path | None = None, port: str = "0"):
+        self.process = subprocess.Popen([sys.executable, "-m", "craton", "serve", *map(str, arguments), "--port", port], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, **(env or {})}, cwd=cwd)
         self.lines: list[str] = []
         self.url = ""
         ready = threading.Event()
