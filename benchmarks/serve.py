@@ -25,6 +25,8 @@ import time
 import urllib.request
 from pathlib import Path
 
+import uvloop
+
 sys.path.insert(0, str(Path(__file__).parent))
 from decode import build  # noqa: E402
 
@@ -85,28 +87,48 @@ def plan(seed: int, count: int) -> list[tuple[str, int]]:
     return [("".join(chr(0x4E00 + r.randrange(20_000)) for _ in range(r.randint(32, 256))), r.randint(32, 128)) for _ in range(count)]
 
 
-async def ask(server: Server, prompt: str, most: int) -> dict:
-    """One streamed request over a raw socket: when its tokens came."""
+class Asked(asyncio.Protocol):
+    """One streamed request: what came, and when. Read only after the load, so that the clients cost little."""
+
+    def __init__(self, head: bytes):
+        self.head, self.pieces, self.done = head, list[tuple[float, bytes]](), asyncio.get_running_loop().create_future()
+
+    def connection_made(self, transport) -> None:
+        self.began = time.perf_counter()
+        transport.write(self.head)
+
+    def data_received(self, data: bytes) -> None:
+        self.pieces.append((time.perf_counter(), data))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.done.set_result(None)
+
+    def figures(self, name: str) -> dict:
+        times, tokens, rest = [], None, b""
+        for when, data in self.pieces:
+            *lines, rest = (rest + data).split(b"\n")
+            for line in lines:
+                if line.startswith(b"data: {"):
+                    value = json.loads(line[6:])
+                    if value.get("choices") and value["choices"][0].get("text"):
+                        times.append(when)
+                    if value.get("usage"):
+                        tokens = value["usage"]["completion_tokens"]
+        status = self.pieces[0][1].partition(b"\r\n")[0] if self.pieces else b"nothing"
+        if b" 200 " not in status or not times:
+            raise SystemExit(f"{name}: {status.decode()}")
+        return {"first": times[0] - self.began, "last": times[-1] - self.began, "times": times, "tokens": tokens if tokens is not None else len(times)}
+
+
+async def ask(server: Server, prompt: str, most: int) -> Asked:
     body = {"model": server.model, "prompt": prompt, "max_tokens": most, "stream": True, "temperature": 0, "ignore_eos": True, "stream_options": {"include_usage": True}}
     if server.name == "transformers":  # it refuses or ignores the rest; random weights do not end by themselves
         body = {k: v for k, v in body.items() if k in ("model", "prompt", "max_tokens", "stream")}
     data = json.dumps(body).encode()
-    began = time.perf_counter()
-    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
-    writer.write(b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(data) + data)
-    times, tokens, status = [], None, b""
-    async for line in reader:
-        if line.startswith(b"data: {"):
-            if b'"text":""' not in line and b'"text": ""' not in line and b'"choices":[]' not in line and b'"choices": []' not in line:
-                times.append(time.perf_counter())
-            if b'"completion_tokens"' in line:
-                tokens = json.loads(line[6:])["usage"]["completion_tokens"]
-        elif not status:
-            status = line
-    writer.close()
-    if b" 200 " not in status or not times:
-        raise SystemExit(f"{server.name}: {status.decode().strip()}")
-    return {"first": times[0] - began, "last": times[-1] - began, "times": times, "tokens": tokens if tokens is not None else len(times)}
+    head = b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(data)
+    _, asked = await asyncio.get_running_loop().create_connection(lambda: Asked(head + data), "127.0.0.1", server.port)
+    await asked.done
+    return asked
 
 
 async def load(server: Server, asks: list[tuple[str, int]], clients: int, rate: float | None) -> dict:
@@ -127,6 +149,7 @@ async def load(server: Server, asks: list[tuple[str, int]], clients: int, rate: 
 
         await asyncio.gather(*(client() for _ in range(clients)))
     seconds = time.perf_counter() - began
+    done = [d.figures(server.name) for d in done]
     gaps = sorted(b - x for d in done for x, b in zip(d["times"], d["times"][1:], strict=False))
     firsts = sorted(d["first"] for d in done)
     good = sum(d["first"] <= GOOD_FIRST and (d["last"] - d["first"]) / max(1, d["tokens"] - 1) <= GOOD_EACH for d in done)
@@ -169,7 +192,7 @@ def main() -> None:
                     for i in range(a.rounds + 1):
                         asks = plan(i, a.requests * (clients or max(8, int(rate * 10))))
                         for s in servers:
-                            row = asyncio.run(load(s, asks if i else asks[: clients or 4], clients, rate))
+                            row = uvloop.run(load(s, asks if i else asks[: clients or 4], clients, rate))
                             if i:  # the first warms up
                                 rows[s.name].append(row)
                     middle = {n: {k: statistics.median(r[k] for r in many) for k in many[0]} for n, many in rows.items()}

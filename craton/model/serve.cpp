@@ -395,17 +395,31 @@ static inline void score_blocks(const float* const* q, const float* const* kb, i
         for (int b = 0; b < B; b++) store16(scores + i * stride + b * BLOCK, acc[i][b] * scale);
 }
 
+template <int Q, int D>  // D vectors of the values of Q queries; each sum is over the positions in their order
+static inline void mix_part(const float* const* vb, const float* p, int64_t stride, int64_t from, int64_t to, int64_t first_block, int64_t value, int64_t d, float* const* out, const float* inverse) {
+    f16 acc[Q][D];
+    for (int i = 0; i < Q; i++)
+        for (int k = 0; k < D; k++) acc[i][k] = f16{};
+    for (int64_t j = from; j < to;) {
+        const int64_t b = j / BLOCK - first_block, end = std::min(to, (b + first_block + 1) * BLOCK);
+        const float *v = vb[b] + (j % BLOCK) * value + d, *w = p + j - first_block * BLOCK;
+        for (; j < end; j++, v += value, w++) {
+            f16 x[D];
+            for (int k = 0; k < D; k++) x[k] = load16(v + k * 16);
+            for (int i = 0; i < Q; i++)
+                for (int k = 0; k < D; k++) acc[i][k] += x[k] * w[i * stride];
+        }
+    }
+    for (int i = 0; i < Q; i++)
+        for (int k = 0; k < D; k++) store16(out[i] + d + k * 16, acc[i][k] * inverse[i]);
+}
+
 template <int Q>
 static inline void mix_values(const float* const* vb, const float* p, int64_t stride, int64_t from, int64_t to, int64_t first_block, int64_t value, float* const* out, const float* inverse) {
-    for (int64_t d = 0; d < value; d += 16) {
-        f16 acc[Q];
-        for (int i = 0; i < Q; i++) acc[i] = f16{};
-        for (int64_t j = from; j < to; j++) {
-            f16 v = load16(vb[j / BLOCK - first_block] + (j % BLOCK) * value + d);
-            for (int i = 0; i < Q; i++) acc[i] += v * p[i * stride + j - first_block * BLOCK];
-        }
-        for (int i = 0; i < Q; i++) store16(out[i] + d, acc[i] * inverse[i]);
-    }
+    constexpr int D = Q <= 4 ? 4 : 2;  // enough sums at once to hide an addition's latency
+    int64_t d = 0;
+    for (; d + D * 16 <= value; d += D * 16) mix_part<Q, D>(vb, p, stride, from, to, first_block, value, d, out, inverse);
+    for (; d < value; d += 16) mix_part<Q, 1>(vb, p, stride, from, to, first_block, value, d, out, inverse);
 }
 
 // One tile of queries of one kv head. q, out: rows of all heads of a token, strides between tokens.
@@ -468,6 +482,7 @@ static void attend(const Step& s, const Heads& h, const Tile& tile, int64_t kv, 
     else {
         int i = 0;
         for (; i + 4 <= n; i += 4) mix_values<4>(vb, p + i * stride, stride, from, to, first, h.value, outs + i, inverse + i);
+        for (; i + 2 <= n; i += 2) mix_values<2>(vb, p + i * stride, stride, from, to, first, h.value, outs + i, inverse + i);
         for (; i < n; i++) mix_values<1>(vb, p + i * stride, stride, from, to, first, h.value, outs + i, inverse + i);
     }
 }
