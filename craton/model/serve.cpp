@@ -577,7 +577,7 @@ void serve_step(const Model* mp, const Step* sp, const int32_t* ids, int64_t out
     const Quantised mid = rounded();
     std::vector<Tile> tiles;
     make_tiles(s, group, tiles);
-    std::vector<Work> work(m.layers * 7 + 2);
+    std::vector<Work> work(m.layers * 9 + 2);  // a layer: four products, two norms, rotation, attention, rounding
 
 #pragma omp parallel num_threads(threads)
     {
@@ -596,15 +596,19 @@ void serve_step(const Model* mp, const Step* sp, const int32_t* ids, int64_t out
             }
             phase++;
         };
-        auto chunk = [&](int64_t n) { return std::max<int64_t>(1, n / (team * 3)); };
+        // Few pieces where reading the weights is the work, more where computing is, so that nobody waits long.
+        auto chunk = [&](int64_t n) { return std::max<int64_t>(1, n / (team * (T >= 24 ? 8 : 3))); };
+        const int64_t few = std::max<int64_t>(1, T / (team * 4));  // tokens
         auto normalise = [&](const float* add, const float* w, bool round) {
-            int64_t from = 0, to = T;
-            if (!alone) mine(T, from, to);
-            for (int64_t t = from; t < to; t++) {
-                float* sum = add && (!alone || me == 0) ? x[1 - now] + t * h : 0;
-                rms_norm(x[now] + t * h, add ? add + t * h : 0, w, h, m.eps, sum, y[me] + t * h);
-                if (round) quantise(y[me] + t * h, t, T, h, yq[me]);
-            }
+            auto rows = [&](int64_t from, int64_t to) {
+                for (int64_t t = from; t < to; t++) {
+                    float* sum = add && (!alone || me == 0) ? x[1 - now] + t * h : 0;
+                    rms_norm(x[now] + t * h, add ? add + t * h : 0, w, h, m.eps, sum, y[me] + t * h);
+                    if (round) quantise(y[me] + t * h, t, T, h, yq[me]);
+                }
+            };
+            if (alone) rows(0, T);
+            else share(T, few, rows);
             if (add) now = 1 - now;
             if (!alone) {
 #pragma omp barrier
@@ -634,9 +638,7 @@ void serve_step(const Model* mp, const Step* sp, const int32_t* ids, int64_t out
             });
 #pragma omp barrier
             const Heads heads = {m.heads, m.kv_heads, d, d, L.window, m.scale, 0.f, 0};
-            {
-                int64_t from, to;
-                mine(T * (m.heads + 1), from, to);
+            share(T * (m.heads + 1), few * (m.heads + 1) / (T < 8 ? 2 : 1), [&](int64_t from, int64_t to) {
                 for (int64_t i = from; i < to; i++) {
                     const int64_t t = i / (m.heads + 1), head = i % (m.heads + 1), pos = s.positions[t];
                     const float *row = qkv + t * width, *c = L.rope ? m.cos + pos * (d / 2) : 0, *sn = L.rope ? m.sin + pos * (d / 2) : 0;
@@ -647,16 +649,18 @@ void serve_step(const Model* mp, const Step* sp, const int32_t* ids, int64_t out
                         write_cache(heads, scratch.data(), row + qn + kvn, s.slots[t], L.keys, L.values);
                     }
                 }
-            }
+            });
 #pragma omp barrier
             share((int64_t)tiles.size() * m.kv_heads, 1, [&](int64_t i, int64_t) {
                 attend(s, heads, tiles[i / m.kv_heads], i % m.kv_heads, rotated, qn, L.keys, L.values, mixed, qn, scratch, pointers);
             });
 #pragma omp barrier
             if (packed(L.o)) {
-                int64_t from = 0, to = T;
-                if (!alone) mine(T, from, to);
-                for (int64_t t = from; t < to; t++) quantise(mixed + t * qn, t, T, qn, yq[me]);
+                auto rows = [&](int64_t from, int64_t to) {
+                    for (int64_t t = from; t < to; t++) quantise(mixed + t * qn, t, T, qn, yq[me]);
+                };
+                if (alone) rows(0, T);
+                else share(T, few, rows);
                 if (!alone) {
 #pragma omp barrier
                 }
