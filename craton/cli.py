@@ -143,16 +143,17 @@ def generate(
 
 @app.command()
 def chat(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder.")],
-    max_tokens: Annotated[int, typer.Option(help="A turn.")] = 256,
-    temperature: Annotated[float, typer.Option()] = 0.8,
-    seed: Annotated[int, typer.Option()] = 0,
+    target: Annotated[str, typer.Argument(metavar="MODEL|URL", help="A model folder, a GGUF file, or the address of a server with OpenAI's API.")],
+    model: Annotated[str | None, typer.Option(help="Which of a server's models.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(help="An answer.")] = 512,
+    temperature: Annotated[float | None, typer.Option(help="The model's own default if left out.")] = None,
+    seed: Annotated[int | None, typer.Option()] = None,
     json_: Json = False,
 ) -> None:
-    """Talk with a model, line by line; an empty line or Ctrl-D ends it."""
-    from craton.engine.chat import chat as run
+    """Talk with a model; /help lists what can be done, Ctrl-D ends it."""
+    from craton.serve.chat import chat as run
 
-    _emit(json_, run(model, max_tokens, temperature, seed))
+    _emit(json_, run(target, model, {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}))
 
 
 @app.command()

@@ -1,0 +1,307 @@
+"""`craton chat`: a conversation in the terminal, with a model here or with any server that speaks OpenAI's API.
+
+A model that was only pretrained has never seen a conversation: its lines are continued as one text. Any other is spoken
+to in its chat template.
+"""
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from craton.base import UserError, publish, read_json, say
+from craton.serve.ask import EFFORT, Ask, Prepared, Served, open_served, prepare
+from craton.text.dialogue import Parser, Part
+
+FAINT, PLAIN = "\033[2m", "\033[0m"
+SETTINGS: dict[str, tuple[type, str]] = {
+    "temperature": (float, "0 always takes the likeliest token"), "top_p": (float, "only the likeliest that together reach this probability"), "top_k": (int, "only the k likeliest; 0 is all"),
+    "min_p": (float, "only those at least this likely, relative to the likeliest"), "repetition_penalty": (float, "above 1: less of what was said"), "max_tokens": (int, "of an answer"),
+    "seed": (int, "the same answer to the same question"), "thinking": (str, f"off, or one of {', '.join(EFFORT)}"), "model": (str, "which of the server's models"),
+}  # fmt: skip
+HELP = """/set NAME VALUE   change a setting; /set shows them, /set NAME takes one back
+/system TEXT      how the model should behave
+/retry, /undo     answer again; take back the last question and answer
+/clear            start over
+/save FILE        the conversation, as .json or .md; /load FILE goes on with a saved .json
+/help             this
+Alt-Enter starts a new line, \"\"\" begins and ends a longer text. Ctrl-C stops an answer, Ctrl-D ends."""
+
+
+@dataclass
+class Conversation:
+    messages: list[dict[str, str]] = field(default_factory=list)
+    system: str = ""
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def all(self) -> list[dict[str, str]]:
+        return [{"role": "system", "content": self.system}, *self.messages] if self.system else self.messages
+
+
+class Local:
+    """A model folder or GGUF file in this process."""
+
+    def __init__(self, path: str):
+        self.served: Served = open_served(Path(path).resolve().name, path, 60.0, 1, lambda name, value: None)
+        self.name, self.base = self.served.name, self.served.pretrained_only
+        if not self.base and self.served.dialogue is None:
+            raise UserError(f"{path}: tokenizer_config.json has no chat_template; use 'craton generate'")
+
+    def answer(self, c: Conversation) -> Iterator[Part]:
+        """Raises UserError for settings that cannot be."""
+        sampling = {k: v for k, v in c.settings.items() if k not in ("thinking", "model")}
+        thinking = c.settings.get("thinking")
+        ask = Ask(sampling, thinking=None if thinking is None else thinking != "off", budget=EFFORT.get(thinking or ""))
+        engine = self.served.engine
+        room = engine.context - min(sampling.get("max_tokens") or engine.context, engine.context // 2)
+        if self.base:
+            ids = self.served.tokenizer.encode("".join(m["content"] for m in c.messages))
+            if len(ids) > room:
+                say(f"(the text has {len(ids)} tokens; the first {len(ids) - room} no longer fit the context)")
+            ask.prompt = ids[-room:]
+            prepared = prepare(self.served, ask)
+        else:
+            prepared = self._fitting(c, ask, room)
+        parser = Parser(self.served.dialogue if prepared.may_think else None, False, prepared.opened, prepared.may_think)
+        for event in engine.stream(prepared.ids, prepared.sampling):
+            yield from parser.feed(event.text, event.finished)
+
+    def _fitting(self, c: Conversation, ask: Ask, room: int) -> Prepared:
+        """The newest part of the conversation that leaves room for an answer."""
+        for dropped in range(0, len(c.messages), 2):
+            head = [{"role": "system", "content": c.system}] if c.system else []
+            ask.messages = [*head, *c.messages[dropped:]]
+            prepared = prepare(self.served, ask)
+            if len(prepared.ids) <= room:
+                break
+        if dropped:
+            say(f"(the conversation is too long for the context; its first {dropped} messages are left out)")
+        return prepared
+
+
+class Remote:
+    """A server that speaks OpenAI's API. The key comes from CRATON_API_KEY or OPENAI_API_KEY."""
+
+    def __init__(self, url: str, model: str | None):
+        url = url.rstrip("/")
+        self.url = url if url.endswith("/v1") else f"{url}/v1"
+        key = os.environ.get("CRATON_API_KEY", "").split(",")[0] or os.environ.get("OPENAI_API_KEY", "")
+        self.client = httpx.Client(headers={"authorization": f"Bearer {key}"} if key else {}, timeout=httpx.Timeout(30, read=600))
+        listed = self._json("GET", "/models").get("data") or []
+        names = [m["id"] for m in listed]
+        if model is not None and names and model not in names:
+            raise UserError(f"--model {model}: the server has {', '.join(names[:20])}")
+        if model is None and not names:
+            raise UserError(f"{self.url}: the server lists no models; name one with --model")
+        self.name = model or names[0]
+        self.base = any(m["id"] == self.name and m.get("pretrained_only") for m in listed)
+
+    def _json(self, method: str, path: str) -> dict[str, Any]:
+        try:
+            got = self.client.request(method, self.url + path)
+            self._check(got)
+            value: dict[str, Any] = got.json()
+        except (httpx.HTTPError, httpx.InvalidURL, json.JSONDecodeError) as error:
+            raise UserError(f"{self.url}: no OpenAI-compatible server there ({error or type(error).__name__})") from None
+        return value
+
+    def _check(self, got: httpx.Response) -> None:
+        if got.status_code == 401:
+            raise UserError(f"{self.url}: the server wants an API key; set CRATON_API_KEY or OPENAI_API_KEY")
+        if got.is_error:
+            try:
+                message = str(got.json()["error"]["message"])
+            except (ValueError, KeyError, TypeError):
+                message = got.text[:200]
+            raise UserError(f"{self.url}: {got.status_code} {message}")
+
+    def answer(self, c: Conversation) -> Iterator[Part]:
+        body: dict[str, Any] = {"model": c.settings.get("model", self.name), "stream": True, **{k: v for k, v in c.settings.items() if k not in ("thinking", "model")}}
+        if thinking := c.settings.get("thinking"):
+            body["reasoning_effort"] = "none" if thinking == "off" else thinking
+        if self.base:
+            path, body = "/completions", {"max_tokens": 256, **body, "prompt": "".join(m["content"] for m in c.messages)}
+        else:
+            path, body["messages"] = "/chat/completions", c.all()
+        try:
+            with self.client.stream("POST", self.url + path, json=body) as got:
+                if got.is_error:
+                    got.read()
+                    self._check(got)
+                for line in got.iter_lines():
+                    if not line.startswith("data: {"):
+                        continue
+                    chunk = json.loads(line[6:])
+                    if "error" in chunk:
+                        raise UserError(f"{self.url}: {chunk['error'].get('message')}")
+                    for choice in chunk.get("choices", ()):
+                        delta = choice.get("delta") or {"content": choice.get("text")}
+                        for name, kind in (("reasoning_content", "reasoning"), ("content", "content")):
+                            if delta.get(name):
+                                yield Part(kind, delta[name])
+        except (httpx.HTTPError, json.JSONDecodeError) as error:
+            raise UserError(f"{self.url}: the connection broke ({error or type(error).__name__})") from None
+
+
+def _inputs() -> Iterator[str]:
+    """What the user enters, with longer texts between lines of three quotes."""
+    if sys.stdin.isatty():
+        from prompt_toolkit import PromptSession
+        from prompt_toolkit.history import FileHistory
+        from prompt_toolkit.key_binding import KeyBindings
+
+        state = Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "craton"
+        state.mkdir(parents=True, exist_ok=True)
+        keys = KeyBindings()
+        keys.add("escape", "enter")(lambda event: event.current_buffer.insert_text("\n"))
+        session: PromptSession[str] = PromptSession(history=FileHistory(str(state / "history")), key_bindings=keys, enable_history_search=True)
+
+        def read(mark: str) -> str:
+            while True:
+                try:
+                    return session.prompt(mark)
+                except KeyboardInterrupt:
+                    continue
+    else:
+
+        def read(mark: str) -> str:
+            return input()
+
+    while True:
+        try:
+            line = read("> ")
+            if line.strip().startswith('"""'):
+                lines = [line.strip()[3:]]
+                while not lines[-1].rstrip().endswith('"""'):
+                    lines.append(read("  "))
+                line = "\n".join(lines).rstrip().removesuffix('"""').strip("\n")
+        except EOFError:
+            return
+        if line.strip():
+            yield line
+
+
+def chat(target: str, model: str | None, settings: dict[str, Any]) -> dict[str, Any]:
+    """Reads from stdin, prints answers, returns the messages. target: a folder, a file or a URL."""
+    remote = target.startswith(("http://", "https://"))
+    if model is not None and not remote:
+        raise UserError("--model names one of a server's models; here the folder is the model")
+    other: Local | Remote = Remote(target, model) if remote else Local(target)
+    c = Conversation(settings={k: v for k, v in settings.items() if v is not None})
+    if other.base:
+        say("This model was only pretrained: it goes on with your text rather than answering.")
+    if sys.stdin.isatty():
+        say(f"{other.name}. /help lists what can be done, Ctrl-D ends.")
+    for line in _inputs():
+        try:
+            if line.startswith("/") and not _command(line, c):
+                continue
+            if not line.startswith("/"):
+                c.messages.append({"role": "user", "content": line})
+            _answer(other, c)
+        except UserError as error:
+            if not sys.stdin.isatty():
+                raise
+            say(f"{error}")
+            if c.messages and c.messages[-1]["role"] == "user":
+                c.messages.pop()
+    return {"messages": c.messages, "system": c.system, "settings": c.settings}
+
+
+def _answer(other: Local | Remote, c: Conversation) -> None:
+    """One answer, printed as it comes and kept."""
+    began, first, tokens, text, state = time.perf_counter(), 0.0, 0, "", ""
+    colour = sys.stdout.isatty()
+    try:
+        for part in other.answer(c):
+            first = first or time.perf_counter()
+            tokens += 1
+            if part.kind == "reasoning" and state != "reasoning":
+                print(f"{FAINT if colour else ''}(thinking) ", end="")
+            elif part.kind == "content" and state == "reasoning":
+                print(f"{PLAIN if colour else ''}\n")
+            state = part.kind
+            print(part.text, end="", flush=True)
+            text += part.text if part.kind == "content" else ""
+    except KeyboardInterrupt:
+        print(f"{PLAIN if colour else ''} (stopped)", end="")
+    print(PLAIN if colour and state == "reasoning" else "")
+    if colour and first:
+        print(f"{FAINT}{tokens} pieces, first after {first - began:.2f} s, {tokens / max(1e-9, time.perf_counter() - first):.0f} a second{PLAIN}")
+    c.messages.append({"role": "assistant", "content": text})
+
+
+def _command(line: str, c: Conversation) -> bool:
+    """A line that begins with a slash. Returns whether an answer is wanted."""
+    name, _, rest = line[1:].partition(" ")
+    rest = rest.strip()
+    if name == "help":
+        say(HELP)
+    elif name == "set":
+        _set(rest, c)
+    elif name == "system":
+        c.system = rest
+        say("The model is told so." if rest else "No system prompt any more.")
+    elif name in ("retry", "undo"):
+        if len(c.messages) < 2:
+            raise UserError(f"/{name}: nothing was asked yet")
+        c.messages.pop()
+        if name == "retry":
+            return True
+        c.messages.pop()
+        say("Taken back.")
+    elif name == "clear":
+        c.messages.clear()
+        say("Started over.")
+    elif name == "save":
+        _save(rest, c)
+    elif name == "load":
+        found = read_json(Path(rest))
+        messages = found.get("messages") if isinstance(found, dict) else None
+        if not isinstance(messages, list) or not all(isinstance(m, dict) and m.get("role") in ("user", "assistant") and isinstance(m.get("content"), str) for m in messages):
+            raise UserError(f"{rest}: not a conversation that /save wrote")
+        c.messages, c.system = messages, str(found.get("system", ""))
+        say(f"{len(messages)} messages.")
+    else:
+        raise UserError(f"/{name}: unknown; /help lists what there is")
+    return False
+
+
+def _set(text: str, c: Conversation) -> None:
+    name, _, value = text.partition(" ")
+    if not name:
+        for n, (_, what) in SETTINGS.items():
+            say(f"{n:<20}{c.settings.get(n, '-')!s:<10}{what}")
+        return
+    if name not in SETTINGS:
+        raise UserError(f"/set: {name!r} is unknown; known: {', '.join(SETTINGS)}")
+    if not value.strip():
+        c.settings.pop(name, None)
+        say(f"{name}: the model's default")
+        return
+    kind = SETTINGS[name][0]
+    try:
+        c.settings[name] = kind(value.strip())
+    except ValueError:
+        raise UserError(f"/set {name}: {value.strip()!r} is no {'whole number' if kind is int else 'number'}") from None
+    if name == "thinking" and c.settings[name] not in ("off", *EFFORT):
+        del c.settings[name]
+        raise UserError(f"/set thinking: off, or one of {', '.join(EFFORT)}")
+    say(f"{name} {c.settings[name]}")
+
+
+def _save(name: str, c: Conversation) -> None:
+    if not name.endswith((".json", ".md")):
+        raise UserError("/save: give a name that ends in .json or .md")
+    with publish(Path(name)) as temporary:
+        if name.endswith(".json"):
+            temporary.write_text(json.dumps({"messages": c.messages, "system": c.system, "settings": c.settings}, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        else:
+            temporary.write_text("".join(f"## {m['role']}\n\n{m['content']}\n\n" for m in c.all()), encoding="utf-8")
+    say(f"{name}: {len(c.messages)} messages")
