@@ -158,7 +158,7 @@ def chat(
 
 @app.command()
 def serve(
-    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Model folders or GGUF files, each as MODEL or NAME=MODEL.")],
+    models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Model folders or GGUF files, each as MODEL, NAME=MODEL, or NAME=MODEL+ADAPTER with a LoRA adapter merged in.")],
     host: Annotated[str, typer.Option(help="Where to listen; anything but this machine needs an API key.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0: any that is free.")] = 8000,
     api_keys: Annotated[Path | None, typer.Option(help="A file with one API key a line; also CRATON_API_KEY.")] = None,

@@ -11,6 +11,7 @@ from craton.engine.request import Completion, Sampling
 from craton.model.decoder import Decoder
 from craton.model.serving import fused
 from craton.text.tokenizer import Tokenizer
+from craton.weights.adapter import merge
 from craton.weights.folder import check_fit, load_network
 
 
@@ -44,8 +45,9 @@ class Model:
         return self.complete(prompt, Sampling(max_tokens, temperature, seed=seed)).text
 
 
-def load_model(path: str, device: str = "cpu", **engine_options: Any) -> Model:
-    """Open a model folder or a GGUF file. Raises UserError naming what is missing or damaged. engine_options: see Engine."""
+def load_model(path: str, device: str = "cpu", adapter: str | None = None, **engine_options: Any) -> Model:
+    """Open a model folder or a GGUF file. Raises UserError naming what is missing or damaged. adapter: a folder with a
+    LoRA adapter, merged into the weights. engine_options: see Engine."""
     folder = Path(path)
     if folder.suffix == ".gguf":
         from craton.weights import gguf  # its package takes half a second to import
@@ -54,6 +56,8 @@ def load_model(path: str, device: str = "cpu", **engine_options: Any) -> Model:
         network.to(device)
     else:
         network, tokenizer = load_network(folder, device), Tokenizer.open(folder)
+    if adapter is not None:
+        merge(network, Path(adapter))
     check_fit(network.config, tokenizer, folder)
     if device == "cpu" and not fused(network.config):
         network.float()  # modules run in fp32 on a CPU; only the steps in one call read 16-bit weights

@@ -64,7 +64,9 @@ class Served:
 
 
 def open_served(name: str, path: str, max_wait: float, max_queue: int, observe: Any, **options: Any) -> Served:
-    """Load a model folder or GGUF file for serving. Raises UserError as load_model does."""
+    """Load a model folder or GGUF file for serving, or MODEL+ADAPTER. Raises UserError as load_model does."""
+    if not Path(path).exists() and "+" in path:
+        path, _, options["adapter"] = path.partition("+")
     model, folder = load_model(path, **options), Path(path)
     found, defaults, base = None, dict[str, float](), False
     if model.tokenizer.chat_template is not None:

@@ -53,7 +53,7 @@ def read_keys(path: Path | None) -> list[str]:
 
 
 def named(models: list[str]) -> dict[str, str]:
-    """MODEL or NAME=MODEL -> path by name."""
+    """MODEL, NAME=MODEL or NAME=MODEL+ADAPTER -> path by name."""
     out: dict[str, str] = {}
     for given in models:
         name, equals, path = given.partition("=")
@@ -61,8 +61,9 @@ def named(models: list[str]) -> dict[str, str]:
             name, path = Path(given).resolve().name.removesuffix(".gguf"), given
         if name in out:
             raise UserError(f"two models are named {name!r}; give NAME=MODEL")
-        if not Path(path).exists():
-            raise UserError(f"{path}: no such model folder or file")
+        for part in [path] if Path(path).exists() else path.split("+", 1):
+            if not Path(part).exists():
+                raise UserError(f"{part}: no such model folder or file")
         out[name] = path
     return out
 
@@ -130,6 +131,8 @@ def vllm_command(models: list[str], host: str, port: int, keys: list[str], origi
     if len(paths) > 1:
         raise UserError("--engine vllm serves one model; start one server a model")
     ((name, path),) = paths.items()
+    if not Path(path).exists():
+        raise UserError("--engine vllm: give vLLM the model alone; its own --lora-modules adds adapters")
     if not local(host) and not keys:
         raise UserError(f"--host {host} can be reached from elsewhere, so an API key is needed: --api-keys FILE, or CRATON_API_KEY")
     program = shutil.which("vllm", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))

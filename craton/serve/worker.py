@@ -283,7 +283,7 @@ class Worker:
 
     def _measure(self, seconds: float, tokens: int) -> None:
         engine = self.engine
-        if tokens >= 32:
+        if tokens >= max(32, 4 * len(engine.running)):  # mostly prompts
             self.rate = _FORGET * self.rate + (1 - _FORGET) * tokens / seconds if self.rate else tokens / seconds
         self.step_seconds = _FORGET * self.step_seconds + (1 - _FORGET) * seconds if self.step_seconds else seconds
         self.backlog = sum(len(s.tokens) - s.computed for s in engine.running if s.prefilling) + sum(len(s.tokens) for s in engine.waiting if s.leader is None)
