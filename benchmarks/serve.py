@@ -77,7 +77,7 @@ def start(name: str, folder: Path, a: argparse.Namespace) -> Server:
     if not whole.exists():
         build(a.name, 32, whole)
     folder, python = whole, Path(a.peer_python)
-    command = [str(python.parent / "transformers"), "serve", "--port", str(port), "--no-continuous-batching", "--device", "cpu", "--dtype", "float32"]
+    command = [str(python.parent / "transformers"), "serve", "--port", str(port), "--continuous-batching", "--device", "cpu", "--dtype", "float32"]
     return Server(name, command, port, str(folder), "/health", {"HF_HUB_OFFLINE": "1"})
 
 

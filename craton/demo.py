@@ -47,6 +47,7 @@ def demo(out: Path, budget: str) -> dict[str, Any]:
 
     open {out}/report.html                               how it went
     craton generate {out} "class Path:"                  let it write
+    craton serve {out}                                   a page and an API over it
     craton corpus show {corpus}                  what it read, and what was dropped
     craton corpus build YOUR_FOLDER --out corpus         your own documents
     craton train corpus --out model --budget 10m         your own model""")

@@ -331,7 +331,7 @@ def create_app(models: dict[str, Served], settings: Settings, metrics: Metrics) 
 
     @app.get("/health", summary="Whether the server lives", responses=shapes.plain(503), response_class=Response)
     async def health() -> Response:
-        bad = [s.worker.crashed for s in models.values() if s.worker.crashed or not s.worker.thread.is_alive()]
+        bad = not all(s.worker.thread.is_alive() for s in models.values())
         return JSONResponse({"status": "failed" if bad else "ok"}, 503 if bad else 200)
 
     @app.get("/ready", summary="Whether it takes requests", responses=shapes.plain(503), response_class=Response)

@@ -16,7 +16,7 @@ from typing import Any
 
 from craton.base import UserError
 from craton.engine.engine import Engine
-from craton.engine.request import Completion, Event, Sampling, TokenLogprob
+from craton.engine.request import Completion, Counters, Event, Sampling, TokenLogprob
 from craton.engine.structured import Matcher
 
 log = logging.getLogger("craton.serve")
@@ -106,7 +106,6 @@ class Worker:
         self.streams: dict[int, Stream] = {}  # by the engine's number
         self.alive: set[Stream] = set()
         self.stopping = False
-        self.crashed: str | None = None
         # Measured: tokens a second through the network, seconds a step, answers finished a second.
         self.rate, self.step_seconds, self.finish_rate = 0.0, 0.0, 0.0
         self.last_finish = 0.0
@@ -123,17 +122,19 @@ class Worker:
     def warm_up(self) -> None:
         """A prompt and a few tokens through the engine before the first request: memory is touched, speed known."""
         engine = self.engine
-        size = max(1, min(256, engine.context - 4))
         token = next(i for i in range(engine.config.vocab_size) if i not in engine.config.eos_token_ids)
-        for repeat in range(2):
-            began, before = time.perf_counter(), engine.counters.computed_tokens
-            engine.generate([[token] * (size - repeat)], Sampling(max_tokens=1, temperature=0.0, ignore_eos=True))
-            self.rate = (engine.counters.computed_tokens - before) / (time.perf_counter() - began)
+        for size in (16, 128):
+            size = max(1, min(size, engine.context - 4))
+            began = time.perf_counter()
+            engine.generate([[token] * size], Sampling(max_tokens=1, temperature=0.0, ignore_eos=True))
+            self.rate = size / (time.perf_counter() - began)
+            engine.pool.forget()
         if engine.context >= 16:
             began = time.perf_counter()
             engine.generate([[token] * 4], Sampling(max_tokens=8, temperature=0.0, ignore_eos=True))
             self.step_seconds = (time.perf_counter() - began) / 8
         engine.pool.forget()
+        engine.counters = Counters()
 
     # ---- in the event loop ----
 
@@ -151,8 +152,8 @@ class Worker:
     def submit(self, prompt: list[int], sampling: Sampling, matcher: Matcher | None = None, embed: bool = False) -> Stream:
         """Raises Refused if it would wait too long, Failed if the engine has. What is wrong with the request itself is
         raised by `Stream.take`."""
-        if self.crashed or self.stopping:
-            raise Failed(self.crashed or "the server is stopping")
+        if self.stopping or not self.thread.is_alive():
+            raise Failed("the server is stopping")
         wait = self.expected_wait(sampling.n)
         if len(self.alive) >= self.max_queue:
             seconds = 1 / (self.finish_rate or 1)
@@ -254,19 +255,21 @@ class Worker:
             with self.wake:
                 while not self.inbox and not self.engine.busy and not self.stopping:
                     self.wake.wait()
-            while self.inbox:
-                self.inbox.popleft()()
-            if not self.engine.busy:
-                continue
-            before, began = self.engine.counters.computed_tokens, time.perf_counter()
             try:
-                events = self.engine.step()
-            except Exception as error:  # one step failed: its requests do, the server goes on
+                while self.inbox:
+                    self.inbox.popleft()()
+                if self.engine.busy:
+                    self._step()
+            except Exception as error:  # what ran fails; the server goes on
                 log.exception("a step of the engine failed")
                 self._give_up(f"{type(error).__name__}: {error}")
-                continue
-            self._measure(time.perf_counter() - began, self.engine.counters.computed_tokens - before)
-            self._post(self._deliver, self._pieces(events), time.perf_counter() - began, sum(len(e.token_ids) for e in events))
+
+    def _step(self) -> None:
+        before, began = self.engine.counters.computed_tokens, time.perf_counter()
+        events = self.engine.step()
+        seconds = time.perf_counter() - began
+        self._measure(seconds, self.engine.counters.computed_tokens - before)
+        self._post(self._deliver, self._pieces(events), seconds, sum(len(e.token_ids) for e in events))
 
     def _pieces(self, events: list[Event]) -> list[tuple[Stream, Piece]]:
         out = []
@@ -301,6 +304,7 @@ class Worker:
         engine.waiting.clear()
         engine.requests.clear()
         engine.pool.forget()
+        self.backlog = self.running = self.waiting = 0
         for stream in self.streams.values():
             self._post(self._drop, stream, Failed(why))
         self.streams.clear()
