@@ -192,7 +192,7 @@ def main() -> None:
                     for i in range(a.rounds + 1):
                         asks = plan(i, a.requests * (clients or max(8, int(rate * 10))))
                         for s in servers:
-                            row = uvloop.run(load(s, asks if i else asks[: clients or 4], clients, rate))
+                            row = uvloop.run(load(s, asks if i else asks[: max(2, clients // 4)], clients, rate))
                             if i:  # the first warms up
                                 rows[s.name].append(row)
                     middle = {n: {k: statistics.median(r[k] for r in many) for k in many[0]} for n, many in rows.items()}

@@ -106,7 +106,7 @@ class Dialogue:
     def grammar(self, tools: list[dict[str, Any]], choice: str, parallel: bool, schema: str | None = None) -> str:
         """Lark grammar of an answer: text (or JSON by the schema) or calls. choice: "auto" or "required"."""
         f, names = self.calls, {t["function"]["name"]: t["function"].get("parameters") or {"type": "object"} for t in tools}
-        opening = f.opening.split(ID)[0] if ID in f.opening else f.opening
+        opening = f.opening.split(ID)[0]
         bodies = " | ".join(f"{self._lark(json.dumps(n)[1:-1] + f.middle)} %json {json.dumps({**p, 'x-guidance': _SPACES})}" for n, p in names.items())
         more = f"({self._lark(f.between)} body)*" if parallel and f.between is not None else ""
         tail = f"body {more} {self._lark(f.closing)}"
@@ -118,7 +118,7 @@ class Dialogue:
         else:  # the opening as text, or as the tokens that text cannot contain
             trigger = "".join(c if c.isalnum() or ord(c) > 127 else f"\\x{ord(c):02X}" for c in opening)
             tokens = f" | TEXT? {self._lark(f.opening)} {tail}" if self._added(opening) else ""
-            lines += [f"start: TEXT | pre {tail}{tokens}", f"TEXT: /(?s:.*)/ & ~/(?s:.*){trigger}(?s:.*)/", f"pre[lazy]: /(?s:.*){trigger}/"]
+            lines += [f"start: TEXT | pre {self._lark(f.opening[len(opening) :])} {tail}{tokens}", f"TEXT: /(?s:.*)/ & ~/(?s:.*){trigger}(?s:.*)/", f"pre[lazy]: /(?s:.*){trigger}/"]
         return "\n".join(lines)
 
     def _added(self, text: str) -> dict[str, int]:
