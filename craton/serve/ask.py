@@ -173,7 +173,8 @@ class Answers:
 
     async def __aiter__(self) -> AsyncIterator[list[Delta]]:
         while pieces := await self.stream.take():
-            yield [self._delta(p) for p in _joined(pieces)]
+            # Each step by itself where scores must be told apart: of thinking, of calls, of the answer.
+            yield [self._delta(p) for p in (_joined(pieces) if self.prepared.sampling.logprobs is None else pieces)]
 
     def _delta(self, piece: Piece) -> Delta:
         parser = self.parsers[piece.index]
