@@ -414,7 +414,18 @@ class Engine:
             except UserError as error:  # this answer fails, not its neighbours
                 completion.stop_reason = str(error)
                 return None, "error"
-            token, complete = sequence.matcher.take(drawn(scores), left - 1)
+            token = drawn(scores)
+            while not sequence.matcher.accepts(token):
+                scores = scores.index_fill(0, torch.tensor([token]), -torch.inf)
+                if bool((scores > -torch.inf).any()):
+                    token = drawn(scores)
+                elif (spelled := sequence.matcher.spelled()) is not None:
+                    token = spelled
+                    break
+                else:
+                    completion.stop_reason = "the grammar allows no token here"
+                    return None, "error"
+            token, complete = sequence.matcher.take(token, left - 1)
         if (token in ends or token in s.stop_token_ids) and len(answer) >= s.min_tokens:
             completion.stop_reason = token if token in s.stop_token_ids else None
             return None, "stop"
@@ -470,6 +481,8 @@ class Engine:
             new += whole[len(sent) :] if whole.startswith(sent) else ""
         text = sequence.held + new
         searched = sequence.sampling.stop if len(completion.token_ids) >= sequence.sampling.min_tokens and not sequence.thinking else ()
+        if searched and (mark := sequence.sampling.stop_before) and mark in completion.text + text:
+            searched = ()
         found = min(((at, s) for s in searched if (at := text.find(s)) >= 0), default=None)
         if found is not None:
             text, sequence.held = text[: found[0]], ""

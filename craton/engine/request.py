@@ -32,6 +32,7 @@ class Sampling:
     presence_penalty: float = 0.0  # subtracted if a token is in the answer
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     stop: tuple[str, ...] = ()  # texts that end the answer, not part of it
+    stop_before: str = ""  # stop texts count only before this text, such as a tool call's beginning
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     min_tokens: int = 0  # no end before

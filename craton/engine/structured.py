@@ -27,6 +27,7 @@ class Grammars:
 
     def __init__(self, tokenizer: Tokenizer, vocabulary: int, ends: tuple[int, ...]):
         self.vocabulary = vocabulary
+        self.special = frozenset(tokenizer.backend.get_added_tokens_decoder())
         self.ends = ends
         eos = ends[0] if ends else tokenizer.eos_id
         if eos is None:
@@ -36,6 +37,7 @@ class Grammars:
         self.in_string = [t[0] for c in ("}", "q", "Z") if len(t := self.tokenizer.tokenize_str(c)) == 1]
         self.quote = self.tokenizer.tokenize_str('"')[0]
         texts = [self.tokenizer.decode_bytes([i]) for i in range(min(vocabulary, tokenizer.vocab_size))]
+        self.spelling = {text: i for i, text in enumerate(texts) if text and i not in self.special}
         self.short = sorted(range(len(texts)), key=lambda i: (any(c in _OPENERS for c in texts[i]), len(texts[i]) or 99, i))
 
     def matcher(self, s: Sampling) -> "Matcher | None":
@@ -57,6 +59,8 @@ class Grammars:
                 schema = json.loads(text)
                 if not isinstance(schema, dict | bool):
                     raise UserError("json_schema must be an object")
+                if isinstance(schema, dict) and not isinstance(schema.get("x-guidance", {}), dict):
+                    raise UserError("json_schema: x-guidance must be an object")
                 if isinstance(schema, dict):
                     schema = {**schema, "x-guidance": {"whitespace_flexible": False, **schema.get("x-guidance", {})}}
                 grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema))
@@ -89,6 +93,17 @@ class Matcher:
 
     def copy(self) -> "Matcher":
         return Matcher(self.grammars, self.matcher.deep_copy())
+
+    def accepts(self, token: int) -> bool:
+        """Whether the grammar really goes on with a token of the mask, which is too generous with special tokens whose
+        names the answer spells out."""
+        return token not in self.grammars.special or token in self.grammars.ends or bool(self.matcher.validate_tokens([token]) == 1)
+
+    def spelled(self) -> int | None:
+        """The longest token that begins what must come, where the mask has nothing but the special token of that name."""
+        must = bytes(self.matcher.compute_ff_bytes())
+        tokens = (self.grammars.spelling.get(must[:n]) for n in range(min(len(must), 16), 0, -1))
+        return next((t for t in tokens if t is not None and self.matcher.validate_tokens([t]) == 1), None)
 
     def mask(self, logits: Tensor, left: int) -> Tensor:
         """logits (vocabulary,) with -inf where the grammar does not go on; `left` tokens may still be given. UserError

@@ -42,7 +42,10 @@ def _messages(body: CountTokensRequest) -> list[dict[str, Any]]:
 def ask_of(body: CountTokensRequest) -> Ask:
     messages, prefix = _messages(body), None
     if messages[-1]["role"] == "assistant" and "tool_calls" not in messages[-1]:
-        prefix = messages.pop()["content"]  # the answer goes on from there
+        last = messages.pop()
+        if not last["content"] and last.get("reasoning_content"):
+            raise ApiError(400, "messages: the last one holds only thinking; an answer can go on from text", "messages")
+        prefix = last["content"]  # the answer goes on from there
     c = body.tool_choice
     if c is not None and c.type == "tool" and c.name is None:
         raise ApiError(400, "tool_choice: type 'tool' needs a name", "tool_choice.name")

@@ -20,7 +20,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route
 
 from craton.base import UserError
-from craton.serve import anthropic, openai, responses, shapes
+from craton.serve import anthropic, openai, responses, schema, shapes
 from craton.serve.ask import ApiError, Served
 from craton.serve.guard import Guard, error_body, send_error
 from craton.serve.page import Page
@@ -40,6 +40,7 @@ from craton.serve.worker import Failed, Refused
 
 log = logging.getLogger("craton.serve")
 SLOW_READER = 60.0  # seconds that a reader may take nothing
+FIELDS = {name for kind in vars(schema).values() if isinstance(kind, type) and issubclass(kind, schema.Strict) for name in kind.model_fields} | {"json_schema", "image"}
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
@@ -159,14 +160,20 @@ class Reply(Response):
             if not self.reason:
                 raise
             self.task.uncancel()
-            if self.reason == "late":
-                await fail(408, f"the answer took longer than {self.state.settings.timeout:.0f} s")
-            elif self.reason == "slow":
+            await self.work.aclose()  # type: ignore[attr-defined]
+            if self.reason == "slow" or self.sending:
                 self.abort()
+            elif self.reason == "late":
+                try:
+                    async with asyncio.timeout(5):
+                        await fail(408, f"the answer took longer than {self.state.settings.timeout:.0f} s")
+                except TimeoutError:
+                    self.abort()
         except ApiError as error:
             await fail(error.status, error.message, error.param, error.code, error.headers)
         except UserError as error:
-            await fail(400, str(error), str(error).split(":")[0].split(" ")[0] or None)
+            word = str(error).split(":")[0].split(" ")[0]
+            await fail(400, str(error), word if word in FIELDS else None, "context_length_exceeded" if "the context is" in str(error) else None)
         except Refused as error:
             self.state.metrics.refused.inc()
             await fail(429, f"too busy: {error}; try again in {error.retry_after} s", code="overloaded", headers={"retry-after": str(error.retry_after)})
@@ -429,9 +436,10 @@ class _Counting:
 def explain(errors: Any) -> tuple[str, str | None]:
     """One line about what is wrong with a body, and the field; never with what was in it."""
     deepest = max(errors, key=lambda e: (e["type"] == "extra_forbidden", len(e["loc"])))
-    path = [str(p) for p in deepest["loc"] if p != "body"]
+    path = [str(p) for p in deepest["loc"][1:]]
     # Branches of a union are named in the path; the field is what the client wrote.
-    shown = [p for p in path if not (p[:1].isupper() or p.startswith(("function-", "list[", "constrained", "tagged-union", "literal[", "nullable", "dict[", "str", "int", "json-or")))]
+    written = deepest["type"] in ("extra_forbidden", "missing")
+    shown = [p for i, p in enumerate(path) if written and i == len(path) - 1 or not ("[" in p or p.startswith("constrained-") or p in ("str", "int", "float", "bool", "none") or isinstance(getattr(schema, p, None), type))]
     name = ".".join(shown)
     if deepest["type"] == "extra_forbidden":
         return f"{name}: this field is not supported; leave it out", name

@@ -141,6 +141,8 @@ def prepare(served: Served, ask: Ask) -> Prepared:
         thinking = ask.thinking
         prompt, opened = d.render(ask.messages, ask.tools if tools else [], thinking, ask.effort, ask.prefix, ask.template)
         ids = d.tokenizer.marker(prompt)
+        if ask.prefix and any(values.get(k) for k in ("json_schema", "regex", "choice", "grammar")):
+            raise UserError("a schema and an answer that was begun exclude each other; leave out the last message or the schema")
         may_think = d.thinking is not None and not ask.prefix and thinking is not False
         if d.thinking and may_think:
             begin = d.tokenizer.marker(d.thinking[0])
@@ -148,6 +150,11 @@ def prepare(served: Served, ask: Ask) -> Prepared:
                 values["reasoning"] = Reasoning(d.thinking[1], None if opened else begin[0], ask.budget)
         if tools:
             schema = values.pop("json_schema", None)
+            if schema is not None and ask.choice == "required":
+                raise UserError("response_format cannot be met by an answer that must call a tool; leave one of them out")
+            values["stop_before"] = d.calls.opening.split("\n")[0] or d.calls.opening
+            if ask.choice == "required":  # nothing but calls, which no stop text may break
+                values["stop"] = ()
             if any(values.get(k) for k in ("regex", "choice", "grammar")):
                 raise UserError("tools and structured_outputs exclude each other")
             values["grammar"] = d.grammar(ask.tools, ask.choice, ask.parallel, schema if ask.choice == "auto" else None)
@@ -162,14 +169,14 @@ def prepare(served: Served, ask: Ask) -> Prepared:
 class Answers:
     """A request that runs. Iterate for deltas; close it whatever happens."""
 
-    def __init__(self, served: Served, prepared: Prepared):
+    def __init__(self, served: Served, prepared: Prepared, further: bool = False):
         self.served, self.prepared = served, prepared
-        self.stream: Stream = served.worker.submit(prepared.ids, prepared.sampling, prepared.matcher)
+        self.stream: Stream = served.worker.submit(prepared.ids, prepared.sampling, prepared.matcher, further=further)
         self.prompt_tokens, self.cached_tokens, self.completion_tokens, self.reasoning_tokens = len(prepared.ids), 0, 0, 0
         self.parsers = [Parser(served.dialogue if prepared.may_think or prepared.tools else None, prepared.tools, prepared.opened, prepared.may_think) for _ in range(prepared.sampling.n)]
         self.plain = not (prepared.may_think or prepared.tools)
         self.unplaced: list[list[TokenLogprob]] = [[] for _ in range(prepared.sampling.n)]  # not known yet to be content
-        self.aligned = [_Aligned(served.tokenizer) for _ in range(prepared.sampling.n)]
+        self.aligned = [_Aligned(served.tokenizer, prepared.sampling.show_special) for _ in range(prepared.sampling.n)]
 
     async def __aiter__(self) -> AsyncIterator[list[Delta]]:
         while pieces := await self.stream.take():
@@ -180,20 +187,20 @@ class Answers:
         parser = self.parsers[piece.index]
         before = parser.state
         parts = [*parser.feed(piece.text), *(parser.feed("", last=True) if piece.finished else ())]
-        logprobs = piece.logprobs
-        if logprobs and self.plain:
-            logprobs = self.aligned[piece.index].take(logprobs, "".join(p.text for p in parts))
-        elif logprobs:
-            logprobs = self._of_content(piece.index, logprobs, before, parser.state, any(p.kind == "content" for p in parts))
+        logprobs, content = piece.logprobs, "".join(p.text for p in parts if p.kind == "content")
+        if logprobs and not self.plain:
+            logprobs = self._of_content(piece.index, logprobs, before, parser.state, bool(content))
+        if logprobs or content:
+            logprobs = self.aligned[piece.index].take(logprobs, content)
+        self.cached_tokens = max(self.cached_tokens, piece.cached)
         if (c := piece.finished) is not None:
             self.completion_tokens += len(c.token_ids)
             self.reasoning_tokens += c.reasoning_tokens
-            self.cached_tokens = max(self.cached_tokens, c.cached_tokens)
             if c.finish_reason == "error":
                 raise UserError(str(c.stop_reason))
-            if c.finish_reason == "cancelled" and not self.stream.cancelled:
+            if c.finish_reason == "cancelled":
                 raise Failed("the request was cancelled")
-        return Delta(piece.index, parts, logprobs, piece.finished, parser.call >= 0)
+        return Delta(piece.index, parts, logprobs, piece.finished, parser.call >= 0 and parser.state not in ("name", "arguments"))
 
     def _of_content(self, index: int, new: list[TokenLogprob], before: str, after: str, shown: bool) -> list[TokenLogprob]:
         """Those of the answer, not of thinking or of calls."""
@@ -209,11 +216,15 @@ class Answers:
 class _Aligned:
     """Log-probabilities held until the text of their tokens is out, so that they join to it."""
 
-    def __init__(self, tokenizer: Tokenizer):
+    def __init__(self, tokenizer: Tokenizer, shown: tuple[int, ...]):
         self.tokenizer, self.held, self.start, self.sent = tokenizer, deque[TokenLogprob](), 0, 0
+        self.hidden = tokenizer.special_ids.difference(shown)  # no part of the text
 
     def take(self, new: list[TokenLogprob], text: str) -> list[TokenLogprob]:
-        self.held.extend(new)
+        self.held.extend(s for s in new if s.token not in self.hidden)
+        if text and not self.sent and not text[0].isspace():  # white space that was dropped before the answer
+            first = b"".join(self.tokenizer.bytes_of(s.token) for s in self.held)
+            self.start = len(first.lstrip()) - len(first)
         self.sent += len(text.encode())
         out = []
         while self.held and (self.start < self.sent or not self.tokenizer.bytes_of(self.held[0].token)):
@@ -231,7 +242,7 @@ def _joined(pieces: list[Piece]) -> list[Piece]:
         if (o := out.get(p.index)) is None:
             out[p.index] = p
         else:
-            out[p.index] = Piece(p.index, o.text + p.text, o.token_ids + p.token_ids, o.logprobs + p.logprobs, p.finished)
+            out[p.index] = Piece(p.index, o.text + p.text, o.token_ids + p.token_ids, o.logprobs + p.logprobs, p.finished, p.cached)
     return list(out.values())
 
 

@@ -8,6 +8,7 @@ import hashlib
 import hmac
 import json
 import logging
+import re
 import time
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +18,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 log = logging.getLogger("craton.serve")
 OPEN = {"/health", "/ready"}  # need no key, nor does the page, which says nothing of the server
 HEADER_SECONDS, BODY_SECONDS, MOST_CONNECTIONS = 15.0, 60.0, 2048
+_STRANGE = re.compile(rb"NaN|Infinity|\\u[dD][89a-fA-F]")
 Send = Callable[[dict[str, Any]], Any]
 
 
@@ -34,6 +36,17 @@ async def send_error(scope: dict[str, Any], send: Send, status: int, message: st
     head = {"content-type": "application/json", "content-length": str(len(data)), **(headers or {})}
     await send({"type": "http.response.start", "status": status, "headers": [(k.lower().encode(), v.encode("latin-1", "replace")) for k, v in head.items()]})
     await send({"type": "http.response.body", "body": data})
+
+
+def _plain_json(body: bytearray) -> bool:
+    """Whether json.dumps gives what others read too. What is no JSON at all is found later, with a better message."""
+    try:
+        json.dumps(json.loads(body), ensure_ascii=False, allow_nan=False).encode()
+    except UnicodeEncodeError:
+        return False
+    except (ValueError, RecursionError) as error:
+        return isinstance(error, json.JSONDecodeError | UnicodeDecodeError | RecursionError)
+    return True
 
 
 class Guard:
@@ -69,7 +82,7 @@ class Guard:
 
     async def _guarded(self, scope: dict[str, Any], receive: Any, send: Send) -> None:
         headers = dict(scope["headers"])
-        if self.hosts is not None and headers.get(b"host", b"").decode("latin-1").rsplit(":", 1)[0].lower() not in self.hosts:
+        if self.hosts is not None and re.sub(r":\d*$", "", headers.get(b"host", b"").decode("latin-1")).lower().rstrip(".") not in self.hosts:
             await send_error(scope, send, 403, "this Host is not served; a server without keys answers to local names only")
             return
         scope["owner"] = ""
@@ -107,6 +120,9 @@ class Guard:
             return
         if too_long:
             await send_error(scope, send, 413, f"the body is larger than {self.most_bytes} bytes", headers={"connection": "close"})
+            return
+        if _STRANGE.search(body) and not _plain_json(body):
+            await send_error(scope, send, 400, "the body is not JSON that can be written again: it has NaN, Infinity or half a character")
             return
         if self.log_prompts:
             log.info("body: %s", json.dumps(body[:100_000].decode("utf-8", "replace")))

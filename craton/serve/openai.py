@@ -14,8 +14,10 @@ from craton.base import UserError
 from craton.engine.request import Completion, Sampling, TokenLogprob
 from craton.serve.ask import EFFORT, Answers, ApiError, Ask, Prepared, Served, run, schema_text, text_of
 from craton.serve.schema import ChatRequest, CompletionRequest, EmbeddingRequest, Sampled, Thinking
+from craton.serve.worker import Stream
 from craton.text.tokenizer import Tokenizer
 
+_MOST_ANSWERS = 512  # to one request
 DONE = b"data: [DONE]\n\n"
 
 
@@ -251,6 +253,8 @@ def _completion_asks(served: Served, body: CompletionRequest) -> list[Prepared]:
     if body.echo and body.logprobs is not None:
         values["prompt_logprobs"] = body.logprobs
     prompts: list[Any] = [body.prompt] if isinstance(body.prompt, str) or isinstance(body.prompt[0], int) else list(body.prompt)
+    if len(prompts) * (body.n or 1) > _MOST_ANSWERS:
+        raise ApiError(400, f"prompt: {len(prompts)} prompts times n are more than {_MOST_ANSWERS} answers", "prompt")
     sampling = Sampling(**values)
     matcher = served.engine.matcher(sampling)
     return [Prepared(served.tokenizer.encode(p) if isinstance(p, str) else p, sampling, matcher, False, False, False) for p in prompts]
@@ -262,7 +266,7 @@ async def completions(served: Served, body: CompletionRequest) -> AsyncIterator[
     running: list[Answers] = []
     try:
         for p in prepared:
-            running.append(Answers(served, p))
+            running.append(Answers(served, p, further=bool(running)))
         async for chunk in (_stream_text if body.stream else _whole_text)(running, body, head):
             yield chunk
     finally:
@@ -352,10 +356,10 @@ async def embeddings(served: Served, body: EmbeddingRequest) -> AsyncIterator[by
     ids = await asyncio.to_thread(lambda: [served.tokenizer.encode(x) if isinstance(x, str) else x for x in many])
     if empty := [i for i, x in enumerate(ids) if not x]:
         raise ApiError(400, f"input: text {empty[0]} is empty", "input")
-    streams = []
+    streams: list[Stream] = []
     try:
         for x in ids:
-            streams.append(served.worker.submit(x, Sampling(max_tokens=0), embed=True))
+            streams.append(served.worker.submit(x, Sampling(max_tokens=0), embed=True, further=bool(streams)))
         data = []
         for i, stream in enumerate(streams):
             vector: list[float] = []

@@ -72,7 +72,7 @@ class SystemMessage(Strict):
 
 class UserMessage(Strict):
     role: Literal["user"]
-    content: Text | list[TextPart | ImagePart]
+    content: Text | list[Annotated[TextPart | ImagePart, Field(discriminator="type")]]
     name: Text | None = None
 
 

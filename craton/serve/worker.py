@@ -45,6 +45,7 @@ class Piece:
     token_ids: list[int]
     logprobs: list[TokenLogprob]
     finished: Completion | None  # the whole answer, at its end
+    cached: int  # tokens of the prompt
 
 
 @dataclass(eq=False)
@@ -70,7 +71,7 @@ class Stream:
 
     async def take(self) -> list[Piece]:
         """At least one piece, or [] at the end. Raises what went wrong."""
-        while not self.ready:
+        while self.error or not self.ready:
             if self.error:
                 raise self.error
             if not self.left:
@@ -149,16 +150,16 @@ class Worker:
             wait += max(ahead, self.waiting) / finishing
         return wait
 
-    def submit(self, prompt: list[int], sampling: Sampling, matcher: Matcher | None = None, embed: bool = False) -> Stream:
-        """Raises Refused if it would wait too long, Failed if the engine has. What is wrong with the request itself is
+    def submit(self, prompt: list[int], sampling: Sampling, matcher: Matcher | None = None, embed: bool = False, further: bool = False) -> Stream:
+        """further: another part of a request that was let in. Raises Refused if it would wait too long, Failed if the engine has. What is wrong with the request itself is
         raised by `Stream.take`."""
         if self.stopping or not self.thread.is_alive():
             raise Failed("the server is stopping")
         wait = self.expected_wait(sampling.n)
-        if len(self.alive) >= self.max_queue:
+        if len(self.alive) >= self.max_queue and not further:
             seconds = 1 / (self.finish_rate or 1)
             raise Refused(seconds, f"{len(self.alive)} requests are being served, which is the most")
-        if wait > self.max_wait:
+        if wait > self.max_wait and not further:
             raise Refused(wait - self.max_wait, f"the wait is about {wait:.0f} s, more than {self.max_wait:.0f} s")
         stream = Stream(self, len(prompt), sampling.n, left=sampling.n)
         self.alive.add(stream)
@@ -172,6 +173,9 @@ class Worker:
                     self.engine.cancel(stream.request)
             except UserError as error:
                 self._post(self._drop, stream, error)
+            except Exception as error:
+                log.exception("a request could not be added")
+                self._post(self._drop, stream, Failed(f"{type(error).__name__}: {error}"))
             finally:
                 self._post(self._arrived, len(prompt))
 
@@ -278,7 +282,7 @@ class Worker:
             if (stream := self.streams.get(c.request)) is None:
                 continue
             new = c.logprobs[len(c.logprobs) - len(event.token_ids) :] if c.logprobs and event.token_ids else []
-            out.append((stream, Piece(c.index, event.text, list(event.token_ids), new, c if event.finished else None)))
+            out.append((stream, Piece(c.index, event.text, list(event.token_ids), new, c if event.finished else None, c.cached_tokens)))
         for event in events:
             if event.completion.request not in self.engine.requests:
                 self.streams.pop(event.completion.request, None)

@@ -58,7 +58,7 @@ class Dialogue:
             more |= {"enable_thinking": thinking, "thinking": thinking}
         if effort:
             more["reasoning_effort"] = effort
-        for name in ("messages", "tools", "add_generation_prompt", "documents", *self.tokenizer.chat_template.special):  # type: ignore[union-attr]
+        for name in ("self", "messages", "tools", "add_generation_prompt", "documents", *self.tokenizer.chat_template.special):  # type: ignore[union-attr]
             if name in more:
                 raise UserError(f"chat_template_kwargs: {name} cannot be set there")
         shown = [self._message(m) for m in messages]

@@ -120,9 +120,10 @@ def test_owners_do_not_see_each_others_responses(start):
 
 
 def test_hosts_and_origins(start):
-    s = start(Settings(hosts={"localhost", "127.0.0.1"}))
+    s = start(Settings(hosts={"localhost", "127.0.0.1", "[::1]"}))
     assert s.client.get("/v1/models", headers={"host": "evil.example"}).status_code == 403
-    assert s.client.get("/v1/models", headers={"host": "localhost:1"}).status_code == 200
+    for host in ("localhost:1", "localhost", "[::1]:80", "[::1]"):
+        assert s.client.get("/v1/models", headers={"host": host}).status_code == 200
     got = s.client.get("/v1/models", headers={"origin": "http://evil.example"})
     assert "access-control-allow-origin" not in got.headers
     assert s.client.post("/v1/chat/completions", content=json.dumps(HI), headers={"content-type": "text/plain"}).status_code == 415
@@ -231,6 +232,30 @@ def test_a_reader_that_takes_nothing_is_cut_off(start):
     assert s.client.post("/v1/chat/completions", json=HI).status_code == 200  # others are served meanwhile
     assert s.idle(20) and s.served.engine.counters.cancelled
     c.close()
+
+
+def test_a_reader_that_takes_nothing_until_time_is_up(start):
+    """The limit on the answer's time strikes first, and must not wait for the reader either."""
+    s = start(Settings(timeout=0.6), constants={"SLOW_READER": 30.0})
+    body = json.dumps({**HI, "ignore_eos": True, "max_tokens": 3800, "n": 16, "stream": True, "logprobs": True, "top_logprobs": 20, "temperature": 1}).encode()
+    c = socket.socket()
+    c.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+    c.connect(("127.0.0.1", s.port))
+    c.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+    time.sleep(1.5)
+    assert s.idle(5) and s.served.engine.counters.cancelled
+    c.close()
+
+
+def test_what_waited_too_long_is_never_an_empty_answer():
+    """An error comes before what the engine still delivers."""
+    from craton.serve.worker import Failed, Stream
+
+    stream = Stream(None, 1, 1, left=1)
+    stream.ready.append(object())
+    stream.fail(Failed("late"))
+    with pytest.raises(Failed):
+        asyncio.run(stream.take())
 
 
 # ---- too much ---------------------------------------------------------------------------------------------------

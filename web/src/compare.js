@@ -70,8 +70,11 @@ export class Compare {
 
   async ask(question) {
     const first = Math.random() < 0.5 ? 0 : 1; // which contender is on the left
-    const round = { question, order: [first, 1 - first], sides: [0, 1].map(() => ({ content: "", reasoning: "", calls: [], tokens: [] })), vote: null, voted: null };
+    const round = { question, order: [first, 1 - first], sides: [0, 1].map(() => ({ content: "", reasoning: "", calls: [], tokens: [] })), vote: null };
     this.rounds.push(round);
+    // As they are now: pickers and earlier votes may change before this one is cast.
+    round.asked = [0, 1].map((i) => ({ model: this.model(i).id, settings: structuredClone(this.contenders[i].settings) }));
+    round.messages = this.messages(round);
     this.stopper = new AbortController();
     this.app.busy(true);
     this.draw();
@@ -80,7 +83,7 @@ export class Compare {
       const side = round.sides[place];
       try {
         Object.assign(side, await api.answer({
-          model: this.model(who), messages: this.messages(round), settings: this.contenders[who].settings, probabilities: false, signal: this.stopper.signal,
+          model: this.model(who), messages: round.messages, settings: round.asked[who].settings, probabilities: false, signal: this.stopper.signal,
           update: (out) => (Object.assign(side, { content: out.content, reasoning: out.reasoning, calls: out.calls }), this.drawSide(round, place, true)),
         }));
       } catch (error) {
@@ -130,17 +133,16 @@ export class Compare {
   }
 
   describe(round, who) {
-    const c = round.voted?.[who] ?? { model: this.model(who).id, settings: this.contenders[who].settings };
+    const c = round.asked[who];
     const changes = Object.entries(c.settings).filter(([k]) => k !== "system").map(([k, v]) => `${k} ${v}`);
     return [c.model, ...changes, ...(c.settings.system ? ["own system prompt"] : [])].join(", ");
   }
 
   async vote(round, choice) {
     round.vote = choice;
-    round.voted = [0, 1].map((i) => ({ model: this.model(i).id, settings: structuredClone(this.contenders[i].settings) }));
     const record = {
-      messages: this.messages(round),
-      left: { ...round.voted[round.order[0]], text: round.sides[0].content }, right: { ...round.voted[round.order[1]], text: round.sides[1].content }, vote: choice,
+      messages: round.messages,
+      left: { ...round.asked[round.order[0]], text: round.sides[0].content }, right: { ...round.asked[round.order[1]], text: round.sides[1].content }, vote: choice,
     };
     this.draw();
     await store.put("votes", { id: store.newId(), time: Date.now(), ...record });

@@ -7,6 +7,23 @@ import { render } from "./render.js";
 import * as settings from "./settings.js";
 import * as store from "./store.js";
 
+const whole = (json) => {
+  try {
+    return typeof JSON.parse(json) === "object";
+  } catch {
+    return false;
+  }
+};
+
+// Whether imported messages are what this page writes: texts, each with its own name, and parents that lead to a root.
+const sound = (nodes) =>
+  Object.entries(nodes).every(([id, n]) => {
+    if (n?.id !== id || typeof n.content !== "string" || typeof n.role !== "string") return false;
+    const seen = new Set();
+    for (let at = id; at; at = nodes[at].parent) if (seen.has(at) || !nodes[at]) return false; else seen.add(at);
+    return true;
+  });
+
 class App {
   models = [];
   conversations = [];
@@ -209,7 +226,7 @@ class App {
   async import(file) {
     try {
       const list = JSON.parse(await file.files[0].text());
-      const good = (Array.isArray(list) ? list : [list]).filter((c) => typeof c?.id === "string" && typeof c.nodes === "object" && Object.values(c.nodes).every((n) => typeof n.content === "string" && typeof n.role === "string") && (c.leaf === null || c.nodes[c.leaf]));
+      const good = (Array.isArray(list) ? list : [list]).filter((c) => typeof c?.id === "string" && typeof c.nodes === "object" && typeof c.title === "string" && sound(c.nodes) && (c.leaf === null || c.nodes[c.leaf]));
       if (!good.length) throw new Error();
       for (const c of good) {
         if (this.conversations.some((o) => o.id === c.id)) c.id = store.newId();
@@ -302,6 +319,7 @@ class App {
   }
 
   giveResult(node, call, text) {
+    if (this.answering) return;
     call.result = text;
     if (node.calls.some((c) => c.result === null)) return this.redraw(node);
     this.answer();
@@ -311,7 +329,7 @@ class App {
     return store.branch(this.current).flatMap((n) => {
       if (n.role === "user") return [{ role: "user", content: n.content }];
       const message = { role: "assistant", content: n.content };
-      const calls = n.calls ?? [];
+      const calls = (n.calls ?? []).filter((c) => whole(c.arguments)); // one that was cut off was never made
       if (calls.length) message.tool_calls = calls.map((c) => ({ id: c.id, type: "function", function: { name: c.name, arguments: c.arguments } }));
       return [message, ...calls.map((c) => ({ role: "tool", tool_call_id: c.id, content: c.result ?? "" }))];
     });
@@ -368,10 +386,8 @@ class App {
     this.answering = null;
     this.busy(false);
     if (conversation.nodes[node.id]) await this.save(conversation);
-    if (this.current === conversation) {
-      this.draw();
-      this.follow();
-    }
+    this.draw();
+    if (this.current === conversation) this.follow();
   }
 
   stop() {
