@@ -145,8 +145,10 @@ def vllm_command(models: list[str], host: str, port: int, keys: list[str], origi
 
 
 def serve_by_vllm(models: list[str], host: str, port: int, keys: list[str], origins: list[str], max_queue: int) -> None:
-    """Become vLLM. Keys go by the environment, so that no list of processes shows them."""
+    """Become vLLM. The key goes by the environment, so that no list of processes shows it."""
+    if len(keys) > 1:
+        raise UserError(f"--engine vllm takes one API key from the environment, and there are {len(keys)}; give one")
     command = vllm_command(models, host, port, keys, origins, max_queue)
-    environment = {**os.environ, **({"VLLM_API_KEY": ",".join(keys)} if keys else {})}
+    environment = {**os.environ, **({"VLLM_API_KEY": keys[0]} if keys else {})}
     say("vLLM: " + " ".join(command))
     os.execve(command[0], command, environment)
