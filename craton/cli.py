@@ -158,6 +158,7 @@ def chat(
 
 @app.command()
 def serve(
+    context: typer.Context,
     models: Annotated[list[str], typer.Argument(metavar="MODEL...", help="Model folders or GGUF files, each as MODEL, NAME=MODEL, or NAME=MODEL+ADAPTER with a LoRA adapter merged in.")],
     host: Annotated[str, typer.Option(help="Where to listen; anything but this machine needs an API key.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="0: any that is free.")] = 8000,
@@ -188,6 +189,9 @@ def serve(
         raise UserError(f"--port is {port}, must be from 0 to 65535")
     keys, origins = run.read_keys(api_keys), allow_origin or []
     if engine == "vllm":
+        here = ("max_wait", "max_body", "max_n", "timeout", "drain", "cache", "lookup", "device", "votes", "log_prompts")
+        if given := [n for n in here if str(context.get_parameter_source(n)).endswith("COMMANDLINE")]:
+            raise UserError(f"--{given[0].replace('_', '-')} is of craton's engine and means nothing to vLLM; leave it out")
         run.serve_by_vllm(models, host, port, keys, origins, max_queue)
     options = {"device": device, "speculate": "lookup" if lookup else "", "cache_bytes": int(cache * 1e9) if cache else None}
     run.serve(models, host, port, keys, origins, max_wait, max_queue, max_body, max_n, timeout, drain, log_prompts, votes, **options)

@@ -27,7 +27,7 @@ HI = {"model": "chat", "messages": [{"role": "user", "content": "Tell me a joke.
     [
         (["{chat}", "--host", "0.0.0.0"], "API key is needed"), (["/nowhere"], "no such model"), (["a={chat}", "a={chat}"], "two models"), (["{chat}", "--port", "99999"], "--port"),
         (["{chat}", "--max-wait", "0"], "--max-wait"), (["{chat}", "--api-keys", "{empty}"], "holds no key"),
-        (["{chat}", "--api-keys", "{short}"], "at least 8"), (["{chat}", "--engine", "other"], "--engine"), (["{chat}", "--engine", "vllm"], "not installed"), (["{chat}", "--api-keys", "/nowhere"], "/nowhere"),
+        (["{chat}", "--api-keys", "{short}"], "at least 8"), (["{chat}", "--engine", "other"], "--engine"), (["{chat}", "--engine", "vllm"], "not installed"), (["{chat}", "--engine", "vllm", "--max-wait", "9"], "--max-wait"), (["{chat}", "--api-keys", "/nowhere"], "/nowhere"),
     ],
 )  # fmt: skip
 def test_bad_input(chat_folder, tmp_path, arguments, words):
