@@ -251,7 +251,7 @@ async def run(served: Served, ask: Ask) -> Answers:
     return Answers(served, await asyncio.to_thread(prepare, served, ask))
 
 
-def text_of(content: Any, images: bool = True) -> str:
+def text_of(content: Any) -> str:
     """The parts of a message as text. An image becomes a note, since no model here sees yet; UserError if it is none."""
     if content is None or isinstance(content, str):
         return content or ""

@@ -76,13 +76,18 @@ def local(host: str) -> bool:
         return host == "localhost"
 
 
+def check_keys(host: str, keys: list[str]) -> None:
+    """UserError if others could connect and none needs a key."""
+    if not local(host) and not keys:
+        raise UserError(f"--host {host} can be reached from elsewhere, so an API key is needed: --api-keys FILE, or CRATON_API_KEY")
+
+
 def serve(
     models: list[str], host: str, port: int, keys: list[str], origins: list[str], max_wait: float, max_queue: int, max_body: int, max_n: int, timeout: float, drain: float,
     log_prompts: bool, votes: Path | None, **options: Any,
 ) -> None:  # fmt: skip
     """Until SIGTERM or SIGINT. Raises UserError for what cannot be served."""
-    if not local(host) and not keys:
-        raise UserError(f"--host {host} can be reached from elsewhere, so an API key is needed: --api-keys FILE, or CRATON_API_KEY")
+    check_keys(host, keys)
     paths, listener = named(models), _listen(host, port)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     for noisy in ("httpx", "asyncio", "multipart"):
@@ -133,8 +138,7 @@ def vllm_command(models: list[str], host: str, port: int, keys: list[str], origi
     ((name, path),) = paths.items()
     if not Path(path).exists():
         raise UserError("--engine vllm: give vLLM the model alone; its own --lora-modules adds adapters")
-    if not local(host) and not keys:
-        raise UserError(f"--host {host} can be reached from elsewhere, so an API key is needed: --api-keys FILE, or CRATON_API_KEY")
+    check_keys(host, keys)
     program = shutil.which("vllm", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
     if program is None:
         raise UserError("--engine vllm: vLLM is not installed; pip install 'craton[vllm]' on a machine with a GPU")

@@ -53,12 +53,10 @@ class Stream:
     """One request's way back. `take` gives all that has come since the last call."""
 
     worker: "Worker"
-    size: int  # prompt tokens
-    answers: int
+    left: int  # answers that are not finished
     arrived: float = field(default_factory=time.monotonic)
     request: int | None = None
     first: float | None = None  # when the first token came
-    left: int = 0  # answers that are not finished
     ready: deque[Piece] = field(default_factory=deque)
     waiter: asyncio.Future[None] | None = None
     error: Exception | None = None
@@ -161,7 +159,7 @@ class Worker:
             raise Refused(seconds, f"{len(self.alive)} requests are being served, which is the most")
         if wait > self.max_wait and not further:
             raise Refused(wait - self.max_wait, f"the wait is about {wait:.0f} s, more than {self.max_wait:.0f} s")
-        stream = Stream(self, len(prompt), sampling.n, left=sampling.n)
+        stream = Stream(self, sampling.n)
         self.alive.add(stream)
         self.backlog_inbox += len(prompt)
 

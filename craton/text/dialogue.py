@@ -10,7 +10,7 @@ import re
 import secrets
 import string
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from craton.base import UserError
@@ -358,14 +358,3 @@ def _may_begin(text: str, marker: str) -> int:
     """Characters at the end of text that may be the beginning of the marker."""
     fixed = marker.split(ID)[0]
     return next((n for n in range(min(len(fixed) - 1, len(text)), 0, -1) if text.endswith(fixed[:n])), len(text) if ID in marker and fixed in text else 0)
-
-
-def merge(parts: list[Part]) -> list[Part]:
-    """Neighbours of the same kind and call joined."""
-    out: list[Part] = []
-    for p in parts:
-        if out and out[-1].kind == p.kind and out[-1].call == p.call and p.kind != "call":
-            out[-1] = replace(out[-1], text=out[-1].text + p.text)
-        else:
-            out.append(p)
-    return out

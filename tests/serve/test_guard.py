@@ -251,7 +251,7 @@ def test_what_waited_too_long_is_never_an_empty_answer():
     """An error comes before what the engine still delivers."""
     from craton.serve.worker import Failed, Stream
 
-    stream = Stream(None, 1, 1, left=1)
+    stream = Stream(None, 1)
     stream.ready.append(object())
     stream.fail(Failed("late"))
     with pytest.raises(Failed):

@@ -2,13 +2,14 @@
 
 import json
 import random
+from dataclasses import replace
 
 import pytest
 from llguidance import LLMatcher, LLTokenizer
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from craton.text.dialogue import HERMES, Parser, learn, merge
+from craton.text.dialogue import HERMES, Parser, Part, learn
 from craton.text.tokenizer import Tokenizer
 
 CHATML = "{%- for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{%- endfor %}{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{%- endif %}"
@@ -53,6 +54,17 @@ def tokenizer(template: str, special: list[str] = SPECIAL, added: tuple[str, ...
     backend.add_special_tokens(special)
     backend.add_tokens([AddedToken(a, special=False, normalized=False) for a in added])
     return Tokenizer(backend, {"bos_token": "<s>", "eos_token": "</s>", "chat_template": template})
+
+
+def merge(parts: list[Part]) -> list[Part]:
+    """Neighbours of the same kind and call joined."""
+    out: list[Part] = []
+    for p in parts:
+        if out and out[-1].kind == p.kind and out[-1].call == p.call and p.kind != "call":
+            out[-1] = replace(out[-1], text=out[-1].text + p.text)
+        else:
+            out.append(p)
+    return out
 
 
 def dialogue(template: str, **more):
