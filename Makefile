@@ -1,4 +1,4 @@
-# make demo: install and train a small model.  make test: lint, types, tests.  make test-all: the slow ones too.
+# make demo: install and train a small model.  make test: format, lint, types, tests.  make test-all: the slow ones too.
 PYTHON ?= python3
 BIN := .venv/bin
 
@@ -6,7 +6,8 @@ demo: .venv/installed
 	$(BIN)/craton demo
 
 test: .venv/dev
-	$(BIN)/ruff check craton tests benchmarks
+	$(BIN)/ruff format --check --quiet .
+	$(BIN)/ruff check --quiet .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest
 

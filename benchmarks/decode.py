@@ -19,10 +19,31 @@ import time
 from pathlib import Path
 
 SHAPES = {
-    "44M": dict(vocab_size=32000, hidden_size=512, intermediate_size=1408, num_hidden_layers=8, num_attention_heads=8, num_key_value_heads=4, head_dim=64),
-    "1.1B": dict(vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_attention_heads=32, num_key_value_heads=4, head_dim=64),
-}  # fmt: skip
-CASES = [("batch 1", 1, 0), ("batch 8", 8, 0), ("prefill 128", 1, 128), ("prefill 512", 1, 512)]  # name, sequences, prompt
+    "44M": dict(
+        vocab_size=32000,
+        hidden_size=512,
+        intermediate_size=1408,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=64,
+    ),
+    "1.1B": dict(
+        vocab_size=32000,
+        hidden_size=2048,
+        intermediate_size=5632,
+        num_hidden_layers=22,
+        num_attention_heads=32,
+        num_key_value_heads=4,
+        head_dim=64,
+    ),
+}
+CASES = [
+    ("batch 1", 1, 0),
+    ("batch 8", 8, 0),
+    ("prefill 128", 1, 128),
+    ("prefill 512", 1, 512),
+]  # name, sequences, prompt
 CONTEXT, STEPS = 64, 48  # tokens before decoding, decoding steps that are timed
 PEERS = {"transformers": "transformers", "llama.cpp": "llama_cpp"}
 
@@ -48,7 +69,10 @@ def build(name: str, bits: int, folder: Path) -> int:
     words = [f"<0x{b:02X}>" for b in range(256)]
     vocab = {w: i for i, w in enumerate([*words, *(chr(0x4E00 + i) for i in range(config.vocab_size - 256))])}
     backend = Backend(models.BPE(vocab, [], byte_fallback=True))
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.Metaspace(), decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    backend.pre_tokenizer, backend.decoder = (
+        pre_tokenizers.Metaspace(),
+        decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()]),
+    )
     tokenizer = Tokenizer(backend, {})
     tokenizer.save(folder)
     layers = packable(network) if bits != 32 else {}
@@ -58,7 +82,11 @@ def build(name: str, bits: int, folder: Path) -> int:
         rows, cols = layer.weight.shape
         values = torch.randint(0, 256, (rows, cols * widths[n] // 8), dtype=torch.uint8, generator=generator)
         packed[n] = values, torch.full((rows, cols // 32), 0.02 / (4 if widths[n] == 4 else 64)).half(), widths[n]
-    plain = {n: torch.randn(p.shape, generator=generator) * 0.02 if p.ndim > 1 else torch.ones(p.shape) for n, p in network.state_dict().items() if n.removesuffix(".weight") not in layers}
+    plain = {
+        n: torch.randn(p.shape, generator=generator) * 0.02 if p.ndim > 1 else torch.ones(p.shape)
+        for n, p in network.state_dict().items()
+        if n.removesuffix(".weight") not in layers
+    }
 
     def tensors():
         yield from plain.items()
@@ -117,7 +145,14 @@ def theirs(folder: str) -> None:
     parameters = lib.llama_model_default_params()
     model = lib.llama_model_load_from_file(f"{folder}/m.gguf".encode(), parameters)
     options = lib.llama_context_default_params()
-    options.n_ctx, options.n_batch, options.n_ubatch, options.n_threads, options.n_threads_batch, options.n_seq_max = 8192, 512, 512, 2, 2, 8
+    options.n_ctx, options.n_batch, options.n_ubatch, options.n_threads, options.n_threads_batch, options.n_seq_max = (
+        8192,
+        512,
+        512,
+        2,
+        2,
+        8,
+    )
     context = lib.llama_init_from_model(model, options)
     size = lib.llama_vocab_n_tokens(lib.llama_model_get_vocab(model))
     batch = lib.llama_batch_init(512, 0, 1)
@@ -143,7 +178,10 @@ def theirs(folder: str) -> None:
         began = time.perf_counter()
         for step in range(STEPS):
             feed([(tokens[s], CONTEXT + step, s, True) for s in range(sequences)])
-            tokens = [int(np.argmax(np.ctypeslib.as_array(lib.llama_get_logits_ith(context, s), (size,)))) for s in range(sequences)]
+            tokens = [
+                int(np.argmax(np.ctypeslib.as_array(lib.llama_get_logits_ith(context, s), (size,))))
+                for s in range(sequences)
+            ]
         return sequences * STEPS / (time.perf_counter() - began)
 
     serve(run)
@@ -159,13 +197,24 @@ def transformers(folder: str) -> None:
     def run(sequences: int, prefill: int) -> float:
         assert prefill == 0
         r = __import__("random").Random(sequences)
-        lengths = [(r.randrange(16, 128), r.randrange(16, 64)) for _ in range(sequences)] if sequences > 1 else [(CONTEXT, STEPS)]
+        lengths = (
+            [(r.randrange(16, 128), r.randrange(16, 64)) for _ in range(sequences)]
+            if sequences > 1
+            else [(CONTEXT, STEPS)]
+        )
         width = max(n for n, _ in lengths)  # prompts are padded on the left, all run as long as the longest answer
         ids, mask = torch.zeros(sequences, width, dtype=torch.long), torch.zeros(sequences, width, dtype=torch.long)
         for row, (n, _) in enumerate(lengths):
             ids[row, width - n :], mask[row, width - n :] = torch.arange(300, 300 + n), 1
         began = time.perf_counter()
-        model.generate(ids, attention_mask=mask, max_new_tokens=max(m for _, m in lengths), do_sample=False, eos_token_id=None, pad_token_id=0)
+        model.generate(
+            ids,
+            attention_mask=mask,
+            max_new_tokens=max(m for _, m in lengths),
+            do_sample=False,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
         return sum(m for _, m in lengths) / (time.perf_counter() - began)
 
     serve(run)
@@ -184,9 +233,15 @@ def ours_whole(folder: str) -> None:
 
     def run(sequences: int, prefill: int) -> float:
         r = __import__("random").Random(sequences)
-        lengths = [(r.randrange(16, 128), r.randrange(16, 64)) for _ in range(sequences)] if sequences > 1 else [(CONTEXT, STEPS)]
+        lengths = (
+            [(r.randrange(16, 128), r.randrange(16, 64)) for _ in range(sequences)]
+            if sequences > 1
+            else [(CONTEXT, STEPS)]
+        )
         began = time.perf_counter()
-        engine.generate([list(range(300, 300 + n)) for n, _ in lengths], [Sampling(m, 0.0, ignore_eos=True) for _, m in lengths])
+        engine.generate(
+            [list(range(300, 300 + n)) for n, _ in lengths], [Sampling(m, 0.0, ignore_eos=True) for _, m in lengths]
+        )
         return sum(m for _, m in lengths) / (time.perf_counter() - began)
 
     serve(run)
@@ -203,7 +258,13 @@ def serve(run) -> None:
 
 class Worker:
     def __init__(self, role: str, folder: Path, python: str):
-        self.process = subprocess.Popen([python, __file__, "--role", role, "--folder", str(folder)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+        self.process = subprocess.Popen(
+            [python, __file__, "--role", role, "--folder", str(folder)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
 
     def __call__(self, sequences: int, prefill: int) -> float:
         assert self.process.stdin and self.process.stdout
@@ -229,7 +290,10 @@ def bandwidth(buffer) -> float:
 
 def first_token(folder: Path) -> float:
     """Seconds from starting a process to its first token."""
-    code = "import sys, craton; m = craton.load(sys.argv[1]); next(m.engine.stream([300, 301, 302])); print('x', flush=True)"
+    code = (
+        "import sys, craton; m = craton.load(sys.argv[1]); "
+        "next(m.engine.stream([300, 301, 302])); print('x', flush=True)"
+    )
     began = time.perf_counter()
     process = subprocess.Popen([sys.executable, "-c", code, str(folder)], stdout=subprocess.PIPE)
     process.stdout.read(1)
@@ -263,8 +327,18 @@ def main() -> None:
                 folder = Path(scratch) / "m"
                 size = build(name, bits, folder)
                 start = first_token(folder) if not a.transformers else None
-                us, peer = (Worker(r, folder, p) for r, p in (("ours_whole" if a.transformers else "ours", sys.executable), ("transformers" if a.transformers else "theirs", a.peer_python)))
-                print(f"{name}, {bits} bits, {size / 1e9:.3f} GB a step" + (f", first token after {start:.1f} s" if start else ""), flush=True)
+                us, peer = (
+                    Worker(r, folder, p)
+                    for r, p in (
+                        ("ours_whole" if a.transformers else "ours", sys.executable),
+                        ("transformers" if a.transformers else "theirs", a.peer_python),
+                    )
+                )
+                print(
+                    f"{name}, {bits} bits, {size / 1e9:.3f} GB a step"
+                    + (f", first token after {start:.1f} s" if start else ""),
+                    flush=True,
+                )
                 for case, sequences, prefill in cases:
                     rows, reads = {"ours": [], "peer": []}, []
                     for i in range(a.rounds + 1):
@@ -275,13 +349,34 @@ def main() -> None:
                             rows["peer"].append(pair[1])
                     mine, other, read = (statistics.median(v) for v in (rows["ours"], rows["peer"], reads))
                     steps = mine / sequences if not prefill else None
-                    row = {"model": name, "bits": bits, "case": case, "ours_tokens_per_second": mine, "peer_tokens_per_second": other, "ratio": mine / other, "read_gb_per_second": read, "bytes_per_step": size,
-                           "peer": "transformers" if a.transformers else "llama.cpp", "first_token_seconds": start, "rounds": rows}  # fmt: skip
+                    row = {
+                        "model": name,
+                        "bits": bits,
+                        "case": case,
+                        "ours_tokens_per_second": mine,
+                        "peer_tokens_per_second": other,
+                        "ratio": mine / other,
+                        "read_gb_per_second": read,
+                        "bytes_per_step": size,
+                        "peer": "transformers" if a.transformers else "llama.cpp",
+                        "first_token_seconds": start,
+                        "rounds": rows,
+                    }
                     if steps and not a.transformers:
-                        row |= {"gb_per_second": steps * size / 1e9, "share_of_read_bandwidth": steps * size / 1e9 / read}
+                        row |= {
+                            "gb_per_second": steps * size / 1e9,
+                            "share_of_read_bandwidth": steps * size / 1e9 / read,
+                        }
                     results.append(row)
-                    tail = f"   {row['gb_per_second']:5.1f} GB/s = {row['share_of_read_bandwidth']:.0%} of {read:.1f}" if "gb_per_second" in row else ""
-                    print(f"  {case:<30}{mine:9.1f} tok/s   {row['peer']} {other:9.1f}   ratio {mine / other:5.2f}{tail}", flush=True)
+                    tail = (
+                        f"   {row['gb_per_second']:5.1f} GB/s = {row['share_of_read_bandwidth']:.0%} of {read:.1f}"
+                        if "gb_per_second" in row
+                        else ""
+                    )
+                    print(
+                        f"  {case:<30}{mine:9.1f} tok/s   {row['peer']} {other:9.1f}   ratio {mine / other:5.2f}{tail}",
+                        flush=True,
+                    )
                 us.close()
                 peer.close()
     if a.json:

@@ -23,12 +23,30 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 from serve import Server, free_port  # noqa: E402
 
-BAD = [b"", b"{", b"[]", b"null", b"\xff\xfe\x00", b"[" * 50_000, b'{"model": "m"}', b'{"model": "m", "prompt": {}}', b'{"model": "m", "prompt": "x", "max_tokens": -1}', b'{"model": "m", "prompt": "x", "n": 1000000}',
-       b'{"model": "m", "prompt": "\\ud800"}', b'{"model": "nothing", "prompt": "x"}', b'{"model": "m", "prompt": [999999999]}', b'{"model": "m", "prompt": "x", "stop": [""]}', b'{"model": "m", "prompt": "x", "structured_outputs": {"json": {"type": 7}}}']  # fmt: skip
+BAD = [
+    b"",
+    b"{",
+    b"[]",
+    b"null",
+    b"\xff\xfe\x00",
+    b"[" * 50_000,
+    b'{"model": "m"}',
+    b'{"model": "m", "prompt": {}}',
+    b'{"model": "m", "prompt": "x", "max_tokens": -1}',
+    b'{"model": "m", "prompt": "x", "n": 1000000}',
+    b'{"model": "m", "prompt": "\\ud800"}',
+    b'{"model": "nothing", "prompt": "x"}',
+    b'{"model": "m", "prompt": [999999999]}',
+    b'{"model": "m", "prompt": "x", "stop": [""]}',
+    b'{"model": "m", "prompt": "x", "structured_outputs": {"json": {"type": 7}}}',
+]
 
 
 def request(body: bytes, path: str = "/v1/completions") -> bytes:
-    return b"POST %b HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n%b" % (path.encode(), len(body), body)
+    return (
+        b"POST %b HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\nconnection: "
+        b"close\r\ncontent-length: %d\r\n\r\n%b" % (path.encode(), len(body), body)
+    )
 
 
 def memory(pid: int) -> float:
@@ -58,11 +76,20 @@ class Soak:
         while time.monotonic() < until:
             kind = r.choices(("good", "cancel", "slow", "vanish"), (70, 15, 10, 5))[0]
             length = r.randint(8, 96)
-            body = {"model": "m", "prompt": "".join(chr(0x4E00 + r.randrange(20_000)) for _ in range(r.randint(4, 200))), "max_tokens": length, "ignore_eos": True, "stream": True, "temperature": r.choice((0, 1)),
-                    "stream_options": {"include_usage": True}}  # fmt: skip
+            body = {
+                "model": "m",
+                "prompt": "".join(chr(0x4E00 + r.randrange(20_000)) for _ in range(r.randint(4, 200))),
+                "max_tokens": length,
+                "ignore_eos": True,
+                "stream": True,
+                "temperature": r.choice((0, 1)),
+                "stream_options": {"include_usage": True},
+            }
             began = time.monotonic()
             try:
-                reader, writer = await asyncio.open_connection("127.0.0.1", self.server.port, limit=4096 if kind == "slow" else 65536)
+                reader, writer = await asyncio.open_connection(
+                    "127.0.0.1", self.server.port, limit=4096 if kind == "slow" else 65536
+                )
                 writer.write(request(json.dumps(body).encode()))
                 status = int((await reader.readline()).split()[1])
                 self.counts[f"status {status}"] += 1
@@ -97,7 +124,16 @@ class Soak:
     async def malformed(self, count: int, until: float) -> None:
         pause = max(0.0, (until - time.monotonic()) * 0.9 / max(1, count))
         for _ in range(count):
-            path = self.random.choice(("/v1/completions", "/v1/chat/completions", "/v1/responses", "/v1/messages", "/v1/embeddings", "/tokenize"))
+            path = self.random.choice(
+                (
+                    "/v1/completions",
+                    "/v1/chat/completions",
+                    "/v1/responses",
+                    "/v1/messages",
+                    "/v1/embeddings",
+                    "/tokenize",
+                )
+            )
             reader, writer = await asyncio.open_connection("127.0.0.1", self.server.port)
             writer.write(request(self.random.choice(BAD), path))
             status = int((await reader.readline()).split()[1])
@@ -109,7 +145,16 @@ class Soak:
         held: list[asyncio.StreamWriter] = []
         while time.monotonic() < until:
             _, writer = await asyncio.open_connection("127.0.0.1", self.server.port)
-            writer.write(self.random.choice((b"", b"GET /he", b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 1000\r\n\r\n{")))
+            writer.write(
+                self.random.choice(
+                    (
+                        b"",
+                        b"GET /he",
+                        b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: "
+                        b"application/json\r\ncontent-length: 1000\r\n\r\n{",
+                    )
+                )
+            )
             held.append(writer)
             self.counts["half-open"] += 1
             if len(held) > 100:
@@ -120,7 +165,9 @@ class Soak:
 
     async def burst(self, count: int) -> dict[str, object]:
         """So many requests at the same moment."""
-        body = json.dumps({"model": "m", "prompt": "\u4e00" * 150, "max_tokens": 64, "ignore_eos": True, "stream": True}).encode()
+        body = json.dumps(
+            {"model": "m", "prompt": "\u4e00" * 150, "max_tokens": 64, "ignore_eos": True, "stream": True}
+        ).encode()
 
         async def one() -> tuple[int, float, bytes]:
             reader, writer = await asyncio.open_connection("127.0.0.1", self.server.port)
@@ -138,7 +185,13 @@ class Soak:
         rows = await asyncio.gather(*(one() for _ in range(count)))
         firsts = [f for s, f, _ in rows if s == 200]
         busy = [r for s, _, r in rows if s == 429]
-        return {"admitted": len(firsts), "refused": len(busy), "other": len(rows) - len(firsts) - len(busy), "first_max": max(firsts), "with_retry_after": sum(b"retry-after:" in r.lower() for r in busy)}
+        return {
+            "admitted": len(firsts),
+            "refused": len(busy),
+            "other": len(rows) - len(firsts) - len(busy),
+            "first_max": max(firsts),
+            "with_retry_after": sum(b"retry-after:" in r.lower() for r in busy),
+        }
 
 
 async def run(server: Server, a: argparse.Namespace) -> dict[str, object]:
@@ -153,7 +206,12 @@ async def run(server: Server, a: argparse.Namespace) -> dict[str, object]:
                 print(f"  {len(memories)} s  {memories[-1]:.0f} MB  {dict(soak.counts)}", flush=True)
             await asyncio.sleep(1)
 
-    await asyncio.gather(watch(), soak.malformed(a.malformed, until), soak.half_open(until), *(soak.client(until) for _ in range(a.clients)))
+    await asyncio.gather(
+        watch(),
+        soak.malformed(a.malformed, until),
+        soak.half_open(until),
+        *(soak.client(until) for _ in range(a.clients)),
+    )
     await asyncio.sleep(2)
     fifth = len(memories) // 5
     early, late = statistics.median(memories[fifth : 2 * fifth]), statistics.median(memories[-fifth:])
@@ -161,9 +219,20 @@ async def run(server: Server, a: argparse.Namespace) -> dict[str, object]:
     firsts = sorted(soak.firsts)
     burst = await soak.burst(a.burst)
     return {
-        "minutes": a.minutes, "counts": dict(soak.counts), "failed": sum(v for k, v in soak.counts.items() if k.startswith(("FAILED", "status 5"))), "memory_mb_early": early, "memory_mb_late": late, "memory_drift": late / early - 1,
-        "blocks_not_returned": left, "first_p50": firsts[len(firsts) // 2], "first_p99": firsts[int(0.99 * len(firsts))], "first_max": firsts[-1], "burst": burst, "blocks_not_returned_after_burst": await metric(server.port, "craton_cache_blocks") - await metric(server.port, "craton_cache_blocks_free"),
-    }  # fmt: skip
+        "minutes": a.minutes,
+        "counts": dict(soak.counts),
+        "failed": sum(v for k, v in soak.counts.items() if k.startswith(("FAILED", "status 5"))),
+        "memory_mb_early": early,
+        "memory_mb_late": late,
+        "memory_drift": late / early - 1,
+        "blocks_not_returned": left,
+        "first_p50": firsts[len(firsts) // 2],
+        "first_p99": firsts[int(0.99 * len(firsts))],
+        "first_max": firsts[-1],
+        "burst": burst,
+        "blocks_not_returned_after_burst": await metric(server.port, "craton_cache_blocks")
+        - await metric(server.port, "craton_cache_blocks_free"),
+    }
 
 
 def main() -> None:
@@ -177,7 +246,25 @@ def main() -> None:
     parser.add_argument("--json")
     a = parser.parse_args()
     port = free_port()
-    server = Server("craton", [sys.executable, "-m", "craton", "serve", f"m={a.model}", "--port", str(port), "--max-wait", str(a.max_wait), "--votes", tempfile.mktemp()], port, "m", "/ready")
+    server = Server(
+        "craton",
+        [
+            sys.executable,
+            "-m",
+            "craton",
+            "serve",
+            f"m={a.model}",
+            "--port",
+            str(port),
+            "--max-wait",
+            str(a.max_wait),
+            "--votes",
+            tempfile.mktemp(),
+        ],
+        port,
+        "m",
+        "/ready",
+    )
     try:
         out = asyncio.run(run(server, a))
         print(json.dumps(out, indent=1))

@@ -59,10 +59,15 @@ def peer(folder: Path, seconds: float, lr: float, compiled: bool, tokens: int) -
     torch.manual_seed(0)
     corpus = corpora(folder)[0]
     config = LlamaConfig(
-        vocab_size=corpus.manifest["vocab_size"], hidden_size=SHAPE["hidden"], intermediate_size=SHAPE["ffn"],
-        num_hidden_layers=SHAPE["layers"], num_attention_heads=SHAPE["heads"], num_key_value_heads=SHAPE["kv"],
-        max_position_embeddings=LENGTH, tie_word_embeddings=False,
-    )  # fmt: skip
+        vocab_size=corpus.manifest["vocab_size"],
+        hidden_size=SHAPE["hidden"],
+        intermediate_size=SHAPE["ffn"],
+        num_hidden_layers=SHAPE["layers"],
+        num_attention_heads=SHAPE["heads"],
+        num_key_value_heads=SHAPE["kv"],
+        max_position_embeddings=LENGTH,
+        tie_word_embeddings=False,
+    )
     network = LlamaForCausalLM(config)
     forward = torch.compile(network) if compiled else network
     optimizer = torch.optim.AdamW(network.parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
@@ -85,13 +90,25 @@ def peer(folder: Path, seconds: float, lr: float, compiled: bool, tokens: int) -
         optimizer.zero_grad()
         step += 1
     spent = time.perf_counter() - began
-    final = bits_per_byte(lambda i, t: F.cross_entropy(network(i, use_cache=False).logits.flatten(0, 1), t.flatten(), reduction="sum"), rows, folder)
-    return {"lr": lr, "compiled": compiled, "seconds": spent, "steps": step, "tokens": step * ROWS * LENGTH, "bits_per_byte": final,
-            "parameters": sum(p.numel() for p in network.parameters())}  # fmt: skip
+    final = bits_per_byte(
+        lambda i, t: F.cross_entropy(network(i, use_cache=False).logits.flatten(0, 1), t.flatten(), reduction="sum"),
+        rows,
+        folder,
+    )
+    return {
+        "lr": lr,
+        "compiled": compiled,
+        "seconds": spent,
+        "steps": step,
+        "tokens": step * ROWS * LENGTH,
+        "bits_per_byte": final,
+        "parameters": sum(p.numel() for p in network.parameters()),
+    }
 
 
 def ours(folder: Path, seconds: float, target: float, tokens: int) -> dict[str, Any]:
-    """Train with the loop's own optimizers and schedule for `seconds`, looking at the held-out loss as the decay ends."""
+    """Train with the loop's own optimizers and schedule for `seconds`, looking at the held-out loss as the decay
+    ends."""
     import torch
 
     from craton.corpus.batches import Batches
@@ -105,9 +122,22 @@ def ours(folder: Path, seconds: float, target: float, tokens: int) -> dict[str, 
     kernels.keep_freed_memory()
     corpus = corpora(folder)[0]
     recipe = Recipe()
-    recipe.model.num_hidden_layers, recipe.model.hidden_size, recipe.model.intermediate_size = SHAPE["layers"], SHAPE["hidden"], SHAPE["ffn"]
-    recipe.model.num_attention_heads, recipe.model.num_key_value_heads, recipe.model.head_dim = SHAPE["heads"], SHAPE["kv"], SHAPE["hidden"] // SHAPE["heads"]
-    recipe.data.sequence_length, recipe.data.batch_tokens, recipe.run.steps, recipe.data.document_mask = LENGTH, ROWS * LENGTH, 1000, False
+    recipe.model.num_hidden_layers, recipe.model.hidden_size, recipe.model.intermediate_size = (
+        SHAPE["layers"],
+        SHAPE["hidden"],
+        SHAPE["ffn"],
+    )
+    recipe.model.num_attention_heads, recipe.model.num_key_value_heads, recipe.model.head_dim = (
+        SHAPE["heads"],
+        SHAPE["kv"],
+        SHAPE["hidden"] // SHAPE["heads"],
+    )
+    recipe.data.sequence_length, recipe.data.batch_tokens, recipe.run.steps, recipe.data.document_mask = (
+        LENGTH,
+        ROWS * LENGTH,
+        1000,
+        False,
+    )
     recipe, config, _ = plan(recipe, [corpus], 1e12, lambda c, r: 1.0, time.monotonic(), "cpu")
     rows = heldout(folder, tokens)
     batches = Batches([corpus], [1.0], LENGTH, ROWS, 0, False)
@@ -127,15 +157,24 @@ def ours(folder: Path, seconds: float, target: float, tokens: int) -> dict[str, 
         if spent >= next_look * seconds or spent >= seconds:
             next_look += 0.02
             start = time.perf_counter()
-            value = bits_per_byte(lambda i, t: network.loss(i, t, torch.ones_like(i, dtype=torch.float32))[0], rows, folder)
+            value = bits_per_byte(
+                lambda i, t: network.loss(i, t, torch.ones_like(i, dtype=torch.float32))[0], rows, folder
+            )
             looking += time.perf_counter() - start
             looks.append({"seconds": spent, "bits_per_byte": value})
             if value <= target and reached is None:
                 reached = spent
             if spent >= seconds:
                 break
-    return {"seconds": spent, "steps": step, "tokens": step * ROWS * LENGTH, "bits_per_byte": value, "reached": reached, "looks": looks,
-            "parameters": config.parameters}  # fmt: skip
+    return {
+        "seconds": spent,
+        "steps": step,
+        "tokens": step * ROWS * LENGTH,
+        "bits_per_byte": value,
+        "reached": reached,
+        "looks": looks,
+        "parameters": config.parameters,
+    }
 
 
 def ask(*args: Any) -> dict[str, Any]:
@@ -150,7 +189,9 @@ def main() -> None:
     parser.add_argument("--train", nargs="+", help="documents to train on")
     parser.add_argument("--heldout", nargs="+", help="documents to measure on")
     parser.add_argument("--seconds", type=float, default=180, help="the peer's time")
-    parser.add_argument("--lr", nargs="+", type=float, default=[2e-3, 4e-3], help="the peer's learning rates; the best counts")
+    parser.add_argument(
+        "--lr", nargs="+", type=float, default=[2e-3, 4e-3], help="the peer's learning rates; the best counts"
+    )
     parser.add_argument("--heldout-tokens", type=int, default=131_072)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -167,24 +208,39 @@ def main() -> None:
         folder = Path(name)
         build(BuildOptions(args.train, ["quality"], [], vocab_size=4096), folder / "train")
         everything = ["quality", "exact", "near"]
-        build(BuildOptions(args.heldout, everything, [], tokenizer=str(folder / "train" / "tokenizer")), folder / "heldout")
+        build(
+            BuildOptions(args.heldout, everything, [], tokenizer=str(folder / "train" / "tokenizer")),
+            folder / "heldout",
+        )
         peers = []
         for lr in args.lr:
             for compiled in (False, True):
                 if compiled and peers and lr != min(peers, key=lambda p: p["bits_per_byte"])["lr"]:
                     continue
                 peers.append(ask("peer", name, args.seconds, lr, compiled, args.heldout_tokens))
-                print(f"transformers{' compiled' if compiled else ''}, AdamW {lr:g}: {peers[-1]['bits_per_byte']:.4f} bits/byte after {peers[-1]['steps']} steps, {peers[-1]['seconds']:.0f} s")
+                print(
+                    f"transformers{' compiled' if compiled else ''}, AdamW {lr:g}: {peers[-1]['bits_per_byte']:.4f} "
+                    f"bits/byte after {peers[-1]['steps']} steps, {peers[-1]['seconds']:.0f} s"
+                )
         best = min(peers, key=lambda p: p["bits_per_byte"])
         tries = []
         for share in (0.15, 0.2, 0.25, 0.3, 0.4, 0.5, 0.7, 1.0):
             tries.append(ask("ours", name, share * best["seconds"], best["bits_per_byte"], args.heldout_tokens))
             t = tries[-1]
-            print(f"craton, planned for {share:.0%} of that time: {t['bits_per_byte']:.4f} bits/byte after {t['steps']} steps, {t['seconds']:.0f} s")
+            print(
+                f"craton, planned for {share:.0%} of that time: {t['bits_per_byte']:.4f} bits/byte after "
+                f"{t['steps']} steps, {t['seconds']:.0f} s"
+            )
             if t["reached"]:
                 break
-        result = {"target_bits_per_byte": best["bits_per_byte"], "peer": best, "peers": peers, "craton": tries[-1], "tries": tries,
-                  "time_ratio": tries[-1]["reached"] / best["seconds"] if tries[-1]["reached"] else None}  # fmt: skip
+        result = {
+            "target_bits_per_byte": best["bits_per_byte"],
+            "peer": best,
+            "peers": peers,
+            "craton": tries[-1],
+            "tries": tries,
+            "time_ratio": tries[-1]["reached"] / best["seconds"] if tries[-1]["reached"] else None,
+        }
     print(f"time to {best['bits_per_byte']:.4f} bits/byte, craton / transformers: {result['time_ratio']}")
     if args.json:
         print(json.dumps(result))

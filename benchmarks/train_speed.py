@@ -7,8 +7,8 @@ Every contestant lives in a process of its own and is asked for steps in turns, 
 forward, backward, clipping at norm 1 and fused AdamW, fp32, on random tokens. FLOPs are 6 * (matrices + head) a token,
 the same for all. Two peaks are measured between the turns, on a 1536 x 1536 fp32 product. `fraction_of_gemm_peak` is of
 what `torch.mm` reaches, which is what the peers compute with; `fraction_of_best_gemm_peak` is of the fastest product at
-hand, through PyTorch's BLAS or through oneDNN: the machine's ceiling. Where oneDNN is the faster, ours can pass the first.
-"""
+hand, through PyTorch's BLAS or through oneDNN: the machine's ceiling. Where oneDNN is the faster, ours can pass the
+first."""
 
 import argparse
 import json
@@ -52,21 +52,38 @@ def loss_function(name: str, shape: str) -> tuple[Any, Any]:
         from transformers import LlamaConfig, LlamaForCausalLM
 
         config = LlamaConfig(
-            vocab_size=vocabulary, hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers,
-            num_attention_heads=heads, num_key_value_heads=kv, max_position_embeddings=length,
-        )  # fmt: skip
+            vocab_size=vocabulary,
+            hidden_size=hidden,
+            intermediate_size=ffn,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=kv,
+            max_position_embeddings=length,
+        )
         network = LlamaForCausalLM(config)
         forward = torch.compile(network) if name.endswith("compiled") else network
-        return network, lambda ids, target: F.cross_entropy(forward(ids, use_cache=False).logits.flatten(0, 1), target.flatten())
+        return network, lambda ids, target: F.cross_entropy(
+            forward(ids, use_cache=False).logits.flatten(0, 1), target.flatten()
+        )
     from litgpt import GPT, Config
 
     network = GPT(
         Config(
-            block_size=length, vocab_size=vocabulary, padded_vocab_size=vocabulary, n_layer=layers, n_head=heads,
-            n_query_groups=kv, n_embd=hidden, intermediate_size=ffn, rotary_percentage=1.0, parallel_residual=False,
-            bias=False, norm_class_name="RMSNorm", mlp_class_name="LLaMAMLP",
+            block_size=length,
+            vocab_size=vocabulary,
+            padded_vocab_size=vocabulary,
+            n_layer=layers,
+            n_head=heads,
+            n_query_groups=kv,
+            n_embd=hidden,
+            intermediate_size=ffn,
+            rotary_percentage=1.0,
+            parallel_residual=False,
+            bias=False,
+            norm_class_name="RMSNorm",
+            mlp_class_name="LLaMAMLP",
         )
-    )  # fmt: skip
+    )
     forward = torch.compile(network) if name.endswith("compiled") else network
     return network, lambda ids, target: F.cross_entropy(forward(ids).flatten(0, 1), target.flatten())
 
@@ -122,7 +139,10 @@ class Contestant:
     def __init__(self, name: str, shape: str):
         self.name = name
         self.process = subprocess.Popen(
-            [sys.executable, __file__, "--worker", name, "--shape", shape], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+            [sys.executable, __file__, "--worker", name, "--shape", shape],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
         )
 
     def ask(self, line: str) -> Any:
@@ -144,7 +164,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", choices=SHAPES, default="S")
     parser.add_argument("--rounds", type=int, default=7, help="turns of each contestant")
-    parser.add_argument("--whole", type=float, default=0, metavar="SECONDS", help="also whole runs of so many seconds from process start")
+    parser.add_argument(
+        "--whole",
+        type=float,
+        default=0,
+        metavar="SECONDS",
+        help="also whole runs of so many seconds from process start",
+    )
     parser.add_argument("--only", nargs="*", default=CONTESTANTS, choices=CONTESTANTS)
     parser.add_argument("--json", action="store_true")
     parser.add_argument("--worker", help=argparse.SUPPRESS)

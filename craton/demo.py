@@ -17,9 +17,15 @@ SKIPPED = {"site-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__"
 def gather() -> list[str]:
     """The standard library's modules and packages, without tests and installed packages."""
     root = Path(sysconfig.get_path("stdlib"))
-    found = [str(p) for p in sorted(root.iterdir()) if (p.is_dir() and p.name not in SKIPPED and (p / "__init__.py").exists()) or p.suffix == ".py"]
+    found = [
+        str(p)
+        for p in sorted(root.iterdir())
+        if (p.is_dir() and p.name not in SKIPPED and (p / "__init__.py").exists()) or p.suffix == ".py"
+    ]
     if not found:
-        raise UserError(f"{root}: this Python has no library sources; build a corpus of your own with 'craton corpus build'")
+        raise UserError(
+            f"{root}: this Python has no library sources; build a corpus of your own with 'craton corpus build'"
+        )
     return found
 
 
@@ -43,7 +49,7 @@ def demo(out: Path, budget: str) -> dict[str, Any]:
         text = model.generate(prompt, 96, 0.6)
         samples.append({"prompt": prompt, "text": text})
         say("\n".join("    " + line for line in (prompt + text).splitlines()) + "\n")
-    say(f"""Trained in {span(result['seconds'])}. Next:
+    say(f"""Trained in {span(result["seconds"])}. Next:
 
     open {out}/report.html                               how it went
     craton generate {out} "class Path:"                  let it write

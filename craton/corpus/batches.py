@@ -87,11 +87,22 @@ class _Stream:
 class Batches:
     """`batch(n)` for n = 0, 1, ...: rows_per_batch rows of `length` tokens from weighted corpora."""
 
-    def __init__(self, corpora: list[Corpus], weights: list[float], length: int, rows_per_batch: int, seed: int, document_mask: bool):
+    def __init__(
+        self,
+        corpora: list[Corpus],
+        weights: list[float],
+        length: int,
+        rows_per_batch: int,
+        seed: int,
+        document_mask: bool,
+    ):
         self.streams = [_Stream(c, "train", length, seed * 1_000_003 + i) for i, c in enumerate(corpora)]
         for stream in self.streams:
             if not stream.per_epoch:
-                raise UserError(f"{stream.corpus.folder}: {stream.corpus.length('train')} training tokens, fewer than one row of {length}; give more text or a smaller data.sequence_length")
+                raise UserError(
+                    f"{stream.corpus.folder}: {stream.corpus.length('train')} training tokens, fewer than one row of "
+                    f"{length}; give more text or a smaller data.sequence_length"
+                )
         self.length, self.rows_per_batch, self.document_mask = length, rows_per_batch, document_mask
         # Sources of PATTERN consecutive rows: shares by largest remainder, placed at random.
         share = np.array(weights, float) / sum(weights) * PATTERN
@@ -125,7 +136,16 @@ class Batches:
             for document, offset, take in stream.pieces(n):
                 row = rows[stream.first[document]]
                 digest = f"{row['digest'][0]:016x}{row['digest'][1]:016x}"
-                out.append({"row": i, "corpus": str(stream.corpus.folder), "document": stream.corpus.name_of(row), "digest": digest, "first_token": offset, "tokens": take})
+                out.append(
+                    {
+                        "row": i,
+                        "corpus": str(stream.corpus.folder),
+                        "document": stream.corpus.name_of(row),
+                        "digest": digest,
+                        "first_token": offset,
+                        "tokens": take,
+                    }
+                )
         return out
 
 
@@ -138,5 +158,12 @@ def heldout_rows(corpora: list[Corpus], length: int, most_tokens: int, document_
         for n in range(wanted):
             tokens, start = stream.row(n * stream.per_epoch // wanted)
             t = torch.from_numpy(tokens)[None]
-            out.append(Batch(t[:, :-1].contiguous(), t[:, 1:].contiguous(), torch.ones(1, length), torch.from_numpy(start)[None] if document_mask else None))
+            out.append(
+                Batch(
+                    t[:, :-1].contiguous(),
+                    t[:, 1:].contiguous(),
+                    torch.ones(1, length),
+                    torch.from_numpy(start)[None] if document_mask else None,
+                )
+            )
     return out

@@ -82,7 +82,9 @@ def _check(options: BuildOptions) -> None:
     if options.vocab_size is not None and options.tokenizer:
         raise UserError("--vocab-size and --tokenizer exclude each other: a given tokenizer has its own size")
     if options.vocab_size is not None and not 300 <= options.vocab_size <= 1_000_000:
-        raise UserError(f"--vocab-size {options.vocab_size}: must be between 300 (256 bytes and the special tokens) and 1000000")
+        raise UserError(
+            f"--vocab-size {options.vocab_size}: must be between 300 (256 bytes and the special tokens) and 1000000"
+        )
 
 
 def _evaluation(paths: list[str]) -> Evaluation | None:
@@ -120,7 +122,10 @@ def _evaluation(paths: list[str]) -> Evaluation | None:
 
 def _fingerprint(options: BuildOptions, files: list[sources.SourceFile]) -> str:
     """Changes when the same command would not give the same corpus."""
-    facts = [(str(f.path), f.kind, (s := f.path.stat()).st_size, s.st_mtime_ns) if f.kind != "hub" else str(f.path) for f in files]
+    facts = [
+        (str(f.path), f.kind, (s := f.path.stat()).st_size, s.st_mtime_ns) if f.kind != "hub" else str(f.path)
+        for f in files
+    ]
     checks = [sha256(Path(p)) if Path(p).is_file() else p for p in options.decontaminate]
     return digest([__version__, asdict(options), facts, checks])
 
@@ -220,16 +225,25 @@ def build(options: BuildOptions, out: Path) -> dict[str, Any]:
         shutil.rmtree(out if made else work)
         raise
     except OSError as error:
-        raise UserError(f"{out}: cannot write ({error.strerror}); mend it and run the same command again, it will go on") from None
+        raise UserError(
+            f"{out}: cannot write ({error.strerror}); mend it and run the same command again, it will go on"
+        ) from None
     finally:
         pool.close()
         lock.close()
 
 
 def _build(
-    options: BuildOptions, out: Path, work: Path, files: list[sources.SourceFile], passed: list[Path],
-    evaluation: Evaluation | None, given: Tokenizer | None, mark: str, pool: _Pool,
-) -> dict[str, Any]:  # fmt: skip
+    options: BuildOptions,
+    out: Path,
+    work: Path,
+    files: list[sources.SourceFile],
+    passed: list[Path],
+    evaluation: Evaluation | None,
+    given: Tokenizer | None,
+    mark: str,
+    pool: _Pool,
+) -> dict[str, Any]:
     began, progress = time.monotonic(), Progress()
     counts: Counter[str] = Counter()
     dropped: dict[str, Dropped] = {}
@@ -246,7 +260,9 @@ def _build(
             found_before += 1
         else:
             pool.submit(clean, batch, frozenset(options.skip), options.mask_personal, evaluation, path)
-        progress.show(f"clean    {count(size)}B read, {size / 1e6 / (time.monotonic() - began):.1f} MB/s, {batch[-1].name}")
+        progress.show(
+            f"clean    {count(size)}B read, {size / 1e6 / (time.monotonic() - began):.1f} MB/s, {batch[-1].name}"
+        )
     pool.finish()
     progress.clear()
     if found_before:
@@ -260,7 +276,10 @@ def _build(
         cleaned.append(np.load(path.with_suffix(".npy"), allow_pickle=False))
     index = np.concatenate(cleaned) if cleaned else np.empty(0, INDEX)
     cleaned_in = time.monotonic() - began
-    say(f"clean    {counts['documents']} documents, {count(counts['bytes'])}B in {span(cleaned_in)}; {len(index)} parts left")
+    say(
+        f"clean    {counts['documents']} documents, {count(counts['bytes'])}B in {span(cleaned_in)}; {len(index)} "
+        "parts left"
+    )
 
     # 2. dedup
     copy = exact_copies(index["exact"]) if "exact" not in options.skip else np.zeros(len(index), bool)
@@ -271,10 +290,18 @@ def _build(
             dropped[why] = Dropped(int(which.sum()), int(index["bytes"][which].sum()))
     _dedup_examples(batches, cleaned, {"exact_duplicate": copy, "near_duplicate": near}, dropped)
     if not keep.any():
-        reasons = ", ".join(f"{why} {d.documents}" for why, d in sorted(dropped.items(), key=lambda x: -x[1].documents)[:4])
-        raise UserError(f"{options.sources[0]}: no document is left after the filters ({reasons or 'no text'}); --skip quality keeps them")
+        reasons = ", ".join(
+            f"{why} {d.documents}" for why, d in sorted(dropped.items(), key=lambda x: -x[1].documents)[:4]
+        )
+        raise UserError(
+            f"{options.sources[0]}: no document is left after the filters ({reasons or 'no text'}); --skip quality "
+            "keeps them"
+        )
     held = _heldout(index, keep)
-    say(f"dedup    {int(copy.sum())} exact and {int(near.sum())} near duplicates dropped, {int(keep.sum())} kept, {int(held.sum())} held out")
+    say(
+        f"dedup    {int(copy.sum())} exact and {int(near.sum())} near duplicates dropped, {int(keep.sum())} kept, "
+        f"{int(held.sum())} held out"
+    )
 
     # 3. tokenizer
     folder, kept_bytes = work / "tokenizer", int(index["bytes"][keep].sum())
@@ -306,7 +333,10 @@ def _build(
     progress.clear()
     manifest = _write(options, out, work, batches, offsets, index, keep, held, follows, tokenizer, dtype)
     seconds = time.monotonic() - began
-    say(f"encode   {count(sum(s['tokens'] for s in manifest['splits'].values()))} tokens in {span(time.monotonic() - began_encoding)}")
+    say(
+        f"encode   {count(sum(s['tokens'] for s in manifest['splits'].values()))} tokens in "
+        f"{span(time.monotonic() - began_encoding)}"
+    )
     licenses = manifest.pop("licenses")
     manifest |= {
         "fingerprint": mark,
@@ -314,14 +344,24 @@ def _build(
         "options": asdict(options),
         "counts": {**counts, "kept": int(keep.sum()), "kept_bytes": kept_bytes},
         "dropped": {why: asdict(d) for why, d in sorted(dropped.items())},
-        "passed_over": {"files": len(passed), "types": Counter(p.suffix or "(none)" for p in passed), "bad": len(bad), "examples": bad[:5]},
+        "passed_over": {
+            "files": len(passed),
+            "types": Counter(p.suffix or "(none)" for p in passed),
+            "bad": len(bad),
+            "examples": bad[:5],
+        },
         "evaluation": {"items": evaluation.items, "too_short": evaluation.too_short} if evaluation else None,
         "sources": [
-            {"name": name, "documents": int((kept := keep & (index["source"] == i)).sum()), "bytes": int(index["bytes"][kept].sum()), "license": sorted(licenses.get(i, set()))}
+            {
+                "name": name,
+                "documents": int((kept := keep & (index["source"] == i)).sum()),
+                "bytes": int(index["bytes"][kept].sum()),
+                "license": sorted(licenses.get(i, set())),
+            }
             for i, name in enumerate(options.sources)
         ],
         "seconds": round(seconds, 2),
-    }  # fmt: skip
+    }
     manifest = json.loads(json.dumps(manifest))
     manifest["digest"] = manifest_digest(manifest)
     write_json(out / "manifest.json", manifest)
@@ -330,7 +370,9 @@ def _build(
     return manifest
 
 
-def _dedup_examples(batches: list[Path], cleaned: list[np.ndarray], copies: dict[str, np.ndarray], dropped: dict[str, Dropped]) -> None:
+def _dedup_examples(
+    batches: list[Path], cleaned: list[np.ndarray], copies: dict[str, np.ndarray], dropped: dict[str, Dropped]
+) -> None:
     for why, which in copies.items():
         at = np.flatnonzero(which)[:3]
         offset = 0
@@ -340,7 +382,9 @@ def _dedup_examples(batches: list[Path], cleaned: list[np.ndarray], copies: dict
                 documents = read_batch(path)
                 for i in mine:
                     d = documents[i]
-                    dropped[why].examples.append({"document": d["name"], "text": " ".join(d["text"][:400].split())[:160]})
+                    dropped[why].examples.append(
+                        {"document": d["name"], "text": " ".join(d["text"][:400].split())[:160]}
+                    )
             offset += len(rows)
 
 
@@ -355,9 +399,18 @@ def _sample(batches: list[Path], offsets: np.ndarray, use: np.ndarray, total: in
 
 
 def _write(
-    options: BuildOptions, out: Path, work: Path, batches: list[Path], offsets: np.ndarray, index: np.ndarray,
-    keep: np.ndarray, held: np.ndarray, follows: np.ndarray, tokenizer: Tokenizer, dtype: str,
-) -> dict[str, Any]:  # fmt: skip
+    options: BuildOptions,
+    out: Path,
+    work: Path,
+    batches: list[Path],
+    offsets: np.ndarray,
+    index: np.ndarray,
+    keep: np.ndarray,
+    held: np.ndarray,
+    follows: np.ndarray,
+    tokenizer: Tokenizer,
+    dtype: str,
+) -> dict[str, Any]:
     """Shards, document rows, names and tokenizer; returns the part of the manifest that describes them."""
     for stale in [*out.glob("*.bin"), *out.glob("documents.npy")]:
         stale.unlink()
@@ -385,7 +438,19 @@ def _write(
                     open_shards[split] = open(out / shards[split][-1], "wb")  # noqa: SIM115
                 open_shards[split].write(piece.tobytes())
                 label = document["name"].encode("utf-8", "replace")[:65_535]
-                rows.append((SPLITS.index(split), follows[g], index["source"][g], length[split], len(piece), index["bytes"][g], names.tell(), len(label), index["exact"][g]))
+                rows.append(
+                    (
+                        SPLITS.index(split),
+                        follows[g],
+                        index["source"][g],
+                        length[split],
+                        len(piece),
+                        index["bytes"][g],
+                        names.tell(),
+                        len(label),
+                        index["exact"][g],
+                    )
+                )
                 names.write(label)
                 length[split] += len(piece)
                 if document["license"]:
@@ -397,7 +462,12 @@ def _write(
         np.save(rows_file, table)
     (out / "tokenizer").mkdir(exist_ok=True)
     tokenizer.save(out / "tokenizer")
-    paths = [out / "documents.npy", out / "names.bin", *(out / s for names_ in shards.values() for s in names_), *sorted((out / "tokenizer").iterdir())]
+    paths = [
+        out / "documents.npy",
+        out / "names.bin",
+        *(out / s for names_ in shards.values() for s in names_),
+        *sorted((out / "tokenizer").iterdir()),
+    ]
     for path in paths:
         fsync(path)
     return {
@@ -406,9 +476,14 @@ def _write(
         "vocab_size": tokenizer.vocab_size,
         "document_id": tokenizer.document_id,
         "splits": {
-            s: {"tokens": length[s], "documents": int((table["split"] == i).sum()), "bytes": int(table["bytes"][table["split"] == i].sum()), "shards": shards[s]}
+            s: {
+                "tokens": length[s],
+                "documents": int((table["split"] == i).sum()),
+                "bytes": int(table["bytes"][table["split"] == i].sum()),
+                "shards": shards[s],
+            }
             for i, s in enumerate(SPLITS)
         },
         "files": {str(p.relative_to(out)): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in paths},
         "licenses": licenses,
-    }  # fmt: skip
+    }

@@ -92,7 +92,9 @@ def _html_text(text: str) -> str:
     return quality.strip_html_lines(found or "")
 
 
-def clean(batch: list[Document], skip: frozenset[str], personal: bool, evaluation: Evaluation | None, out: Path) -> None:
+def clean(
+    batch: list[Document], skip: frozenset[str], personal: bool, evaluation: Evaluation | None, out: Path
+) -> None:
     """Write out.zst (a JSON line a kept document), out.npy (INDEX rows) and last out.json (counts)."""
     dropped: dict[str, Dropped] = defaultdict(Dropped)
     counts: Counter[str] = Counter()
@@ -118,7 +120,11 @@ def clean(batch: list[Document], skip: frozenset[str], personal: bool, evaluatio
         if "quality" not in skip:
             code = kind == "code" or (kind == "unknown" and quality.kind_of(text) == "code")
             counts["code" if code else "prose"] += 1
-            why = quality.reject_code(text) if code else quality.reject_prose(text, words, kind == "html", "english" not in skip)
+            why = (
+                quality.reject_code(text)
+                if code
+                else quality.reject_prose(text, words, kind == "html", "english" not in skip)
+            )
             if why and not (document.part and why.startswith("gopher_under")):
                 dropped[why].add(document.name, text)
                 continue
@@ -128,7 +134,9 @@ def clean(batch: list[Document], skip: frozenset[str], personal: bool, evaluatio
         data = text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
         exact = np.frombuffer(hashlib.blake2b(" ".join(data.split()).encode(), digest_size=16).digest(), np.uint64)
         near = bands_of(words, exact) if "near" not in skip else np.zeros(BANDS, np.uint64)
-        name = int.from_bytes(hashlib.blake2b(document.name.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
+        name = int.from_bytes(
+            hashlib.blake2b(document.name.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little"
+        )
         rows.append((name, document.part, document.source, len(data.encode()), exact, near))
         lines.append(json.dumps({"name": document.name, "text": data, "license": document.license}))
     try:
@@ -139,7 +147,9 @@ def clean(batch: list[Document], skip: frozenset[str], personal: bool, evaluatio
         temporary.write_text(json.dumps({"counts": counts, "dropped": {k: asdict(v) for k, v in dropped.items()}}))
         temporary.rename(out.with_suffix(".json"))
     except OSError as error:
-        raise UserError(f"{out.parent}: cannot write ({error.strerror}); free some space and run the same command again") from None
+        raise UserError(
+            f"{out.parent}: cannot write ({error.strerror}); free some space and run the same command again"
+        ) from None
 
 
 def read_batch(path: Path) -> list[dict[str, str]]:

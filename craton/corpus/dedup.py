@@ -14,7 +14,8 @@ def exact_copies(digests: np.ndarray) -> np.ndarray:
 
 
 def near_copies(bands: np.ndarray) -> np.ndarray:
-    """bands (n, bands) uint64 -> (n,) True where the row shares a band, directly or through others, with an earlier one."""
+    """bands (n, bands) uint64 -> (n,) True where the row shares a band, directly or through others, with an earlier
+    one."""
     parent = np.arange(len(bands))
 
     def root(i: int) -> int:

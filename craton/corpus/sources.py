@@ -17,10 +17,41 @@ from craton.base import UserError
 PROSE = {".txt", ".md", ".rst", ".tex", ".org", ".adoc"}
 HTML = {".html", ".htm", ".xhtml"}
 CODE = {
-    ".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".rs", ".go", ".java", ".kt", ".scala", ".js", ".mjs", ".ts",
-    ".tsx", ".jsx", ".rb", ".php", ".swift", ".cs", ".sh", ".pl", ".lua", ".r", ".jl", ".sql", ".hs", ".ml", ".toml",
-    ".yaml", ".yml", ".css",
-}  # fmt: skip
+    ".py",
+    ".pyi",
+    ".c",
+    ".h",
+    ".cc",
+    ".cpp",
+    ".hpp",
+    ".cu",
+    ".rs",
+    ".go",
+    ".java",
+    ".kt",
+    ".scala",
+    ".js",
+    ".mjs",
+    ".ts",
+    ".tsx",
+    ".jsx",
+    ".rb",
+    ".php",
+    ".swift",
+    ".cs",
+    ".sh",
+    ".pl",
+    ".lua",
+    ".r",
+    ".jl",
+    ".sql",
+    ".hs",
+    ".ml",
+    ".toml",
+    ".yaml",
+    ".yml",
+    ".css",
+}
 COMPRESSED = {".gz", ".xz", ".zst"}
 PART_BYTES = 128 << 10  # a longer document is cut at a paragraph into parts, so that memory stays bounded
 
@@ -48,7 +79,13 @@ def _kind(path: Path) -> str | None:
     suffix = path.suffix.lower()
     if suffix in COMPRESSED:
         suffix = path.with_suffix("").suffix.lower()
-    for kind, known in (("prose", PROSE), ("html", HTML), ("code", CODE), ("jsonl", {".jsonl", ".ndjson"}), ("parquet", {".parquet"})):
+    for kind, known in (
+        ("prose", PROSE),
+        ("html", HTML),
+        ("code", CODE),
+        ("jsonl", {".jsonl", ".ndjson"}),
+        ("parquet", {".parquet"}),
+    ):
         if suffix in known:
             return kind
     return None
@@ -62,15 +99,25 @@ def find(sources: list[str]) -> tuple[list[SourceFile], list[Path]]:
         path, before = Path(source), len(found)
         if path.is_dir():
             # No hidden folders, no caches: what a person sees when listing the folder.
-            inside = sorted(p for p in path.rglob("*") if p.is_file() and not any(x.startswith(".") or x == "__pycache__" for x in p.relative_to(path).parts))
+            inside = sorted(
+                p
+                for p in path.rglob("*")
+                if p.is_file() and not any(x.startswith(".") or x == "__pycache__" for x in p.relative_to(path).parts)
+            )
             for p in inside:
                 if (kind := _kind(p)) is None:
                     passed.append(p)
                 else:
                     found.append(SourceFile(p, number, kind))
             if len(found) == before:
-                what = "is empty" if not inside else f"holds no text file ({len(inside)} files of other types, such as {inside[0].name})"
-                raise UserError(f"{source}: the folder {what}; give .txt, .md, .html, source code, .jsonl or .parquet files")
+                what = (
+                    "is empty"
+                    if not inside
+                    else f"holds no text file ({len(inside)} files of other types, such as {inside[0].name})"
+                )
+                raise UserError(
+                    f"{source}: the folder {what}; give .txt, .md, .html, source code, .jsonl or .parquet files"
+                )
         elif path.is_file():
             if (kind := _kind(path)) is None:
                 kind = "prose"  # named by hand: its content decides
@@ -166,7 +213,11 @@ def _whole(file: SourceFile) -> Iterator[tuple[str, str, str]]:
         rest = b""
         while piece := f.read(16 << 20):
             data = rest + piece
-            cut = data.rfind(b"\n") + 1 if len(piece) == 16 << 20 and data[:2] not in (b"\xff\xfe", b"\xfe\xff") else len(data)
+            cut = (
+                data.rfind(b"\n") + 1
+                if len(piece) == 16 << 20 and data[:2] not in (b"\xff\xfe", b"\xfe\xff")
+                else len(data)
+            )
             cut = cut or len(data)
             yield str(file.path), _decode(data[:cut], file.path), ""
             rest = data[cut:]
@@ -186,9 +237,16 @@ def _text_of(row: Any, where: str) -> tuple[str, str]:
             if isinstance(row.get(field), str):
                 return row[field], str(row.get("license") or row.get("licence") or "")
         strings = [v for v in row.values() if isinstance(v, str)]
-        if {"prompt", "response"} <= set(row) or {"question", "answer"} <= set(row) or {"instruction", "output"} <= set(row):
+        if (
+            {"prompt", "response"} <= set(row)
+            or {"question", "answer"} <= set(row)
+            or {"instruction", "output"} <= set(row)
+        ):
             return "\n\n".join(s for s in strings if s), ""
-    raise UserError(f"{where}: no text in this record; expected a field named {', '.join(TEXT_FIELDS)}; --skip-bad passes over such records")
+    raise UserError(
+        f"{where}: no text in this record; expected a field named {', '.join(TEXT_FIELDS)}; --skip-bad passes over "
+        "such records"
+    )
 
 
 def _jsonl(file: SourceFile) -> Iterator[tuple[str, str, str] | UserError]:
@@ -202,7 +260,9 @@ def _jsonl(file: SourceFile) -> Iterator[tuple[str, str, str] | UserError]:
             except UserError as error:
                 yield error
             except (UnicodeDecodeError, json.JSONDecodeError) as error:
-                yield UserError(f"{where}: broken JSON line ({error}); mend it, or pass --skip-bad to pass over such lines")
+                yield UserError(
+                    f"{where}: broken JSON line ({error}); mend it, or pass --skip-bad to pass over such lines"
+                )
             else:
                 yield where, text, license
 
@@ -218,7 +278,9 @@ def _parquet(file: SourceFile) -> Iterator[tuple[str, str, str] | UserError]:
         raise UserError(f"{file.path}: not a readable parquet file ({str(error).splitlines()[0]})") from None
     names = [n for n in (*TEXT_FIELDS, "license", "licence") if n in table.schema_arrow.names]
     if not set(names) & set(TEXT_FIELDS):
-        raise UserError(f"{file.path}: no column named {', '.join(TEXT_FIELDS)} (it has {', '.join(table.schema_arrow.names)})")
+        raise UserError(
+            f"{file.path}: no column named {', '.join(TEXT_FIELDS)} (it has {', '.join(table.schema_arrow.names)})"
+        )
     number = 0
     for batch in table.iter_batches(batch_size=64, columns=names):
         for row in batch.to_pylist():
@@ -233,7 +295,9 @@ def _hub(file: SourceFile) -> Iterator[tuple[str, str, str] | UserError]:
     try:
         from datasets import load_dataset
     except ImportError:
-        raise UserError(f"{file.path}: no such file or folder; if it is a hub dataset, reading it needs pip install 'craton[hf]'") from None
+        raise UserError(
+            f"{file.path}: no such file or folder; if it is a hub dataset, reading it needs pip install 'craton[hf]'"
+        ) from None
     try:
         rows = load_dataset(str(file.path), split="train", streaming=True)
         for number, row in enumerate(rows):
@@ -242,7 +306,9 @@ def _hub(file: SourceFile) -> Iterator[tuple[str, str, str] | UserError]:
             except UserError as error:
                 yield error
     except Exception as error:
-        raise UserError(f"{file.path}: no such path here, and not readable from the hub ({str(error).splitlines()[0]})") from None
+        raise UserError(
+            f"{file.path}: no such path here, and not readable from the hub ({str(error).splitlines()[0]})"
+        ) from None
 
 
 def read(files: list[SourceFile], skip_bad: bool, bad: Callable[[str], None]) -> Iterator[Document]:

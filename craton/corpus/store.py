@@ -1,11 +1,11 @@
 """A corpus on disk: `manifest.json`, memory-mapped token shards, one row a document, its tokenizer.
 
-    manifest.json      what is here, with hashes, counts, sources and what was dropped
-    train-00000.bin    token ids, uint16 or uint32 little-endian, documents one after another
-    heldout-00000.bin  the same, of documents kept out of training
-    documents.npy      DOCUMENT rows, in stream order within a split
-    names.bin          document names, UTF-8, addressed by documents.npy
-    tokenizer/         the tokenizer folder
+manifest.json      what is here, with hashes, counts, sources and what was dropped
+train-00000.bin    token ids, uint16 or uint32 little-endian, documents one after another
+heldout-00000.bin  the same, of documents kept out of training
+documents.npy      DOCUMENT rows, in stream order within a split
+names.bin          document names, UTF-8, addressed by documents.npy
+tokenizer/         the tokenizer folder
 """
 
 from pathlib import Path
@@ -41,7 +41,9 @@ class Corpus:
         if not folder.is_dir():
             raise UserError(f"{folder}: no such corpus; make one with 'craton corpus build SRC --out {folder}'")
         if not (folder / "manifest.json").exists():
-            raise UserError(f"{folder}: no manifest.json there, so not a finished corpus; run its 'craton corpus build' again")
+            raise UserError(
+                f"{folder}: no manifest.json there, so not a finished corpus; run its 'craton corpus build' again"
+            )
         self.manifest: dict[str, Any] = read_json(folder / "manifest.json")
         try:
             self.dtype = np.dtype(self.manifest["dtype"])
@@ -49,7 +51,9 @@ class Corpus:
             self.digest: str = self.manifest["digest"]
             splits = self.manifest["splits"]
         except (KeyError, TypeError) as error:
-            raise UserError(f"{folder}/manifest.json: missing or mistyped field ({error}); build the corpus again") from None
+            raise UserError(
+                f"{folder}/manifest.json: missing or mistyped field ({error}); build the corpus again"
+            ) from None
         text = (folder / "manifest.json").read_text(encoding="utf-8")
         if self.digest != manifest_digest(self.manifest) or text != as_json(self.manifest):
             raise UserError(f"{folder}/manifest.json: altered since it was built; build the corpus again")

@@ -64,7 +64,8 @@ class Words:
 
     @cached_property
     def folded(self) -> np.ndarray:
-        """uint64 hash of each word in lower case, without ASCII punctuation, digits alike; words of nothing else left out."""
+        """uint64 hash of each word in lower case, without ASCII punctuation, digits alike; words of nothing else left
+        out."""
         h = self._hash(_FOLD)
         return mix(h[h != 0])
 

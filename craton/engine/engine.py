@@ -75,11 +75,25 @@ class Engine:
     """
 
     def __init__(
-        self, network: Decoder, tokenizer: Tokenizer | None = None, *, cache_bytes: int | None = None, step_tokens: int = 512,
-        speculate: str = "", draft: Decoder | None = None, guesses: int = 4, most_running: int = 256, share_prefixes: bool = True,
-    ):  # fmt: skip
+        self,
+        network: Decoder,
+        tokenizer: Tokenizer | None = None,
+        *,
+        cache_bytes: int | None = None,
+        step_tokens: int = 512,
+        speculate: str = "",
+        draft: Decoder | None = None,
+        guesses: int = 4,
+        most_running: int = 256,
+        share_prefixes: bool = True,
+    ):
         config = self.config = network.config
-        self.tokenizer, self.step_tokens, self.most_running, self.share_prefixes = tokenizer, step_tokens, most_running, share_prefixes
+        self.tokenizer, self.step_tokens, self.most_running, self.share_prefixes = (
+            tokenizer,
+            step_tokens,
+            most_running,
+            share_prefixes,
+        )
         if speculate not in ("", "lookup"):
             raise UserError(f"speculate is {speculate!r}; known: '', 'lookup'")
         self.speculate, self.guesses = speculate, guesses
@@ -91,7 +105,10 @@ class Engine:
         self.draft: Runner | None = None
         if draft is not None:
             if draft.config.vocab_size != config.vocab_size:
-                raise UserError(f"the draft model's vocabulary is {draft.config.vocab_size}, the model's {config.vocab_size}; they must be the same")
+                raise UserError(
+                    f"the draft model's vocabulary is {draft.config.vocab_size}, the model's {config.vocab_size}; "
+                    "they must be the same"
+                )
             self.draft = Runner(draft, blocks, min(self.context, draft.config.max_position_embeddings))
         self.grammars: Grammars | None = None
         self.grammars_lock = threading.Lock()
@@ -105,7 +122,13 @@ class Engine:
     # ---- requests ----
 
     def add(
-        self, prompt: Many[int], sampling: Sampling | None = None, *, adapter: str | None = None, score_from: int | None = None, embed: bool = False,
+        self,
+        prompt: Many[int],
+        sampling: Sampling | None = None,
+        *,
+        adapter: str | None = None,
+        score_from: int | None = None,
+        embed: bool = False,
         matcher: Matcher | None = None,
     ) -> int:
         """A new request; returns its number. UserError if it cannot be served: an empty or too long prompt, ids outside
@@ -119,12 +142,20 @@ class Engine:
             bad = max(prompt) if max(prompt) >= self.config.vocab_size else min(prompt)
             raise UserError(f"token id {bad} is outside the model's vocabulary of {self.config.vocab_size}")
         if len(prompt) + bool(s.max_tokens) > self.context:
-            why = "" if self.context == self.config.max_position_embeddings else f", which the cache has room for, of the model's {self.config.max_position_embeddings}"
+            why = (
+                ""
+                if self.context == self.config.max_position_embeddings
+                else f", which the cache has room for, of the model's {self.config.max_position_embeddings}"
+            )
             raise UserError(f"the prompt has {len(prompt)} tokens, the context is {self.context}{why}; shorten it")
         if bad_bias := [i for i in s.logit_bias if not 0 <= i < self.config.vocab_size]:
-            raise UserError(f"logit_bias: token id {bad_bias[0]} is outside the model's vocabulary of {self.config.vocab_size}")
+            raise UserError(
+                f"logit_bias: token id {bad_bias[0]} is outside the model's vocabulary of {self.config.vocab_size}"
+            )
         if bad_stop := [i for i in s.stop_token_ids if not 0 <= i < self.config.vocab_size]:
-            raise UserError(f"stop_token_ids: {bad_stop[0]} is outside the model's vocabulary of {self.config.vocab_size}")
+            raise UserError(
+                f"stop_token_ids: {bad_stop[0]} is outside the model's vocabulary of {self.config.vocab_size}"
+            )
         if adapter is not None:
             raise UserError(f"adapter {adapter!r} is not loaded")
         if (s.stop or s.structured or s.reasoning) and self.tokenizer is None:
@@ -138,8 +169,17 @@ class Engine:
         for index in range(s.n):
             leader = sequences[0] if sequences else None
             sequence = Sequence(
-                Completion(self.last_request, index, prompt_tokens=len(prompt)), s, list(prompt), len(prompt), most, seed, adapter, leader, score_from if leader is None else None, embed,
-            )  # fmt: skip
+                Completion(self.last_request, index, prompt_tokens=len(prompt)),
+                s,
+                list(prompt),
+                len(prompt),
+                most,
+                seed,
+                adapter,
+                leader,
+                score_from if leader is None else None,
+                embed,
+            )
             sequence.matcher = matcher.copy() if matcher else self.matcher(s)
             if self.speculate == "lookup":
                 sequence.lookup = PromptLookup(self.guesses)
@@ -155,10 +195,13 @@ class Engine:
     def _before(self, prompt: list[int]) -> list[int]:
         """The tokens that an answer's text is read after, so that its first space is not lost."""
         assert self.tokenizer is not None
-        return [t for t in prompt[-6:] if t not in self.tokenizer.special_ids] if self.tokenizer.drops_first_space else []
+        return (
+            [t for t in prompt[-6:] if t not in self.tokenizer.special_ids] if self.tokenizer.drops_first_space else []
+        )
 
     def matcher(self, s: Sampling) -> Matcher | None:
-        """The schema or grammar of a request, compiled; None if it has none. UserError if it is wrong. From any thread."""
+        """The schema or grammar of a request, compiled; None if it has none. UserError if it is wrong. From any
+        thread."""
         if not s.structured:
             return None
         with self.grammars_lock:
@@ -196,7 +239,11 @@ class Engine:
         self.counters.steps += 1
         self.counters.computed_tokens += sum(new for _, new in plan)
         logits, hidden, outputs = self._forward(self.runner, plan)
-        greedy = logits.argmax(-1).tolist() if logits is not None and any(s.sampling.temperature == 0 for s, _ in plan) else None
+        greedy = (
+            logits.argmax(-1).tolist()
+            if logits is not None and any(s.sampling.temperature == 0 for s, _ in plan)
+            else None
+        )
         for sequence, new in plan:
             events += self._consume(sequence, new, logits, hidden, outputs[id(sequence)], greedy)
         return events
@@ -237,7 +284,12 @@ class Engine:
                 room -= new
         while self.waiting and room > 0 and len(self.running) < self.most_running:
             sequence = self.waiting[0]
-            if sequence.leader is not None and sequence.leader.prefilling and sequence.leader.completion.finish_reason is None and not sequence.leader.cancelled:
+            if (
+                sequence.leader is not None
+                and sequence.leader.prefilling
+                and sequence.leader.completion.finish_reason is None
+                and not sequence.leader.cancelled
+            ):
                 break
             if not self._admit(sequence, room):
                 break
@@ -280,7 +332,11 @@ class Engine:
         sequence.computed = sequence.known * BLOCK
         new = min(room, len(sequence.tokens) - sequence.computed)
         # Leave a block for each answer that runs, or the newcomer would soon be preempted again.
-        if -(-(sequence.computed + new) // BLOCK) - len(sequence.blocks) + len(self.running) > self.pool.free and self.running or not self._reserve(sequence, sequence.computed + new):
+        if (
+            -(-(sequence.computed + new) // BLOCK) - len(sequence.blocks) + len(self.running) > self.pool.free
+            and self.running
+            or not self._reserve(sequence, sequence.computed + new)
+        ):
             self.pool.release(sequence.blocks)
             sequence.blocks, sequence.computed = [], 0
             return False
@@ -294,14 +350,23 @@ class Engine:
 
     def _preempt(self, sequence: Sequence) -> None:
         self.pool.release(sequence.blocks)
-        sequence.blocks, sequence.computed, sequence.known, sequence.identity, sequence.drafted, sequence.guesses = [], 0, 0, 0, 0, []
+        sequence.blocks, sequence.computed, sequence.known, sequence.identity, sequence.drafted, sequence.guesses = (
+            [],
+            0,
+            0,
+            0,
+            0,
+            [],
+        )
         if sequence.total is not None or sequence.score_from is not None:  # what was gathered so far comes again
             sequence.total, sequence.completion.prompt_logprobs = None, []
         self.running.remove(sequence)
         self.waiting.appendleft(sequence)
         self.counters.preemptions += 1
 
-    def _forward(self, runner: Runner, plan: list[tuple[Sequence, int]], only_last: bool = False) -> tuple[torch.Tensor | None, torch.Tensor, dict[int, tuple[int, int]]]:
+    def _forward(
+        self, runner: Runner, plan: list[tuple[Sequence, int]], only_last: bool = False
+    ) -> tuple[torch.Tensor | None, torch.Tensor, dict[int, tuple[int, int]]]:
         """Logits and hidden states of the tokens that need them; for each sequence the range of its rows."""
         ids: list[int] = []
         positions: list[int] = []
@@ -323,11 +388,18 @@ class Engine:
             outputs[id(sequence)] = (len(rows), len(rows) + new - first)
             rows += range(at + first, at + new)
         most = max(-(-n // BLOCK) for n in lengths)
-        tables = [s.blocks[: -(-n // BLOCK)] + [0] * (most - -(-n // BLOCK)) for (s, _), n in zip(plan, lengths, strict=True)]
-        as_ints = [torch.tensor(v, dtype=torch.int32, device=runner.device) for v in (positions, slots, starts, lengths, tables)]
+        tables = [
+            s.blocks[: -(-n // BLOCK)] + [0] * (most - -(-n // BLOCK)) for (s, _), n in zip(plan, lengths, strict=True)
+        ]
+        as_ints = [
+            torch.tensor(v, dtype=torch.int32, device=runner.device)
+            for v in (positions, slots, starts, lengths, tables)
+        ]
         step = Step(runner.cache, *as_ints)
         want = only_last or any(not s.embed for s, _ in plan)
-        logits, hidden = runner.forward(torch.tensor(ids, dtype=torch.int32), step, torch.tensor(rows, dtype=torch.int32), want and bool(rows))
+        logits, hidden = runner.forward(
+            torch.tensor(ids, dtype=torch.int32), step, torch.tensor(rows, dtype=torch.int32), want and bool(rows)
+        )
         return logits, hidden, outputs
 
     @staticmethod
@@ -341,7 +413,13 @@ class Engine:
         return min(first, new)
 
     def _consume(
-        self, sequence: Sequence, new: int, logits: torch.Tensor | None, hidden: torch.Tensor, rows: tuple[int, int], greedy: list[int] | None
+        self,
+        sequence: Sequence,
+        new: int,
+        logits: torch.Tensor | None,
+        hidden: torch.Tensor,
+        rows: tuple[int, int],
+        greedy: list[int] | None,
     ) -> list[Event]:
         past, tokens = sequence.computed, sequence.tokens
         first = past + new - (rows[1] - rows[0])  # position of the first row
@@ -352,7 +430,9 @@ class Engine:
             assert logits is not None
             end = min(past + new, sequence.prompt - 1)
             part = logits[rows[0] : rows[0] + end - first]
-            scores: list[TokenLogprob | None] = list(token_logprobs(part, tokens[first + 1 : end + 1], sequence.sampling.prompt_logprobs or 0))
+            scores: list[TokenLogprob | None] = list(
+                token_logprobs(part, tokens[first + 1 : end + 1], sequence.sampling.prompt_logprobs or 0)
+            )
             if not sequence.completion.prompt_logprobs:
                 sequence.completion.prompt_logprobs = [None] * (first + 1)
             sequence.completion.prompt_logprobs += scores
@@ -401,7 +481,12 @@ class Engine:
                 return likeliest
             return draw(scores, s, uniform(sequence.seed, completion.index, len(sequence.tokens)))
 
-        if s.reasoning is not None and not answer and s.reasoning.begin is not None and drawn(scores) == s.reasoning.begin:
+        if (
+            s.reasoning is not None
+            and not answer
+            and s.reasoning.begin is not None
+            and drawn(scores) == s.reasoning.begin
+        ):
             sequence.thinking = True
         complete, thinking = False, sequence.thinking
         if thinking:
@@ -443,7 +528,12 @@ class Engine:
         reasoning, answer = sequence.sampling.reasoning, sequence.completion.token_ids
         assert reasoning is not None and self.tokenizer is not None
         end = self.tokenizer.marker(reasoning.end)
-        if reasoning.budget is not None and sequence.completion.reasoning_tokens >= reasoning.budget and not sequence.forced and token != end[0]:
+        if (
+            reasoning.budget is not None
+            and sequence.completion.reasoning_tokens >= reasoning.budget
+            and not sequence.forced
+            and token != end[0]
+        ):
             sequence.forced = list(end)
         if sequence.forced:
             token = sequence.forced.pop(0)
@@ -455,7 +545,9 @@ class Engine:
             return
         while (sequence.known + 1) * BLOCK <= sequence.computed:
             at = sequence.known * BLOCK
-            sequence.identity = self.pool.know(sequence.blocks[sequence.known], sequence.identity, tuple(sequence.tokens[at : at + BLOCK]))
+            sequence.identity = self.pool.know(
+                sequence.blocks[sequence.known], sequence.identity, tuple(sequence.tokens[at : at + BLOCK])
+            )
             sequence.known += 1
 
     def _text(self, sequence: Sequence, added: list[int], last: bool) -> tuple[str, str | None]:
@@ -480,7 +572,11 @@ class Engine:
             whole = whole.removeprefix(base)
             new += whole[len(sent) :] if whole.startswith(sent) else ""
         text = sequence.held + new
-        searched = sequence.sampling.stop if len(completion.token_ids) >= sequence.sampling.min_tokens and not sequence.thinking else ()
+        searched = (
+            sequence.sampling.stop
+            if len(completion.token_ids) >= sequence.sampling.min_tokens and not sequence.thinking
+            else ()
+        )
         if searched and (mark := sequence.sampling.stop_before) and mark in completion.text + text:
             searched = ()
         found = min(((at, s) for s in searched if (at := text.find(s)) >= 0), default=None)
@@ -489,7 +585,10 @@ class Engine:
         else:
             keep = 0
             if not last:
-                keep = max((n for s in searched for n in range(min(len(s) - 1, len(text)), 0, -1) if text.endswith(s[:n])), default=0)
+                keep = max(
+                    (n for s in searched for n in range(min(len(s) - 1, len(text)), 0, -1) if text.endswith(s[:n])),
+                    default=0,
+                )
             text, sequence.held = text[: len(text) - keep], text[len(text) - keep :]
         completion.text += text
         return text, found[1] if found else None
@@ -518,7 +617,11 @@ class Engine:
         assert self.draft is not None
         active = [s for s in self.running if not s.prefilling and s.matcher is None and s.completion.token_ids]
         limit = min(self.context, self.draft.network.config.max_position_embeddings)
-        active = [s for s in active if len(s.tokens) + self.guesses <= limit and self._reserve(s, len(s.tokens) + self.guesses)]
+        active = [
+            s
+            for s in active
+            if len(s.tokens) + self.guesses <= limit and self._reserve(s, len(s.tokens) + self.guesses)
+        ]
         for sequence in active:
             sequence.guesses = []
             while len(sequence.tokens) - sequence.drafted > self.step_tokens:  # a long prompt, in pieces
@@ -532,9 +635,16 @@ class Engine:
             assert logits is not None
             for sequence, new in plan:
                 sequence.drafted += new
-                scores = adjusted(logits[outputs[id(sequence)][0]], sequence.sampling, sequence.tokens[: sequence.prompt], sequence.completion.token_ids)
+                scores = adjusted(
+                    logits[outputs[id(sequence)][0]],
+                    sequence.sampling,
+                    sequence.tokens[: sequence.prompt],
+                    sequence.completion.token_ids,
+                )
                 at = len(sequence.tokens) + len(sequence.guesses)
-                sequence.guesses.append(draw(scores, sequence.sampling, uniform(sequence.seed, sequence.completion.index, at)))
+                sequence.guesses.append(
+                    draw(scores, sequence.sampling, uniform(sequence.seed, sequence.completion.index, at))
+                )
         for sequence in active:  # what comes after the tokens that are known may be wrong
             sequence.drafted = min(sequence.drafted, len(sequence.tokens))
 
@@ -556,9 +666,13 @@ class Engine:
                 self.cancel(request)
                 self.step()
 
-    def generate(self, prompts: Many[Many[int]], sampling: Sampling | Many[Sampling] | None = None) -> list[list[Completion]]:
+    def generate(
+        self, prompts: Many[Many[int]], sampling: Sampling | Many[Sampling] | None = None
+    ) -> list[list[Completion]]:
         """All answers of each prompt."""
-        many = [sampling or Sampling()] * len(prompts) if sampling is None or isinstance(sampling, Sampling) else sampling
+        many = (
+            [sampling or Sampling()] * len(prompts) if sampling is None or isinstance(sampling, Sampling) else sampling
+        )
         numbers: list[int] = []
         try:
             for p, s in zip(prompts, many, strict=True):
@@ -578,13 +692,15 @@ class Engine:
         return [sorted(done[n], key=lambda c: c.index) for n in numbers]
 
     def loglikelihood(self, pairs: Many[tuple[Many[int], Many[int]]]) -> list[tuple[float, bool]]:
-        """For each (context, continuation): the log-probability of the continuation in nats, and whether greedy decoding
-        gives it. The context must have a token."""
+        """For each (context, continuation): the log-probability of the continuation in nats, and whether greedy
+        decoding gives it. The context must have a token."""
         numbers = []
         for context, continuation in pairs:
             if not context or not continuation:
                 raise UserError("loglikelihood needs at least one token of context and one of continuation")
-            numbers.append(self.add([*context, *continuation], Sampling(max_tokens=0, prompt_logprobs=1), score_from=len(context)))
+            numbers.append(
+                self.add([*context, *continuation], Sampling(max_tokens=0, prompt_logprobs=1), score_from=len(context))
+            )
         out = []
         for (completion,), (context, _) in zip(self._run(numbers), pairs, strict=True):
             scores = [s for s in completion.prompt_logprobs[len(context) :] if s is not None]

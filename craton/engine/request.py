@@ -27,7 +27,9 @@ class Sampling:
     top_k: int = 0  # only the k likeliest; 0: all
     top_p: float = 1.0  # only the likeliest that together reach this probability
     min_p: float = 0.0  # only those at least this likely, relative to the likeliest
-    repetition_penalty: float = 1.0  # divides positive logits of tokens in prompt or answer, multiplies negative ones (arXiv 1909.05858)
+    repetition_penalty: float = (
+        1.0  # divides positive logits of tokens in prompt or answer, multiplies negative ones (arXiv 1909.05858)
+    )
     frequency_penalty: float = 0.0  # subtracted for each time a token is in the answer
     presence_penalty: float = 0.0  # subtracted if a token is in the answer
     logit_bias: Mapping[int, float] = field(default_factory=dict)
@@ -50,9 +52,16 @@ class Sampling:
     def __post_init__(self) -> None:
         """UserError names the field that is out of range."""
         bounds = {
-            "max_tokens": (0, 1 << 30), "temperature": (0, 100), "top_k": (0, 1 << 30), "min_p": (0, 1), "repetition_penalty": (0.01, 100),
-            "frequency_penalty": (-100, 100), "presence_penalty": (-100, 100), "min_tokens": (0, 1 << 30), "n": (1, 128),
-        }  # fmt: skip
+            "max_tokens": (0, 1 << 30),
+            "temperature": (0, 100),
+            "top_k": (0, 1 << 30),
+            "min_p": (0, 1),
+            "repetition_penalty": (0.01, 100),
+            "frequency_penalty": (-100, 100),
+            "presence_penalty": (-100, 100),
+            "min_tokens": (0, 1 << 30),
+            "n": (1, 128),
+        }
         for name, (low, high) in bounds.items():
             value = getattr(self, name)
             if not low <= value <= high:
@@ -75,7 +84,12 @@ class Sampling:
     @property
     def adjusts(self) -> bool:
         """Whether bias or penalties change the logits."""
-        return bool(self.logit_bias) or self.repetition_penalty != 1.0 or self.frequency_penalty != 0.0 or self.presence_penalty != 0.0
+        return (
+            bool(self.logit_bias)
+            or self.repetition_penalty != 1.0
+            or self.frequency_penalty != 0.0
+            or self.presence_penalty != 0.0
+        )
 
 
 @dataclass(frozen=True)
@@ -87,8 +101,8 @@ class TokenLogprob:
 
 @dataclass
 class Completion:
-    """One answer. finish_reason: "stop" (end token, stop text or grammar complete), "length", "cancelled", or "error" (a
-    grammar that cannot go on)."""
+    """One answer. finish_reason: "stop" (end token, stop text or grammar complete), "length", "cancelled", or "error"
+    (a grammar that cannot go on)."""
 
     request: int
     index: int

@@ -18,7 +18,9 @@ class PagedCache:
     """Pools of blocks, one pair a layer: keys (layers, blocks, kv_heads, key size, 16) and values (layers, blocks,
     kv_heads, 16, value size). Memory is touched as blocks are filled."""
 
-    def __init__(self, config: ModelConfig, blocks: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"):
+    def __init__(
+        self, config: ModelConfig, blocks: int, dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+    ):
         heads, key, value = config.cache_dims
         self.blocks = blocks
         self.keys = torch.empty(config.num_hidden_layers, blocks, heads, key, BLOCK, dtype=dtype, device=device)
@@ -47,11 +49,27 @@ class Step:
     lengths: Tensor
     tables: Tensor
 
-    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float, softcap: float | None = None, sinks: Tensor | None = None) -> Tensor:
+    def attend(
+        self,
+        layer: int,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        window: int | None,
+        scale: float,
+        softcap: float | None = None,
+        sinks: Tensor | None = None,
+    ) -> Tensor:
         """Store k (1, tokens, kv_heads, key size) and v, then attend to all that q (1, tokens, heads, key size) may see
         -> (1, tokens, heads, value size)."""
         keys, values = self.cache.keys[layer], self.cache.values[layer]
-        plain = q.device.type != "cpu" or q.dtype != torch.float32 or v.shape[3] % 16 != 0 or torch.is_grad_enabled() or ops.observer is not None
+        plain = (
+            q.device.type != "cpu"
+            or q.dtype != torch.float32
+            or v.shape[3] % 16 != 0
+            or torch.is_grad_enabled()
+            or ops.observer is not None
+        )
         if not plain and (library := kernels.load_serving()) is not None:
             return native.paged_attention(library, q, k, v, keys, values, self, window, scale, softcap, sinks)
         block, offset = self.slots.long() // BLOCK, self.slots.long() % BLOCK
@@ -69,7 +87,9 @@ class Step:
             mask = key[None, :] <= at[:, None]
             if window is not None:
                 mask = mask & (key[None, :] > at[:, None] - window)
-            pieces.append(ops.masked_attention(q[:, own], past_k[None], past_v[None], mask[None, None], scale, softcap, sinks))
+            pieces.append(
+                ops.masked_attention(q[:, own], past_k[None], past_v[None], mask[None, None], scale, softcap, sinks)
+            )
         return torch.cat(pieces, 1)
 
 
@@ -78,8 +98,10 @@ def single_step(cache: PagedCache, past: int, new: int) -> Step:
     device = cache.keys.device
     at = torch.arange(past, past + new, dtype=torch.int32, device=device)
     return Step(
-        cache, at, at, torch.tensor([0, new], dtype=torch.int32, device=device), torch.tensor([past + new], dtype=torch.int32, device=device),
+        cache,
+        at,
+        at,
+        torch.tensor([0, new], dtype=torch.int32, device=device),
+        torch.tensor([past + new], dtype=torch.int32, device=device),
         torch.arange(cache.blocks, dtype=torch.int32, device=device)[None],
-    )  # fmt: skip
-
-
+    )

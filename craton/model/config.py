@@ -50,7 +50,9 @@ class ModelConfig:
     attn_logit_softcapping: float | None = None
     attention_sinks: bool = False  # a learnt logit a head that takes part in the softmax (gpt-oss)
     sliding_window: int | None = None  # positions that a sliding layer sees, its own included
-    layer_types: tuple[str, ...] | None = None  # "sliding_attention" or "full_attention"; None: sliding if there is a window
+    layer_types: tuple[str, ...] | None = (
+        None  # "sliding_attention" or "full_attention"; None: sliding if there is a window
+    )
     # multi-head latent attention (arXiv 2405.04434); kv_lora_rank 0 is ordinary attention
     kv_lora_rank: int = 0
     q_lora_rank: int | None = None
@@ -70,7 +72,8 @@ class ModelConfig:
     moe_intermediate_size: int = 0
     shared_intermediate_size: int = 0  # of the experts that every token passes, together
     dense_layers: tuple[int, ...] = ()  # layers with an ordinary MLP
-    router: str = "softmax"  # "softmax", "sigmoid" (DeepSeek V3, with a correction bias) or "softmax_of_top" (gpt-oss, with biases)
+    # "softmax", "sigmoid" (DeepSeek V3, with a correction bias) or "softmax_of_top" (gpt-oss, with biases)
+    router: str = "softmax"
     norm_topk_prob: bool = True
     routed_scaling_factor: float = 1.0
     n_group: int = 1  # experts are chosen from the best topk_group of n_group groups
@@ -87,17 +90,40 @@ class ModelConfig:
                 raise ValueError(f"{f.name} is {value!r}, which is not {_name(f.type)}")
             if isinstance(value, int) and not isinstance(value, bool) and value > _MOST.get(f.name, _MOST_DEFAULT):
                 raise ValueError(f"{f.name} is {value}, larger than any model's")
-        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                     "num_key_value_heads", "head_dim", "max_position_embeddings", "n_group", "topk_group"):  # fmt: skip
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_hidden_layers",
+            "num_attention_heads",
+            "num_key_value_heads",
+            "head_dim",
+            "max_position_embeddings",
+            "n_group",
+            "topk_group",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")
-        for name in ("rope_theta", "rms_norm_eps", "embedding_scale", "attention_scale", "sliding_window", "rope_local_theta",
-                     "attn_logit_softcapping", "final_logit_softcapping", "swiglu_limit"):  # fmt: skip
+        for name in (
+            "rope_theta",
+            "rms_norm_eps",
+            "embedding_scale",
+            "attention_scale",
+            "sliding_window",
+            "rope_local_theta",
+            "attn_logit_softcapping",
+            "final_logit_softcapping",
+            "swiglu_limit",
+        ):
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value}, must be above 0")
-        for name, known in (("qk_norm", ("", "head", "projection")), ("norm_placement", ("pre", "post", "both")),
-                            ("hidden_act", ("silu", "gelu_pytorch_tanh")), ("router", ("softmax", "sigmoid", "softmax_of_top"))):  # fmt: skip
+        for name, known in (
+            ("qk_norm", ("", "head", "projection")),
+            ("norm_placement", ("pre", "post", "both")),
+            ("hidden_act", ("silu", "gelu_pytorch_tanh")),
+            ("router", ("softmax", "sigmoid", "softmax_of_top")),
+        ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; known: {', '.join(map(repr, known))}")
         if self.num_attention_heads % self.num_key_value_heads:
@@ -106,7 +132,10 @@ class ModelConfig:
                 f"num_key_value_heads ({self.num_key_value_heads})"
             )
         if self.rope_dim % 2:
-            raise ValueError(f"{'qk_rope_head_dim' if self.kv_lora_rank else 'head_dim'} is {self.rope_dim}, must be even for rotary embedding")
+            raise ValueError(
+                f"{'qk_rope_head_dim' if self.kv_lora_rank else 'head_dim'} is {self.rope_dim}, must be even for "
+                "rotary embedding"
+            )
         for name in ("layer_types", "no_rope_layers"):
             value = getattr(self, name)
             if value is not None and len(value) != self.num_hidden_layers:
@@ -115,22 +144,45 @@ class ModelConfig:
             raise ValueError(f"layer_types holds {sorted(unknown)[0]!r}; known: 'sliding_attention', 'full_attention'")
         if "sliding_attention" in (self.layer_types or ()) and self.sliding_window is None:
             raise ValueError("layer_types holds 'sliding_attention' but sliding_window is not set")
-        if self.kv_lora_rank and min(self.kv_lora_rank, self.qk_nope_head_dim, self.qk_rope_head_dim, self.v_head_dim, self.q_lora_rank or 1) < 1:
-            raise ValueError("kv_lora_rank, q_lora_rank, qk_nope_head_dim, qk_rope_head_dim and v_head_dim must all be at least 1")
+        if (
+            self.kv_lora_rank
+            and min(
+                self.kv_lora_rank, self.qk_nope_head_dim, self.qk_rope_head_dim, self.v_head_dim, self.q_lora_rank or 1
+            )
+            < 1
+        ):
+            raise ValueError(
+                "kv_lora_rank, q_lora_rank, qk_nope_head_dim, qk_rope_head_dim and v_head_dim must all be at least 1"
+            )
         if self.num_experts:
             if not 1 <= self.num_experts_per_tok <= self.num_experts:
-                raise ValueError(f"num_experts_per_tok is {self.num_experts_per_tok}, must be from 1 to the {self.num_experts} experts")
+                raise ValueError(
+                    f"num_experts_per_tok is {self.num_experts_per_tok}, must be from 1 to the {self.num_experts} "
+                    "experts"
+                )
             if self.moe_intermediate_size < 1 or self.shared_intermediate_size < 0:
                 raise ValueError(f"moe_intermediate_size is {self.moe_intermediate_size}, must be at least 1")
             if self.num_experts % self.n_group or self.topk_group > self.n_group:
-                raise ValueError(f"n_group ({self.n_group}) must divide the {self.num_experts} experts and topk_group ({self.topk_group}) not exceed it")
+                raise ValueError(
+                    f"n_group ({self.n_group}) must divide the {self.num_experts} experts and topk_group "
+                    f"({self.topk_group}) not exceed it"
+                )
             if self.num_experts_per_tok > self.num_experts // self.n_group * self.topk_group:
-                raise ValueError(f"num_experts_per_tok ({self.num_experts_per_tok}) exceeds the experts in topk_group ({self.topk_group}) groups")
+                raise ValueError(
+                    f"num_experts_per_tok ({self.num_experts_per_tok}) exceeds the experts in topk_group "
+                    f"({self.topk_group}) groups"
+                )
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """The ids that end a text."""
-        ends = () if self.eos_token_id is None else (self.eos_token_id,) if isinstance(self.eos_token_id, int) else self.eos_token_id
+        ends = (
+            ()
+            if self.eos_token_id is None
+            else (self.eos_token_id,)
+            if isinstance(self.eos_token_id, int)
+            else self.eos_token_id
+        )
         return tuple(i for i in ends if 0 <= i < self.vocab_size)
 
     @property
@@ -159,14 +211,20 @@ class ModelConfig:
         if self.kv_lora_rank:
             q_out, v_out = heads * (self.qk_nope_head_dim + self.qk_rope_head_dim), heads * self.v_head_dim
             q = h * self.q_lora_rank + self.q_lora_rank * q_out if self.q_lora_rank else h * q_out
-            kv = h * (self.kv_lora_rank + self.qk_rope_head_dim) + self.kv_lora_rank * (heads * self.qk_nope_head_dim + v_out)
+            kv = h * (self.kv_lora_rank + self.qk_rope_head_dim) + self.kv_lora_rank * (
+                heads * self.qk_nope_head_dim + v_out
+            )
             attention = q + kv + v_out * h
         else:
             attention = h * self.head_dim * (2 * heads + 2 * self.num_key_value_heads)
         if not self.has_experts(layer):
             return attention + 3 * h * self.intermediate_size
         experts = self.num_experts_per_tok if active else self.num_experts
-        return attention + h * self.num_experts + 3 * h * (experts * self.moe_intermediate_size + self.shared_intermediate_size)
+        return (
+            attention
+            + h * self.num_experts
+            + 3 * h * (experts * self.moe_intermediate_size + self.shared_intermediate_size)
+        )
 
     def _layer_vectors(self, layer: int) -> int:
         """Values in norms, biases and sinks of a layer."""
@@ -175,7 +233,11 @@ class ModelConfig:
         total += {"": 0, "head": 2 * self.head_dim, "projection": q + kv}[self.qk_norm]
         if self.kv_lora_rank:
             total += self.kv_lora_rank + (self.q_lora_rank or 0)
-        total += (q + 2 * kv) * self.attention_bias + h * self.attention_out_bias + self.num_attention_heads * self.attention_sinks
+        total += (
+            (q + 2 * kv) * self.attention_bias
+            + h * self.attention_out_bias
+            + self.num_attention_heads * self.attention_sinks
+        )
         if not self.has_experts(layer):
             return total + (2 * self.intermediate_size + h) * self.mlp_bias
         if self.router == "softmax_of_top":
@@ -189,7 +251,10 @@ class ModelConfig:
 
         This is the N of 6·N FLOPs a token and of the tokens-per-parameter rules here.
         """
-        return sum(self._layer_matrices(i, True) for i in range(self.num_hidden_layers)) + self.vocab_size * self.hidden_size
+        return (
+            sum(self._layer_matrices(i, True) for i in range(self.num_hidden_layers))
+            + self.vocab_size * self.hidden_size
+        )
 
     @property
     def parameters(self) -> int:
@@ -201,7 +266,10 @@ class ModelConfig:
     def flops_per_token(self, context: int) -> float:
         """Training FLOPs a token, forward and backward: 6·N, plus causal attention at `context` tokens."""
         width = self.qk_nope_head_dim + self.qk_rope_head_dim if self.kv_lora_rank else self.head_dim
-        attention = sum(6 * self.num_attention_heads * width * min(context, 2 * (self.window(i) or context)) for i in range(self.num_hidden_layers))
+        attention = sum(
+            6 * self.num_attention_heads * width * min(context, 2 * (self.window(i) or context))
+            for i in range(self.num_hidden_layers)
+        )
         return 6 * self.matrix_parameters + attention
 
 

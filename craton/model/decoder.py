@@ -81,14 +81,25 @@ class Attention(nn.Module):
             if c.qk_norm == "head":
                 q_norm, k_norm = self.q_norm.scale(), self.k_norm.scale()
             else:
-                q, k, v = qkv.split([c.num_attention_heads * c.head_dim, c.num_key_value_heads * c.head_dim, c.num_key_value_heads * c.head_dim], -1)
+                q, k, v = qkv.split(
+                    [
+                        c.num_attention_heads * c.head_dim,
+                        c.num_key_value_heads * c.head_dim,
+                        c.num_key_value_heads * c.head_dim,
+                    ],
+                    -1,
+                )
                 qkv = torch.cat([self.q_norm(q), self.k_norm(k), v], -1)
-        q, k, v = ops.split_norm_rope(qkv, q_norm, k_norm, rope, c.num_attention_heads, c.num_key_value_heads, c.rms_norm_eps)
+        q, k, v = ops.split_norm_rope(
+            qkv, q_norm, k_norm, rope, c.num_attention_heads, c.num_key_value_heads, c.rms_norm_eps
+        )
         scale = c.attention_scale or c.head_dim**-0.5
         if step is not None:
             o = step.attend(self.layer, q, k, v, self.window, scale, c.attn_logit_softcapping, self.sinks)
         else:
-            o = ops.attention(q, k, v, ops.window_start(start, x, self.window), scale, c.attn_logit_softcapping, self.sinks)
+            o = ops.attention(
+                q, k, v, ops.window_start(start, x, self.window), scale, c.attn_logit_softcapping, self.sinks
+            )
         return self.o_proj(o.reshape(batch, time, -1))
 
 
@@ -189,7 +200,8 @@ class Router(nn.Module):
 
 
 class Experts(nn.Module):
-    """Gated MLPs side by side: gate_up_proj (experts, 2 size, hidden), gates first; down_proj (experts, hidden, size)."""
+    """Gated MLPs side by side: gate_up_proj (experts, 2 size, hidden), gates first; down_proj (experts, hidden,
+    size)."""
 
     def __init__(self, config: ModelConfig):
         super().__init__()
@@ -214,7 +226,11 @@ class Experts(nn.Module):
                 picks = order[at : at + count]
                 token = picks // chosen.shape[1]
                 hidden = self._product(x[token], "gate_up_proj", expert)
-                hidden = ops.gated(hidden, c.hidden_act) if c.swiglu_limit is None else ops.gated_clamped(hidden, c.swiglu_limit)
+                hidden = (
+                    ops.gated(hidden, c.hidden_act)
+                    if c.swiglu_limit is None
+                    else ops.gated_clamped(hidden, c.swiglu_limit)
+                )
                 y = self._product(hidden, "down_proj", expert) * weights.flatten()[picks, None]
                 out = out.index_add(0, token, y.to(out.dtype))
                 at += count
@@ -228,7 +244,9 @@ class MoE(nn.Module):
         super().__init__()
         self.gate = Router(config)
         self.experts = Experts(config)
-        self.shared_experts: MLP | None = MLP(config, config.shared_intermediate_size, False) if config.shared_intermediate_size else None
+        self.shared_experts: MLP | None = (
+            MLP(config, config.shared_intermediate_size, False) if config.shared_intermediate_size else None
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, 1)
@@ -254,7 +272,9 @@ class Block(nn.Module):
         if self.placement != "pre":
             self.post_feedforward_layernorm = RMSNorm(c.hidden_size, c)
 
-    def forward(self, x: Tensor, delta: Tensor | None, rope: Rope, start: Tensor | None, step: Step | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, delta: Tensor | None, rope: Rope, start: Tensor | None, step: Step | None
+    ) -> tuple[Tensor, Tensor]:
         if self.placement == "post":
             x = x if delta is None else x + delta
             x = x + self.post_attention_layernorm(self.self_attn(x, rope, start, step))
@@ -274,7 +294,9 @@ class Backbone(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, _weight=torch.empty(config.vocab_size, config.hidden_size))
+        self.embed_tokens = nn.Embedding(
+            config.vocab_size, config.hidden_size, _weight=torch.empty(config.vocab_size, config.hidden_size)
+        )
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config)
 
@@ -289,7 +311,9 @@ class Backbone(nn.Module):
     def embed(self, ids: Tensor) -> Tensor:
         x = self.embed_tokens(ids)
         if self.config.embedding_scale != 1.0:
-            x = x * torch.tensor(self.config.embedding_scale, dtype=x.dtype)  # rounded to the type, as Gemma was trained
+            x = x * torch.tensor(
+                self.config.embedding_scale, dtype=x.dtype
+            )  # rounded to the type, as Gemma was trained
         return x
 
     def forward(self, ids: Tensor, start: Tensor | None = None, step: Step | None = None) -> Tensor:
@@ -332,7 +356,9 @@ class Decoder(nn.Module):
         """
         x = self.model(ids, start)
         if self.config.final_logit_softcapping is not None:
-            nll = nn.functional.cross_entropy(self.head(x).float().flatten(0, 1), target.flatten(), reduction="none").view_as(target)
+            nll = nn.functional.cross_entropy(
+                self.head(x).float().flatten(0, 1), target.flatten(), reduction="none"
+            ).view_as(target)
             return (nll * weight).sum(), nll.detach()
         total, nll = ops.linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, target.flatten(), weight.flatten())
         return total, nll.view_as(target)

@@ -55,7 +55,12 @@ def _levels(vnni: bool) -> list[str]:
     flags = set(cpu_facts().get("flags", "").split())
     wide = {"avx512f", "avx512bw", "avx512vl", "avx512dq"} <= flags
     narrow = {"avx2", "fma", "f16c"} <= flags
-    names = (("v4vnni", vnni and wide and "avx512_vnni" in flags), ("v4", wide), ("v3vnni", vnni and narrow and "avx_vnni" in flags), ("v3", narrow))
+    names = (
+        ("v4vnni", vnni and wide and "avx512_vnni" in flags),
+        ("v4", wide),
+        ("v3vnni", vnni and narrow and "avx_vnni" in flags),
+        ("v3", narrow),
+    )
     return [name for name, runs in names if runs]
 
 
@@ -79,8 +84,13 @@ _SERVING = {
 @lru_cache
 def load_serving() -> Any:
     """The engine's kernels (serve.cpp), or None, which is said once."""
-    return _open("serve", _levels(True), _SERVING, "compiled CPU kernels of the engine not found, using plain PyTorch (several times slower, "
-                 "and answers may depend on what else is computed with them)")  # fmt: skip
+    return _open(
+        "serve",
+        _levels(True),
+        _SERVING,
+        "compiled CPU kernels of the engine not found, using plain PyTorch (several times slower, "
+        "and answers may depend on what else is computed with them)",
+    )
 
 
 @lru_cache

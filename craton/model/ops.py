@@ -95,11 +95,21 @@ def exactly(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 def linear(x: Tensor, *ws: Tensor) -> Tensor:
     """x (..., k) times each w (n_i, k) transposed, side by side -> (..., sum of n_i)."""
     if (library := _serving(x)) is not None:
-        return torch.cat([native.linear(library, x, w) for w in ws], -1) if len(ws) > 1 else native.linear(library, x, ws[0])
+        return (
+            torch.cat([native.linear(library, x, w) for w in ws], -1)
+            if len(ws) > 1
+            else native.linear(library, x, ws[0])
+        )
     if len(ws) > 1 and x.numel() < 64 * x.shape[-1]:  # few rows: joining the weights would cost more than it saves
         return torch.cat([linear(x, w) for w in ws], -1)
     w = ws[0] if len(ws) == 1 else torch.cat(ws)
-    if x.device.type == "cpu" and x.dtype == torch.float32 and w.dtype == torch.float32 and kernels.prefer_onednn() and not torch.compiler.is_compiling():
+    if (
+        x.device.type == "cpu"
+        and x.dtype == torch.float32
+        and w.dtype == torch.float32
+        and kernels.prefer_onednn()
+        and not torch.compiler.is_compiling()
+    ):
         return _Linear.apply(x, w)
     return F.linear(x, w)
 
@@ -191,7 +201,11 @@ def rope_frequencies(dim: int, theta: float, scaling: dict[str, Any] | None, con
     attention = scaling.get("attention_factor")
     if attention is None:
         mscale, everywhere = scaling.get("mscale"), scaling.get("mscale_all_dim")
-        attention = yarn_mscale(factor, mscale) / yarn_mscale(factor, everywhere) if mscale and everywhere else yarn_mscale(factor, 1.0)
+        attention = (
+            yarn_mscale(factor, mscale) / yarn_mscale(factor, everywhere)
+            if mscale and everywhere
+            else yarn_mscale(factor, 1.0)
+        )
     return base / factor * ramp + base * (1 - ramp), float(attention)
 
 
@@ -200,7 +214,9 @@ def yarn_mscale(factor: float, weight: float) -> float:
     return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
 
 
-def rope_table(positions: Tensor, dim: int, theta: float, scaling: dict[str, Any] | None = None, context: int = 0) -> tuple[Tensor, Tensor]:
+def rope_table(
+    positions: Tensor, dim: int, theta: float, scaling: dict[str, Any] | None = None, context: int = 0
+) -> tuple[Tensor, Tensor]:
     """cos and sin of each position's angles, each (time, dim / 2), fp32."""
     frequencies, factor = rope_frequencies(dim, theta, scaling, context)
     angle = positions.float()[:, None] * frequencies.to(positions.device)[None, :]
@@ -209,15 +225,38 @@ def rope_table(positions: Tensor, dim: int, theta: float, scaling: dict[str, Any
 
 class _SplitNormRope(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, wq: Tensor | None, wk: Tensor | None, cos: Tensor, sin: Tensor, heads: int, kv_heads: int, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        wq: Tensor | None,
+        wk: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        heads: int,
+        kv_heads: int,
+        eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
         x = x.contiguous()
         batch, time, d = x.shape[0], x.shape[1], x.shape[2] // (heads + 2 * kv_heads)
         q, k = x.new_empty(batch, time, heads, d), x.new_empty(batch, time, kv_heads, d)
         v, rstd = torch.empty_like(k), x.new_empty(batch * time * (heads + kv_heads))
         _library().split_norm_rope_forward(
-            _ptr(x), _ptr(wq), _ptr(wk), _ptr(cos), _ptr(sin), _ptr(q), _ptr(k), _ptr(v), _ptr(rstd),
-            batch * time, heads, kv_heads, d, time, eps,
-        )  # fmt: skip
+            _ptr(x),
+            _ptr(wq),
+            _ptr(wk),
+            _ptr(cos),
+            _ptr(sin),
+            _ptr(q),
+            _ptr(k),
+            _ptr(v),
+            _ptr(rstd),
+            batch * time,
+            heads,
+            kv_heads,
+            d,
+            time,
+            eps,
+        )
         ctx.save_for_backward(x, wq, wk, cos, sin, rstd)
         ctx.heads = heads, kv_heads, d
         return q, k, v
@@ -229,9 +268,24 @@ class _SplitNormRope(torch.autograd.Function):
         dwq, dwk = None if wq is None else torch.empty_like(wq), None if wk is None else torch.empty_like(wk)
         heads, kv_heads, d = ctx.heads
         _library().split_norm_rope_backward(
-            _ptr(dq), _ptr(dk), _ptr(dv), _ptr(x), _ptr(wq), _ptr(wk), _ptr(cos), _ptr(sin), _ptr(rstd), _ptr(dx),
-            _ptr(dwq), _ptr(dwk), x.shape[0] * x.shape[1], heads, kv_heads, d, x.shape[1],
-        )  # fmt: skip
+            _ptr(dq),
+            _ptr(dk),
+            _ptr(dv),
+            _ptr(x),
+            _ptr(wq),
+            _ptr(wk),
+            _ptr(cos),
+            _ptr(sin),
+            _ptr(rstd),
+            _ptr(dx),
+            _ptr(dwq),
+            _ptr(dwk),
+            x.shape[0] * x.shape[1],
+            heads,
+            kv_heads,
+            d,
+            x.shape[1],
+        )
         return dx, dwq, dwk, None, None, None, None, None
 
 
@@ -256,7 +310,13 @@ def norm_rope(x: Tensor, w: Tensor | None, rope: tuple[Tensor, Tensor] | None, e
 
 
 def split_norm_rope(
-    x: Tensor, wq: Tensor | None, wk: Tensor | None, rope: tuple[Tensor, Tensor] | None, heads: int, kv_heads: int, eps: float
+    x: Tensor,
+    wq: Tensor | None,
+    wk: Tensor | None,
+    rope: tuple[Tensor, Tensor] | None,
+    heads: int,
+    kv_heads: int,
+    eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x (batch, time, (heads + 2 kv_heads) d), each row its q, k and v heads -> q (batch, time, heads, d), k and v
     (batch, time, kv_heads, d), with norm_rope on q and k."""
@@ -324,9 +384,23 @@ class _Attention(torch.autograd.Function):
         (batch, time, heads, d), kv_heads, do = q.shape, k.shape[2], do.contiguous()
         dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
         _library().attention_backward(
-            _ptr(do), _ptr(q), _ptr(k), _ptr(v), _ptr(o), _ptr(lse), _ptr(start), _ptr(dq), _ptr(dk), _ptr(dv),
-            batch, time, heads, kv_heads, d, ctx.scale,
-        )  # fmt: skip
+            _ptr(do),
+            _ptr(q),
+            _ptr(k),
+            _ptr(v),
+            _ptr(o),
+            _ptr(lse),
+            _ptr(start),
+            _ptr(dq),
+            _ptr(dk),
+            _ptr(dv),
+            batch,
+            time,
+            heads,
+            kv_heads,
+            d,
+            ctx.scale,
+        )
         return dq, dk, dv, None, None
 
 
@@ -339,9 +413,14 @@ def window_start(start: Tensor | None, x: Tensor, window: int | None) -> Tensor 
 
 
 def attention(
-    q: Tensor, k: Tensor, v: Tensor, start: Tensor | None = None, scale: float | None = None,
-    softcap: float | None = None, sinks: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    start: Tensor | None = None,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+) -> Tensor:
     """Causal grouped-query attention: q (batch, time, heads, d), k (batch, time, kv_heads, d), v (batch, time,
     kv_heads, e) -> (batch, time, heads, e).
 
@@ -350,7 +429,15 @@ def attention(
     """
     time, d = q.shape[1], q.shape[3]
     scale = d**-0.5 if scale is None else scale
-    if _native(q) and d % 16 == 0 and v.shape[3] == d and time > 1 and softcap is None and sinks is None and observer is None:
+    if (
+        _native(q)
+        and d % 16 == 0
+        and v.shape[3] == d
+        and time > 1
+        and softcap is None
+        and sinks is None
+        and observer is None
+    ):
         return _Attention.apply(q, k, v, start, scale)
     mask = None
     if start is not None or softcap is not None or sinks is not None or observer is not None:
@@ -360,21 +447,30 @@ def attention(
             mask = mask & (at >= start[:, None, :, None])
         return masked_attention(q, k, v, mask, scale, softcap, sinks)
     o = F.scaled_dot_product_attention(
-        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), None,
-        is_causal=time > 1, enable_gqa=q.shape[2] != k.shape[2], scale=scale,
-    )  # fmt: skip
+        q.transpose(1, 2),
+        k.transpose(1, 2),
+        v.transpose(1, 2),
+        None,
+        is_causal=time > 1,
+        enable_gqa=q.shape[2] != k.shape[2],
+        scale=scale,
+    )
     return o.transpose(1, 2)
 
 
 observer: Callable[[Tensor], None] | None = None  # sees each layer's attention probabilities (batch, heads, time, keys)
 
 
-def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float | None, sinks: Tensor | None) -> Tensor:
+def masked_attention(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float | None, sinks: Tensor | None
+) -> Tensor:
     """Attention where mask (batch or 1, 1, time, keys) is True. softcap bounds the scores by a tanh (arXiv 2408.00118);
     sinks (heads,) are logits that take their share of the softmax and give nothing (gpt-oss)."""
     groups = q.shape[2] // k.shape[2]
     if softcap is None and sinks is None and observer is None:
-        o = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask, scale=scale, enable_gqa=groups > 1)
+        o = F.scaled_dot_product_attention(
+            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask, scale=scale, enable_gqa=groups > 1
+        )
         return o.transpose(1, 2)
     k, v = k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)
     scores = torch.einsum("bthd,bshd->bhts", q, k).float() * scale
@@ -382,7 +478,9 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float
         scores = torch.tanh(scores / softcap) * softcap
     scores = scores.masked_fill(~mask, -math.inf)
     if sinks is not None:
-        scores = torch.cat([scores, sinks.float()[None, :, None, None].expand(scores.shape[0], -1, scores.shape[2], 1)], -1)
+        scores = torch.cat(
+            [scores, sinks.float()[None, :, None, None].expand(scores.shape[0], -1, scores.shape[2], 1)], -1
+        )
     p = scores.softmax(-1)[..., : k.shape[1]]
     if observer is not None:
         observer(p.detach())

@@ -35,7 +35,8 @@ _arena = torch.empty(0, dtype=torch.uint8)  # what is left of it
 
 
 def _room(size: int) -> Tensor:
-    """size bytes from memory with large pages, which batch 1 reads 5 % faster than small ones; several tensors share a piece."""
+    """size bytes from memory with large pages, which batch 1 reads 5 % faster than small ones; several tensors share
+    a piece."""
     global _arena
     if _arena.numel() < size:
         _arena = torch.empty(max(_ARENA, size), dtype=torch.uint8)
@@ -68,7 +69,9 @@ def _packed_linear(x: Tensor, packed: Tensor, rows: int, bits: int) -> Tensor:
     out = x.new_empty(*x.shape[:-1], rows)
     if x.numel():
         matrix = MatrixC(packed.data_ptr(), None, rows, x.shape[-1], bits)
-        kernels.load_serving().serve_linear(ctypes.byref(matrix), x.data_ptr(), x.numel() // x.shape[-1], out.data_ptr(), torch.get_num_threads())
+        kernels.load_serving().serve_linear(
+            ctypes.byref(matrix), x.data_ptr(), x.numel() // x.shape[-1], out.data_ptr(), torch.get_num_threads()
+        )
     return out
 
 
@@ -83,7 +86,9 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.bits, self.rows, self.cols = bits, values.shape[0], values.shape[1] * 8 // bits
         if not can_pack(self.rows, self.cols):
-            raise ValueError(f"{self.rows} rows and {self.cols} columns cannot be packed; rows go in 16s, columns in 32s")
+            raise ValueError(
+                f"{self.rows} rows and {self.cols} columns cannot be packed; rows go in 16s, columns in 32s"
+            )
         self.native = values.device.type == "cpu" and kernels.load_serving() is not None
         self.register_buffer("values", pack(values, scales, bits) if self.native else values, persistent=False)
         self.register_buffer("scales", None if self.native else scales, persistent=False)
@@ -111,10 +116,21 @@ def fused(config: ModelConfig) -> bool:
     craton trains are made of. The others run module by module on the same kernels."""
     c = config
     return (
-        c.norm_placement == "pre" and not c.norm_unit_offset and c.qk_norm in ("", "head") and not c.kv_lora_rank and not c.num_experts
-        and c.hidden_act == "silu" and c.embedding_scale == 1.0 and c.attn_logit_softcapping is None and c.final_logit_softcapping is None
-        and not c.attention_sinks and c.rope_local_theta is None and c.head_dim % 16 == 0 and c.hidden_size % 32 == 0 and c.intermediate_size % 32 == 0
-    )  # fmt: skip
+        c.norm_placement == "pre"
+        and not c.norm_unit_offset
+        and c.qk_norm in ("", "head")
+        and not c.kv_lora_rank
+        and not c.num_experts
+        and c.hidden_act == "silu"
+        and c.embedding_scale == 1.0
+        and c.attn_logit_softcapping is None
+        and c.final_logit_softcapping is None
+        and not c.attention_sinks
+        and c.rope_local_theta is None
+        and c.head_dim % 16 == 0
+        and c.hidden_size % 32 == 0
+        and c.intermediate_size % 32 == 0
+    )
 
 
 class FusedStep:
@@ -131,7 +147,15 @@ class FusedStep:
         for i, block in enumerate(backbone.layers):
             attention, mlp = block.self_attn, block.mlp
             assert isinstance(attention, Attention) and isinstance(mlp, MLP)
-            parts = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+            parts = (
+                attention.q_proj,
+                attention.k_proj,
+                attention.v_proj,
+                attention.o_proj,
+                mlp.gate_proj,
+                mlp.up_proj,
+                mlp.down_proj,
+            )
             for name, layer in zip(("q", "k", "v", "o", "gate", "up", "down"), parts, strict=True):
                 setattr(layers[i], name, self._matrix(layer))
             norms: Any = (block.input_layernorm, block.post_attention_layernorm, attention.q_norm, attention.k_norm)
@@ -143,10 +167,23 @@ class FusedStep:
         self.kept += [embedding, keys, values]
         self.layers = layers
         self.model = ModelC(
-            c.num_hidden_layers, c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim, c.intermediate_size, c.vocab_size,
-            KINDS[embedding.dtype], c.rms_norm_eps, c.attention_scale or c.head_dim**-0.5, ctypes.cast(layers, ctypes.c_void_p),
-            self._matrix(network.lm_head), embedding.data_ptr(), self._float(backbone.norm.weight), cos, sin,
-        )  # fmt: skip
+            c.num_hidden_layers,
+            c.hidden_size,
+            c.num_attention_heads,
+            c.num_key_value_heads,
+            c.head_dim,
+            c.intermediate_size,
+            c.vocab_size,
+            KINDS[embedding.dtype],
+            c.rms_norm_eps,
+            c.attention_scale or c.head_dim**-0.5,
+            ctypes.cast(layers, ctypes.c_void_p),
+            self._matrix(network.lm_head),
+            embedding.data_ptr(),
+            self._float(backbone.norm.weight),
+            cos,
+            sin,
+        )
         self.workspace = torch.empty(0, dtype=torch.uint8)
 
     def _float(self, tensor: Tensor) -> int:
@@ -157,7 +194,8 @@ class FusedStep:
     def _matrix(self, layer: nn.Module) -> MatrixC:
         if isinstance(layer, PackedLinear):
             self.kept.append(layer.values)  # type: ignore[arg-type]
-            return MatrixC(layer.values.data_ptr(), self._float(layer.bias) if layer.bias is not None else None, layer.rows, layer.cols, layer.bits)  # type: ignore[operator,arg-type]
+            packed_bias = None if layer.bias is None else self._float(layer.bias)  # type: ignore[arg-type]
+            return MatrixC(layer.values.data_ptr(), packed_bias, layer.rows, layer.cols, layer.bits)  # type: ignore
         assert isinstance(layer, Linear)
         weight = layer.weight.detach().contiguous()
         self.kept.append(weight)
@@ -174,7 +212,14 @@ class FusedStep:
         logits = torch.empty(rows.shape[0], c.vocab_size) if want_logits else None
         hidden = torch.empty(rows.shape[0], c.hidden_size)
         self.library.serve_step(
-            ctypes.byref(self.model), ctypes.byref(step_of(step)), ids.data_ptr(), rows.shape[0], rows.data_ptr(),
-            None if logits is None else logits.data_ptr(), hidden.data_ptr(), self.workspace.data_ptr(), threads,
-        )  # fmt: skip
+            ctypes.byref(self.model),
+            ctypes.byref(step_of(step)),
+            ids.data_ptr(),
+            rows.shape[0],
+            rows.data_ptr(),
+            None if logits is None else logits.data_ptr(),
+            hidden.data_ptr(),
+            self.workspace.data_ptr(),
+            threads,
+        )
         return logits, hidden

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from craton.base import UserError, count, read_json, span, write_text
+from craton.report.pages import filled
 
 INK, FAINT, ACCENT, SECOND = "#8a8f98", "#8a8f9855", "#3b82f6", "#f97316"
 
@@ -52,9 +53,19 @@ def _plots(record: dict[str, Any]) -> list[tuple[str, str]]:
             axes.plot(xs, bits, color=ACCENT, alpha=0.25, linewidth=0.8)
             axes.plot(xs, _smooth(bits), color=ACCENT, linewidth=1.6, label="training")
             if held:
-                axes.plot([r[x] / scale for r in held], [r["heldout_bits_per_byte"] for r in held], "o-", color=SECOND, markersize=4, linewidth=1, label="held out")
+                axes.plot(
+                    [r[x] / scale for r in held],
+                    [r["heldout_bits_per_byte"] for r in held],
+                    "o-",
+                    color=SECOND,
+                    markersize=4,
+                    linewidth=1,
+                    label="held out",
+                )
             top = sorted(bits)[int(0.97 * (len(bits) - 1))]
-            axes.set_ylim(min(bits + [r["heldout_bits_per_byte"] for r in held]) * 0.97, max(top, _smooth(bits)[-1]) * 1.05)
+            axes.set_ylim(
+                min(bits + [r["heldout_bits_per_byte"] for r in held]) * 0.97, max(top, _smooth(bits)[-1]) * 1.05
+            )
             axes.set_xlabel(label)
             axes.set_ylabel("bits per byte")
             axes.legend(frameon=False, labelcolor=INK, fontsize=8)
@@ -69,11 +80,19 @@ def _plots(record: dict[str, Any]) -> list[tuple[str, str]]:
         axes.set_ylabel("tokens per second")
 
     def steering(axes: Any) -> None:
-        axes.plot([r["step"] for r in rows], [r["lr_share"] for r in rows], color=ACCENT, linewidth=1.4, label="learning rate, share of peak")
+        axes.plot(
+            [r["step"] for r in rows],
+            [r["lr_share"] for r in rows],
+            color=ACCENT,
+            linewidth=1.4,
+            label="learning rate, share of peak",
+        )
         axes.set_xlabel("step")
         axes.set_ylim(0, 1.08)
         other = axes.twinx()
-        other.plot([r["step"] for r in rows], [r["gradient_norm"] for r in rows], color=SECOND, linewidth=0.7, alpha=0.7)
+        other.plot(
+            [r["step"] for r in rows], [r["gradient_norm"] for r in rows], color=SECOND, linewidth=0.7, alpha=0.7
+        )
         other.set_yscale("log")
         other.tick_params(colors=SECOND, labelsize=8)
         for spine in other.spines.values():
@@ -91,54 +110,14 @@ def _plots(record: dict[str, Any]) -> list[tuple[str, str]]:
     ]
 
 
-TEMPLATE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
-<title>{{ name }} · training report</title>
-<style>
-:root{color-scheme:light dark;--bg:#fbfbfa;--card:#fff;--ink:#1c1f24;--soft:#646a73;--line:#e4e5e7;--accent:#2563eb;--warn:#c2410c}
-@media(prefers-color-scheme:dark){:root{--bg:#131518;--card:#1b1e23;--ink:#e8e9eb;--soft:#9aa0a8;--line:#2c3036;--accent:#7aa7ff;--warn:#fdba74}}
-*{box-sizing:border-box}body{margin:0;background:var(--bg);color:var(--ink);font:15px/1.55 system-ui,-apple-system,"Segoe UI",sans-serif}
-main{max-width:1080px;margin:0 auto;padding:2.5rem 1.25rem 5rem}h1{font-size:1.7rem;margin:0 0 .2rem;letter-spacing:-.01em}
-h2{font-size:1.05rem;margin:2.6rem 0 .8rem;letter-spacing:-.005em}p{margin:.3rem 0}.soft{color:var(--soft)}
-.tiles{display:grid;grid-template-columns:repeat(auto-fit,minmax(148px,1fr));gap:.7rem;margin:1.6rem 0}
-.tile,.card{background:var(--card);border:1px solid var(--line);border-radius:10px;padding:.8rem 1rem}
-.tile b{display:block;font-size:1.35rem;font-weight:620;font-variant-numeric:tabular-nums;letter-spacing:-.01em}.tile span{color:var(--soft);font-size:.82rem}
-.plots{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));gap:.8rem}.plots svg{width:100%;height:auto;display:block}
-.card h3{margin:0 0 .3rem;font-size:.86rem;font-weight:600;color:var(--soft)}
-table{border-collapse:collapse;width:100%;font-size:.88rem}td,th{text-align:left;padding:.32rem .6rem .32rem 0;border-bottom:1px solid var(--line);vertical-align:top}
-th{font-weight:600;color:var(--soft)}td.n,th.n{text-align:right;font-variant-numeric:tabular-nums}.scroll{overflow-x:auto}
-code,pre{font:12.5px/1.5 ui-monospace,SFMono-Regular,Menlo,monospace}pre{white-space:pre-wrap;overflow-wrap:anywhere;margin:0}
-.sample{margin:.7rem 0}.sample .given{color:var(--soft)}.bar{height:.5rem;border-radius:3px;background:var(--accent);min-width:2px}
-.two{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,420px),1fr));gap:.8rem}.hash{overflow-wrap:anywhere}.warn{color:var(--warn)}
-</style></head><body><main>
-<h1>{{ name }}</h1>
-<p class="soft">{{ headline }}</p>
-{% for w in warnings %}<p class="warn">{{ w }}</p>{% endfor %}
-<div class="tiles">{% for label, value in tiles %}<div class="tile"><b>{{ value }}</b><span>{{ label }}</span></div>{% endfor %}</div>
-<div class="plots">{% for title, svg in plots %}<div class="card"><h3>{{ title }}</h3>{{ svg|safe }}</div>{% endfor %}</div>
-{% if samples %}<h2>What it writes</h2><p class="soft">Openings of held-out documents, in grey, and the model's continuation at temperature 0.7. First draws, not chosen.</p>
-{% for s in samples %}<div class="card sample"><pre><span class="given">{{ s.prompt }}</span>{{ s.text }}</pre></div>{% endfor %}{% endif %}
-<h2>What it was trained on</h2>
-{% for c in corpora %}<div class="card"><div class="scroll"><table><tr><th>source</th><th>licence</th><th class="n">documents</th><th class="n">bytes</th><th style="width:26%"></th></tr>
-{% for s in c.sources %}<tr><td>{{ s.name }}</td><td>{{ s.license|join(", ") or "not stated" }}</td><td class="n">{{ s.documents }}</td><td class="n">{{ s.bytes|count }}</td><td><div class="bar" style="width:{{ s.share }}%"></div></td></tr>{% endfor %}</table></div>
-<p class="soft">{{ c.tokens|count }} training tokens, {{ c.heldout_tokens|count }} held out; vocabulary {{ c.vocab_size }}; {{ c.counts.documents }} documents read, {{ c.counts.kept }} parts kept.</p>
-{% if c.dropped %}<div class="scroll"><table><tr><th>dropped by</th><th class="n">parts</th><th class="n">bytes</th></tr>{% for why, d in c.dropped.items() %}<tr><td>{{ why|replace("_", " ") }}</td><td class="n">{{ d.documents }}</td><td class="n">{{ d.bytes|count }}</td></tr>{% endfor %}</table></div>{% endif %}</div>{% endfor %}
-<h2>How it was planned</h2><div class="card">{% for line in plan %}<p>{{ line }}</p>{% endfor %}</div>
-{% if events %}<h2>What went wrong</h2><div class="card">{% for e in events %}<p>Step {{ e.at_step }}: {{ e.problem }}. Rolled back to step {{ e.to_step }}, batches {{ e.skipped|join(", ") }} skipped.</p>{% endfor %}</div>{% endif %}
-<h2>Configuration</h2><div class="two">{% for title, values in configuration %}<div class="card"><h3>{{ title }}</h3><table>{% for k, v in values.items() %}<tr><td>{{ k }}</td><td class="n">{{ v }}</td></tr>{% endfor %}</table></div>{% endfor %}</div>
-<h2>Provenance</h2><div class="card scroll"><table>{% for k, v in provenance %}<tr><td>{{ k }}</td><td class="hash"><code>{{ v }}</code></td></tr>{% endfor %}</table></div>
-</main></body></html>
-"""
-
-
 def write_report(out: Path) -> Path:
     """Write out/report.html from out/record.json and return its path. UserError if there is no record."""
-    import jinja2
-
     if not out.is_dir():
         raise UserError(f"{out}: no such folder")
     if not (out / "record.json").exists():
-        raise UserError(f"{out}/record.json: missing; it is written when training stops, so train or --resume there first")
+        raise UserError(
+            f"{out}/record.json: missing; it is written when training stops, so train or --resume there first"
+        )
     record = read_json(out / "record.json")
     if not isinstance(record, dict) or record.get("format") != "craton-record-1":
         raise UserError(f"{out}/record.json: not a training record that this version reads")
@@ -161,19 +140,37 @@ def write_report(out: Path) -> Path:
     ]
     if record["energy_joules"]:
         tiles.append(("energy, processors", f"{record['energy_joules'] / 3.6e6:.3g} kWh"))
-    warnings = [] if record["status"] == "finished" else [f"The run was interrupted at step {record['steps']} of {record['recipe']['run']['steps']}; --resume goes on."]
+    warnings = (
+        []
+        if record["status"] == "finished"
+        else [
+            f"The run was interrupted at step {record['steps']} of {record['recipe']['run']['steps']}; --resume goes "
+            "on."
+        ]
+    )
     if not held:
         warnings.append("Nothing was held out, so nothing here says how the model does on text that it has not seen.")
-    environment = jinja2.Environment(autoescape=True)
-    environment.filters["count"] = count
-    provenance = [(f"corpus {c['folder']}", c["digest"]) for c in record["corpora"]] + [(f"tokenizer of {c['folder']}", c["tokenizer_sha256"]) for c in record["corpora"]]
-    provenance += [("weights (model.safetensors)", record["weights_sha256"])] + [(k, v) for k, v in record["environment"].items() if v is not None]
-    text = environment.from_string(TEMPLATE).render(
+    provenance = [(f"corpus {c['folder']}", c["digest"]) for c in record["corpora"]] + [
+        (f"tokenizer of {c['folder']}", c["tokenizer_sha256"]) for c in record["corpora"]
+    ]
+    provenance += [("weights (model.safetensors)", record["weights_sha256"])] + [
+        (k, v) for k, v in record["environment"].items() if v is not None
+    ]
+    text = filled(
+        "training",
         name=out.name,
-        headline=f"A {count(record['parameters'])}-parameter decoder, {m['num_hidden_layers']} layers of {m['hidden_size']}, trained for {record['steps']} steps.",
-        warnings=warnings, tiles=tiles, plots=_plots(record), samples=record["samples"], corpora=record["corpora"], plan=record["plan"],
-        events=record["events"], provenance=provenance,
-        configuration=[("model", m)] + [(k, {a: b for a, b in v.items() if b is not None}) for k, v in record["recipe"].items() if k != "model"],
-    )  # fmt: skip
+        headline=f"A {count(record['parameters'])}-parameter decoder, {m['num_hidden_layers']} layers of "
+        f"{m['hidden_size']}, trained for {record['steps']} steps.",
+        warnings=warnings,
+        tiles=tiles,
+        plots=_plots(record),
+        samples=record["samples"],
+        corpora=record["corpora"],
+        plan=record["plan"],
+        events=record["events"],
+        provenance=provenance,
+        configuration=[("model", m)]
+        + [(k, {a: b for a, b in v.items() if b is not None}) for k, v in record["recipe"].items() if k != "model"],
+    )
     write_text(out / "report.html", text)
     return out / "report.html"

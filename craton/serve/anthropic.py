@@ -16,7 +16,14 @@ def _messages(body: CountTokensRequest) -> list[dict[str, Any]]:
     """In OpenAI's shape: results of tools are messages of their own there."""
     out: list[dict[str, Any]] = []
     if body.system:
-        out.append({"role": "system", "content": text_of(body.system if isinstance(body.system, str) else [p.model_dump() for p in body.system])})
+        out.append(
+            {
+                "role": "system",
+                "content": text_of(
+                    body.system if isinstance(body.system, str) else [p.model_dump() for p in body.system]
+                ),
+            }
+        )
     for m in body.messages:
         if isinstance(m.content, str):
             out.append({"role": m.role, "content": m.content})
@@ -24,11 +31,25 @@ def _messages(body: CountTokensRequest) -> list[dict[str, Any]]:
         parts, message = [], dict[str, Any](role=m.role)
         for block in m.content:
             if block.type == "tool_result":
-                content = block.content if block.content is None or isinstance(block.content, str) else [p.model_dump() for p in block.content]
+                content = (
+                    block.content
+                    if block.content is None or isinstance(block.content, str)
+                    else [p.model_dump() for p in block.content]
+                )
                 text = text_of(content)
-                out.append({"role": "tool", "tool_call_id": block.tool_use_id.removeprefix("toolu_"), "content": f"Error: {text}" if block.is_error else text})
+                out.append(
+                    {
+                        "role": "tool",
+                        "tool_call_id": block.tool_use_id.removeprefix("toolu_"),
+                        "content": f"Error: {text}" if block.is_error else text,
+                    }
+                )
             elif block.type == "tool_use":
-                call = {"id": block.id.removeprefix("toolu_"), "type": "function", "function": {"name": block.name, "arguments": json.dumps(block.input, ensure_ascii=False)}}
+                call = {
+                    "id": block.id.removeprefix("toolu_"),
+                    "type": "function",
+                    "function": {"name": block.name, "arguments": json.dumps(block.input, ensure_ascii=False)},
+                }
                 message.setdefault("tool_calls", []).append(call)
             elif block.type == "thinking":
                 message["reasoning_content"] = message.get("reasoning_content", "") + block.thinking
@@ -49,16 +70,42 @@ def ask_of(body: CountTokensRequest) -> Ask:
     c = body.tool_choice
     if c is not None and c.type == "tool" and c.name is None:
         raise ApiError(400, "tool_choice: type 'tool' needs a name", "tool_choice.name")
-    choice: Any = None if c is None else {"auto": "auto", "any": "required", "none": "none"}.get(c.type) or ([c.name], "required")
-    listed = [{"type": "function", "function": {"name": t.name, "parameters": t.input_schema, **({"description": t.description} if t.description else {})}} for t in body.tools or ()]
+    choice: Any = (
+        None if c is None else {"auto": "auto", "any": "required", "none": "none"}.get(c.type) or ([c.name], "required")
+    )
+    listed = [
+        {
+            "type": "function",
+            "function": {
+                "name": t.name,
+                "parameters": t.input_schema,
+                **({"description": t.description} if t.description else {}),
+            },
+        }
+        for t in body.tools or ()
+    ]
     tools, mode = choose(listed, choice)
     sampling: dict[str, Any] = {}
     if body.output_config and body.output_config.format:
         sampling["json_schema"] = schema_text(body.output_config.format.schema_)
     if isinstance(body, MessagesRequest):
-        sampling |= {"max_tokens": body.max_tokens, "temperature": body.temperature, "top_p": body.top_p, "top_k": body.top_k, "stop": tuple(body.stop_sequences or ())}
+        sampling |= {
+            "max_tokens": body.max_tokens,
+            "temperature": body.temperature,
+            "top_p": body.top_p,
+            "top_k": body.top_k,
+            "stop": tuple(body.stop_sequences or ()),
+        }
     effort = body.output_config.effort if body.output_config else None
-    return Ask(sampling, messages=messages, tools=tools, choice=mode, parallel=not (c and c.disable_parallel_tool_use), prefix=prefix or None, **thinking_of(body.thinking, effort))
+    return Ask(
+        sampling,
+        messages=messages,
+        tools=tools,
+        choice=mode,
+        parallel=not (c and c.disable_parallel_tool_use),
+        prefix=prefix or None,
+        **thinking_of(body.thinking, effort),
+    )
 
 
 async def count_tokens(served: Served, body: CountTokensRequest) -> AsyncIterator[bytes]:
@@ -68,9 +115,16 @@ async def count_tokens(served: Served, body: CountTokensRequest) -> AsyncIterato
 
 def _usage(a: Answers) -> dict[str, Any]:
     return {
-        "input_tokens": a.prompt_tokens - a.cached_tokens, "output_tokens": a.completion_tokens, "cache_read_input_tokens": a.cached_tokens, "cache_creation_input_tokens": 0,
-        "cache_creation": None, "inference_geo": None, "output_tokens_details": {"thinking_tokens": a.reasoning_tokens}, "server_tool_use": None, "service_tier": "standard",
-    }  # fmt: skip
+        "input_tokens": a.prompt_tokens - a.cached_tokens,
+        "output_tokens": a.completion_tokens,
+        "cache_read_input_tokens": a.cached_tokens,
+        "cache_creation_input_tokens": 0,
+        "cache_creation": None,
+        "inference_geo": None,
+        "output_tokens_details": {"thinking_tokens": a.reasoning_tokens},
+        "server_tool_use": None,
+        "service_tier": "standard",
+    }
 
 
 def _stop(c: Completion, calls: bool) -> tuple[str, str | None]:
@@ -82,8 +136,18 @@ def _stop(c: Completion, calls: bool) -> tuple[str, str | None]:
 
 
 def _head(served: Served, answers: Answers) -> dict[str, Any]:
-    return {"id": f"msg_{secrets.token_hex(12)}", "type": "message", "role": "assistant", "model": served.name, "content": [], "stop_reason": None, "stop_sequence": None,
-            "stop_details": None, "container": None, "usage": _usage(answers)}  # fmt: skip
+    return {
+        "id": f"msg_{secrets.token_hex(12)}",
+        "type": "message",
+        "role": "assistant",
+        "model": served.name,
+        "content": [],
+        "stop_reason": None,
+        "stop_sequence": None,
+        "stop_details": None,
+        "container": None,
+        "usage": _usage(answers),
+    }
 
 
 async def messages(served: Served, body: MessagesRequest) -> AsyncIterator[bytes]:
@@ -133,7 +197,10 @@ async def _whole(served: Served, answers: Answers, ask: Ask) -> AsyncIterator[by
     reason, sequence = _stop(finished, calls)
     if all(b["type"] == "thinking" for b in content):
         content.append(_block("content", "", ""))
-    yield json.dumps({**_head(served, answers), "content": content, "stop_reason": reason, "stop_sequence": sequence}, ensure_ascii=False).encode()
+    yield json.dumps(
+        {**_head(served, answers), "content": content, "stop_reason": reason, "stop_sequence": sequence},
+        ensure_ascii=False,
+    ).encode()
 
 
 async def _stream(served: Served, answers: Answers, ask: Ask) -> AsyncIterator[bytes]:
@@ -184,6 +251,10 @@ async def _stream(served: Served, answers: Answers, ask: Ask) -> AsyncIterator[b
         begin("content", "", "")
     end()
     reason, text = _stop(finished, calls)
-    emit("message_delta", delta={"stop_reason": reason, "stop_sequence": text, "stop_details": None, "container": None}, usage=_usage(answers))
+    emit(
+        "message_delta",
+        delta={"stop_reason": reason, "stop_sequence": text, "stop_details": None, "container": None},
+        usage=_usage(answers),
+    )
     emit("message_stop")
     yield b"".join(out)

@@ -40,7 +40,12 @@ from craton.serve.worker import Failed, Refused
 
 log = logging.getLogger("craton.serve")
 SLOW_READER = 60.0  # seconds that a reader may take nothing
-FIELDS = {name for kind in vars(schema).values() if isinstance(kind, type) and issubclass(kind, schema.Strict) for name in kind.model_fields} | {"json_schema", "image"}
+FIELDS = {
+    name
+    for kind in vars(schema).values()
+    if isinstance(kind, type) and issubclass(kind, schema.Strict)
+    for name in kind.model_fields
+} | {"json_schema", "image"}
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
@@ -66,8 +71,18 @@ class Metrics:
         self.models = models
         self.requests = prom.Counter("craton_requests", "Requests by path and status", ["path", "status"], registry=r)
         self.refused = prom.Counter("craton_refused", "Requests answered with 429", registry=r)
-        self.ttft = prom.Histogram("craton_time_to_first_token_seconds", "From a request's arrival to its first token", buckets=_SECONDS, registry=r)
-        self.step = prom.Histogram("craton_step_seconds", "One forward pass: the time between two tokens of an answer", buckets=_SECONDS, registry=r)
+        self.ttft = prom.Histogram(
+            "craton_time_to_first_token_seconds",
+            "From a request's arrival to its first token",
+            buckets=_SECONDS,
+            registry=r,
+        )
+        self.step = prom.Histogram(
+            "craton_step_seconds",
+            "One forward pass: the time between two tokens of an answer",
+            buckets=_SECONDS,
+            registry=r,
+        )
         self.generated = prom.Counter("craton_generated_tokens", "Tokens generated", registry=r)
         gauges: dict[str, tuple[str, Callable[[Served], float]]] = {
             "craton_running": ("Answers in the making", lambda m: m.worker.running),
@@ -75,10 +90,19 @@ class Metrics:
             "craton_cache_blocks": ("Blocks of the cache", lambda m: m.engine.pool.total),
             "craton_cache_blocks_free": ("Blocks that can be allocated", lambda m: m.engine.pool.free),
             "craton_prompt_tokens_total": ("Prompt tokens", lambda m: m.engine.counters.prompt_tokens),
-            "craton_cached_prompt_tokens_total": ("Prompt tokens found in the cache", lambda m: m.engine.counters.cached_prompt_tokens),
-            "craton_preemptions_total": ("Answers set back because the cache was full", lambda m: m.engine.counters.preemptions),
+            "craton_cached_prompt_tokens_total": (
+                "Prompt tokens found in the cache",
+                lambda m: m.engine.counters.cached_prompt_tokens,
+            ),
+            "craton_preemptions_total": (
+                "Answers set back because the cache was full",
+                lambda m: m.engine.counters.preemptions,
+            ),
             "craton_cancelled_total": ("Answers that nobody waited for", lambda m: m.engine.counters.cancelled),
-            "craton_expected_wait_seconds": ("What a request that comes now would wait", lambda m: m.worker.expected_wait(1)),
+            "craton_expected_wait_seconds": (
+                "What a request that comes now would wait",
+                lambda m: m.worker.expected_wait(1),
+            ),
         }
         self.gauges = {n: (prom.Gauge(n, text, ["model"], registry=r), get) for n, (text, get) in gauges.items()}
 
@@ -114,7 +138,10 @@ class Reply(Response):
             self.task.cancel()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        self.task, self.abort = asyncio.current_task(), scope.get("extensions", {}).get("craton.abort", {}).get("call", self.abort)
+        self.task, self.abort = (
+            asyncio.current_task(),
+            scope.get("extensions", {}).get("craton.abort", {}).get("call", self.abort),
+        )
         assert self.task is not None
         self.state.replies.add(self)
         started = False
@@ -129,7 +156,10 @@ class Reply(Response):
             self.sending = time.monotonic()
             if not started:
                 started = True
-                head = [(b"content-type", b"text/event-stream; charset=utf-8" if self.streamed else b"application/json"), (b"cache-control", b"no-store")]
+                head = [
+                    (b"content-type", b"text/event-stream; charset=utf-8" if self.streamed else b"application/json"),
+                    (b"cache-control", b"no-store"),
+                ]
                 if self.streamed:
                     head.append((b"x-accel-buffering", b"no"))
                 else:
@@ -138,7 +168,13 @@ class Reply(Response):
             await send({"type": "http.response.body", "body": data, "more_body": more})
             self.sending = 0.0
 
-        async def fail(status: int, message: str, param: str | None = None, code: str | None = None, headers: dict[str, str] | None = None) -> None:
+        async def fail(
+            status: int,
+            message: str,
+            param: str | None = None,
+            code: str | None = None,
+            headers: dict[str, str] | None = None,
+        ) -> None:
             if not started:
                 await send_error(scope, send, status, message, param, code, headers)
                 return
@@ -147,7 +183,10 @@ class Reply(Response):
             if scope["path"].startswith("/v1/messages"):
                 name = b"event: error\n"
             elif scope["path"] == "/v1/responses":
-                name, body = b"event: error\n", {"type": "error", "sequence_number": 0, "code": code, "message": message, "param": param, **body}
+                name, body = (
+                    b"event: error\n",
+                    {"type": "error", "sequence_number": 0, "code": code, "message": message, "param": param, **body},
+                )
             await write(name + openai.event(body), False)
 
         listener = asyncio.create_task(listen())
@@ -173,10 +212,20 @@ class Reply(Response):
             await fail(error.status, error.message, error.param, error.code, error.headers)
         except UserError as error:
             word = str(error).split(":")[0].split(" ")[0]
-            await fail(400, str(error), word if word in FIELDS else None, "context_length_exceeded" if "the context is" in str(error) else None)
+            await fail(
+                400,
+                str(error),
+                word if word in FIELDS else None,
+                "context_length_exceeded" if "the context is" in str(error) else None,
+            )
         except Refused as error:
             self.state.metrics.refused.inc()
-            await fail(429, f"too busy: {error}; try again in {error.retry_after} s", code="overloaded", headers={"retry-after": str(error.retry_after)})
+            await fail(
+                429,
+                f"too busy: {error}; try again in {error.retry_after} s",
+                code="overloaded",
+                headers={"retry-after": str(error.retry_after)},
+            )
         except Failed as error:
             await fail(503, str(error))
         except Exception:
@@ -201,7 +250,9 @@ class State:
         if name is None:
             return next(iter(self.models.values()))
         if (served := self.models.get(name)) is None:
-            raise ApiError(404, f"there is no model {name[:256]!r}; /v1/models lists what there is", "model", "model_not_found")
+            raise ApiError(
+                404, f"there is no model {name[:256]!r}; /v1/models lists what there is", "model", "model_not_found"
+            )
         return served
 
     async def watch(self) -> None:
@@ -236,15 +287,33 @@ def create_app(models: dict[str, Served], settings: Settings, metrics: Metrics) 
 
     keyed: dict[str, Any] = {"openapi_extra": {"security": [{"key": []}]}} if settings.keys else {}
     app = FastAPI(
-        title="Craton", version="1", lifespan=lifespan, docs_url=None, redoc_url=None, telemetry={"tracing": False, "metrics": False, "logs": False},
-        description="Compatible with OpenAI's, Open Responses' and Anthropic's APIs.")
+        title="Craton",
+        version="1",
+        lifespan=lifespan,
+        docs_url=None,
+        redoc_url=None,
+        telemetry={"tracing": False, "metrics": False, "logs": False},
+        description="Compatible with OpenAI's, Open Responses' and Anthropic's APIs.",
+    )
     app.state.craton = state
 
-    def post(path: str, summary: str, answer: dict[str, Any], streamed: bool = False) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        return app.post(path, summary=summary, responses=shapes.documented(answer, streamed, path), response_class=Response, **keyed)
+    def post(
+        path: str, summary: str, answer: dict[str, Any], streamed: bool = False
+    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        return app.post(
+            path, summary=summary, responses=shapes.documented(answer, streamed, path), response_class=Response, **keyed
+        )
 
-    def get(path: str, summary: str, answer: dict[str, Any] | None = None, **more: Any) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-        return app.get(path, summary=summary, responses=shapes.documented(answer, False, path) if answer else {}, response_class=Response, **{**keyed, **more})
+    def get(
+        path: str, summary: str, answer: dict[str, Any] | None = None, **more: Any
+    ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        return app.get(
+            path,
+            summary=summary,
+            responses=shapes.documented(answer, False, path) if answer else {},
+            response_class=Response,
+            **{**keyed, **more},
+        )
 
     def counted(body: Any) -> Served:
         if (getattr(body, "n", None) or 1) > settings.max_n:
@@ -263,7 +332,9 @@ def create_app(models: dict[str, Served], settings: Settings, metrics: Metrics) 
 
     @post("/v1/responses", "A response", shapes.RESPONSE, True)
     async def create_response(body: ResponsesRequest, request: Request) -> Reply:
-        return Reply(responses.responses(counted(body), body, state.store, request.scope["owner"]), bool(body.stream), state)
+        return Reply(
+            responses.responses(counted(body), body, state.store, request.scope["owner"]), bool(body.stream), state
+        )
 
     @app.post("/v1/responses/compact", include_in_schema=False)
     async def compact() -> Response:
@@ -273,7 +344,13 @@ def create_app(models: dict[str, Served], settings: Settings, metrics: Metrics) 
     async def read_response(response_id: str, request: Request) -> Response:
         return JSONResponse(state.store.get(request.scope["owner"], response_id)[0])
 
-    @app.delete("/v1/responses/{response_id}", summary="Forget a stored response", responses=shapes.documented(shapes.DELETED, False, "/v1/responses/"), response_class=Response, **keyed)
+    @app.delete(
+        "/v1/responses/{response_id}",
+        summary="Forget a stored response",
+        responses=shapes.documented(shapes.DELETED, False, "/v1/responses/"),
+        response_class=Response,
+        **keyed,
+    )
     async def delete_response(response_id: str, request: Request) -> Response:
         state.store.delete(request.scope["owner"], response_id)
         return JSONResponse({"id": response_id, "object": "response", "deleted": True})
@@ -297,11 +374,17 @@ def create_app(models: dict[str, Served], settings: Settings, metrics: Metrics) 
 
         def work() -> list[int]:
             if isinstance(body, TokenizePrompt):
-                return served.tokenizer.encode(body.prompt) if body.add_special_tokens else served.tokenizer.marker(body.prompt)
+                return (
+                    served.tokenizer.encode(body.prompt)
+                    if body.add_special_tokens
+                    else served.tokenizer.marker(body.prompt)
+                )
             if served.dialogue is None:
                 raise UserError(f"the model {served.name!r} has no chat template; give a prompt")
             tools = [t.model_dump(exclude_none=True) for t in body.tools or ()]
-            return served.tokenizer.marker(served.dialogue.render(openai.messages_of([m.model_dump() for m in body.messages]), tools)[0])
+            return served.tokenizer.marker(
+                served.dialogue.render(openai.messages_of([m.model_dump() for m in body.messages]), tools)[0]
+            )
 
         ids = await asyncio.to_thread(work)
         out: dict[str, Any] = {"count": len(ids), "max_model_len": served.engine.context, "tokens": ids}
@@ -330,7 +413,9 @@ def create_app(models: dict[str, Served], settings: Settings, metrics: Metrics) 
     @get("/v1/models", "The models that are served", shapes.MODELS)
     async def list_models() -> Response:
         data = [s.describe() for s in models.values()]
-        return JSONResponse({"object": "list", "data": data, "has_more": False, "first_id": data[0]["id"], "last_id": data[-1]["id"]})
+        return JSONResponse(
+            {"object": "list", "data": data, "has_more": False, "first_id": data[0]["id"], "last_id": data[-1]["id"]}
+        )
 
     @get("/v1/models/{model}", "One of them", shapes.MODEL)
     async def one_model(model: str) -> Response:
@@ -379,15 +464,25 @@ def create_app(models: dict[str, Served], settings: Settings, metrics: Metrics) 
 
     @app.exception_handler(ApiError)
     async def known(request: Request, error: ApiError) -> Response:
-        return JSONResponse(error_body(request.url.path, error.status, error.message, error.param, error.code), error.status, error.headers)
+        return JSONResponse(
+            error_body(request.url.path, error.status, error.message, error.param, error.code),
+            error.status,
+            error.headers,
+        )
 
     @app.exception_handler(HTTPException)
     async def other(request: Request, error: HTTPException) -> Response:
         headers = dict(error.headers or {})
         if error.status_code == 405:  # the framework names the methods of one route only
-            routes = [r for r in app.routes if isinstance(r, Route) and r.path_regex.match(request.url.path) and r.include_in_schema]
+            routes = [
+                r
+                for r in app.routes
+                if isinstance(r, Route) and r.path_regex.match(request.url.path) and r.include_in_schema
+            ]
             headers["allow"] = ", ".join(sorted({m for r in routes for m in r.methods or ()}))
-        return JSONResponse(error_body(request.url.path, error.status_code, str(error.detail)), error.status_code, headers)
+        return JSONResponse(
+            error_body(request.url.path, error.status_code, str(error.detail)), error.status_code, headers
+        )
 
     @app.exception_handler(Exception)
     async def unforeseen(request: Request, error: Exception) -> Response:
@@ -412,9 +507,19 @@ def create_app(models: dict[str, Served], settings: Settings, metrics: Metrics) 
     app.openapi = openapi  # type: ignore[method-assign]
     counting = _Counting(app, metrics)
     posts = {r.path for r in app.routes if isinstance(r, Route) and "POST" in (r.methods or ())}
-    guarded: Any = Guard(counting, settings.keys, settings.hosts, {"/", *(f"/page/{n}" for n in page.names)}, posts, settings.max_body, settings.log_prompts)
+    guarded: Any = Guard(
+        counting,
+        settings.keys,
+        settings.hosts,
+        {"/", *(f"/page/{n}" for n in page.names)},
+        posts,
+        settings.max_body,
+        settings.log_prompts,
+    )
     if settings.origins:
-        guarded = CORSMiddleware(guarded, allow_origins=settings.origins, allow_methods=["GET", "POST", "DELETE"], allow_headers=["*"])
+        guarded = CORSMiddleware(
+            guarded, allow_origins=settings.origins, allow_methods=["GET", "POST", "DELETE"], allow_headers=["*"]
+        )
     return guarded
 
 
@@ -439,7 +544,18 @@ def explain(errors: Any) -> tuple[str, str | None]:
     path = [str(p) for p in deepest["loc"][1:]]
     # Branches of a union are named in the path; the field is what the client wrote.
     written = deepest["type"] in ("extra_forbidden", "missing")
-    shown = [p for i, p in enumerate(path) if written and i == len(path) - 1 or not ("[" in p or p.startswith("constrained-") or p in ("str", "int", "float", "bool", "none") or isinstance(getattr(schema, p, None), type))]
+    shown = [
+        p
+        for i, p in enumerate(path)
+        if written
+        and i == len(path) - 1
+        or not (
+            "[" in p
+            or p.startswith("constrained-")
+            or p in ("str", "int", "float", "bool", "none")
+            or isinstance(getattr(schema, p, None), type)
+        )
+    ]
     name = ".".join(shown)
     if deepest["type"] == "extra_forbidden":
         return f"{name}: this field is not supported; leave it out", name

@@ -34,7 +34,14 @@ _DEFAULTS = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
 class ApiError(Exception):
     """An answer that is an error. param: the field at fault."""
 
-    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None, headers: dict[str, str] | None = None):
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ):
         super().__init__(message)
         self.status, self.message, self.param, self.code, self.headers = status, message, param, code, headers or {}
 
@@ -57,10 +64,28 @@ class Served:
         made = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(self.created))
         d = self.dialogue
         return {
-            "id": self.name, "object": "model", "created": self.created, "owned_by": "craton", "type": "model", "display_name": self.name, "created_at": made,
-            "context_length": self.engine.context, "defaults": {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0, **self.defaults},
-            "chat": d is not None, "thinks": bool(d and d.thinking), "tools": d is not None, "images": False, "pretrained_only": self.pretrained_only,
-        }  # fmt: skip
+            "id": self.name,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "craton",
+            "type": "model",
+            "display_name": self.name,
+            "created_at": made,
+            "context_length": self.engine.context,
+            "defaults": {
+                "temperature": 1.0,
+                "top_p": 1.0,
+                "top_k": 0,
+                "min_p": 0.0,
+                "repetition_penalty": 1.0,
+                **self.defaults,
+            },
+            "chat": d is not None,
+            "thinks": bool(d and d.thinking),
+            "tools": d is not None,
+            "images": False,
+            "pretrained_only": self.pretrained_only,
+        }
 
 
 def open_served(name: str, path: str, max_wait: float, max_queue: int, observe: Any, **options: Any) -> Served:
@@ -74,10 +99,14 @@ def open_served(name: str, path: str, max_wait: float, max_queue: int, observe: 
     if folder.is_dir():
         if (file := folder / "generation_config.json").is_file():
             own = read_json(file)
-            defaults = {k: own[k] for k in _DEFAULTS if isinstance(own.get(k), int | float) and not isinstance(own[k], bool)}
+            defaults = {
+                k: own[k] for k in _DEFAULTS if isinstance(own.get(k), int | float) and not isinstance(own[k], bool)
+            }
             if own.get("do_sample") is False:
                 defaults = {"temperature": 0.0}
-        base = (folder / "record.json").is_file() and read_json(folder / "record.json").get("objective") == "pretraining"
+        base = (folder / "record.json").is_file() and read_json(folder / "record.json").get(
+            "objective"
+        ) == "pretraining"
     engine = model.engine
     if found and found.turn_end is not None and found.turn_end not in engine.config.eos_token_ids:
         engine.config = dataclasses.replace(engine.config, eos_token_id=(*engine.config.eos_token_ids, found.turn_end))
@@ -139,10 +168,14 @@ def prepare(served: Served, ask: Ask) -> Prepared:
             raise UserError(f"the model {served.name!r} has no chat template; use /v1/completions")
         tools = bool(ask.tools) and ask.choice != "none"
         thinking = ask.thinking
-        prompt, opened = d.render(ask.messages, ask.tools if tools else [], thinking, ask.effort, ask.prefix, ask.template)
+        prompt, opened = d.render(
+            ask.messages, ask.tools if tools else [], thinking, ask.effort, ask.prefix, ask.template
+        )
         ids = d.tokenizer.marker(prompt)
         if ask.prefix and any(values.get(k) for k in ("json_schema", "regex", "choice", "grammar")):
-            raise UserError("a schema and an answer that was begun exclude each other; leave out the last message or the schema")
+            raise UserError(
+                "a schema and an answer that was begun exclude each other; leave out the last message or the schema"
+            )
         may_think = d.thinking is not None and not ask.prefix and thinking is not False
         if d.thinking and may_think:
             begin = d.tokenizer.marker(d.thinking[0])
@@ -151,7 +184,9 @@ def prepare(served: Served, ask: Ask) -> Prepared:
         if tools:
             schema = values.pop("json_schema", None)
             if schema is not None and ask.choice == "required":
-                raise UserError("response_format cannot be met by an answer that must call a tool; leave one of them out")
+                raise UserError(
+                    "response_format cannot be met by an answer that must call a tool; leave one of them out"
+                )
             values["stop_before"] = d.calls.opening.split("\n")[0] or d.calls.opening
             if ask.choice == "required":  # nothing but calls, which no stop text may break
                 values["stop"] = ()
@@ -172,10 +207,25 @@ class Answers:
     def __init__(self, served: Served, prepared: Prepared, further: bool = False):
         self.served, self.prepared = served, prepared
         self.stream: Stream = served.worker.submit(prepared.ids, prepared.sampling, prepared.matcher, further=further)
-        self.prompt_tokens, self.cached_tokens, self.completion_tokens, self.reasoning_tokens = len(prepared.ids), 0, 0, 0
-        self.parsers = [Parser(served.dialogue if prepared.may_think or prepared.tools else None, prepared.tools, prepared.opened, prepared.may_think) for _ in range(prepared.sampling.n)]
+        self.prompt_tokens, self.cached_tokens, self.completion_tokens, self.reasoning_tokens = (
+            len(prepared.ids),
+            0,
+            0,
+            0,
+        )
+        self.parsers = [
+            Parser(
+                served.dialogue if prepared.may_think or prepared.tools else None,
+                prepared.tools,
+                prepared.opened,
+                prepared.may_think,
+            )
+            for _ in range(prepared.sampling.n)
+        ]
         self.plain = not (prepared.may_think or prepared.tools)
-        self.unplaced: list[list[TokenLogprob]] = [[] for _ in range(prepared.sampling.n)]  # not known yet to be content
+        self.unplaced: list[list[TokenLogprob]] = [
+            [] for _ in range(prepared.sampling.n)
+        ]  # not known yet to be content
         self.aligned = [_Aligned(served.tokenizer, prepared.sampling.show_special) for _ in range(prepared.sampling.n)]
 
     async def __aiter__(self) -> AsyncIterator[list[Delta]]:
@@ -200,9 +250,13 @@ class Answers:
                 raise UserError(str(c.stop_reason))
             if c.finish_reason == "cancelled":
                 raise Failed("the request was cancelled")
-        return Delta(piece.index, parts, logprobs, piece.finished, parser.call >= 0 and parser.state not in ("name", "arguments"))
+        return Delta(
+            piece.index, parts, logprobs, piece.finished, parser.call >= 0 and parser.state not in ("name", "arguments")
+        )
 
-    def _of_content(self, index: int, new: list[TokenLogprob], before: str, after: str, shown: bool) -> list[TokenLogprob]:
+    def _of_content(
+        self, index: int, new: list[TokenLogprob], before: str, after: str, shown: bool
+    ) -> list[TokenLogprob]:
         """Those of the answer, not of thinking or of calls."""
         if before == "start":
             new = self.unplaced[index] + new
@@ -242,7 +296,9 @@ def _joined(pieces: list[Piece]) -> list[Piece]:
         if (o := out.get(p.index)) is None:
             out[p.index] = p
         else:
-            out[p.index] = Piece(p.index, o.text + p.text, o.token_ids + p.token_ids, o.logprobs + p.logprobs, p.finished, p.cached)
+            out[p.index] = Piece(
+                p.index, o.text + p.text, o.token_ids + p.token_ids, o.logprobs + p.logprobs, p.finished, p.cached
+            )
     return list(out.values())
 
 
@@ -252,7 +308,8 @@ async def run(served: Served, ask: Ask) -> Answers:
 
 
 def text_of(content: Any) -> str:
-    """The parts of a message as text. An image becomes a note, since no model here sees yet; UserError if it is none."""
+    """The parts of a message as text. An image becomes a note, since no model here sees yet; UserError if it is
+    none."""
     if content is None or isinstance(content, str):
         return content or ""
     out = []
@@ -277,7 +334,8 @@ def _image(url: str) -> str:
         raise UserError("image: give it as data:image/...;base64,...; addresses are not fetched")
     try:
         with Image.open(io.BytesIO(base64.b64decode(data, validate=True))) as image:  # reads the header only
-            return f"[An image was attached here ({image.format}, {image.width}x{image.height}). This model cannot see images.]"
+            size = f"{image.width}x{image.height}"
+            return f"[An image was attached here ({image.format}, {size}). This model cannot see images.]"
     except (binascii.Error, OSError, ValueError, SyntaxError, Image.DecompressionBombError):
         raise UserError("image: not a picture that can be read") from None
 

@@ -21,10 +21,16 @@ from craton.text.dialogue import Parser, Part
 
 FAINT, PLAIN = "\033[2m", "\033[0m"
 SETTINGS: dict[str, tuple[type, str]] = {
-    "temperature": (float, "0 always takes the likeliest token"), "top_p": (float, "only the likeliest that together reach this probability"), "top_k": (int, "only the k likeliest; 0 is all"),
-    "min_p": (float, "only those at least this likely, relative to the likeliest"), "repetition_penalty": (float, "above 1: less of what was said"), "max_tokens": (int, "of an answer"),
-    "seed": (int, "the same answer to the same question"), "thinking": (str, f"off, or one of {', '.join(EFFORT)}"), "model": (str, "which of the server's models"),
-}  # fmt: skip
+    "temperature": (float, "0 always takes the likeliest token"),
+    "top_p": (float, "only the likeliest that together reach this probability"),
+    "top_k": (int, "only the k likeliest; 0 is all"),
+    "min_p": (float, "only those at least this likely, relative to the likeliest"),
+    "repetition_penalty": (float, "above 1: less of what was said"),
+    "max_tokens": (int, "of an answer"),
+    "seed": (int, "the same answer to the same question"),
+    "thinking": (str, f"off, or one of {', '.join(EFFORT)}"),
+    "model": (str, "which of the server's models"),
+}
 HELP = """/set NAME VALUE   change a setting; /set shows them, /set NAME takes one back
 /system TEXT      how the model should behave
 /retry, /undo     answer again; take back the last question and answer
@@ -68,7 +74,9 @@ class Local:
             prepared = prepare(self.served, ask)
         else:
             prepared = self._fitting(c, ask, room)
-        parser = Parser(self.served.dialogue if prepared.may_think else None, False, prepared.opened, prepared.may_think)
+        parser = Parser(
+            self.served.dialogue if prepared.may_think else None, False, prepared.opened, prepared.may_think
+        )
         for event in engine.stream(prepared.ids, prepared.sampling):
             yield from parser.feed(event.text, event.finished)
 
@@ -92,7 +100,9 @@ class Remote:
         url = url.rstrip("/")
         self.url = url if url.endswith("/v1") else f"{url}/v1"
         key = os.environ.get("CRATON_API_KEY", "").split(",")[0] or os.environ.get("OPENAI_API_KEY", "")
-        self.client = httpx.Client(headers={"authorization": f"Bearer {key}"} if key else {}, timeout=httpx.Timeout(30, read=600))
+        self.client = httpx.Client(
+            headers={"authorization": f"Bearer {key}"} if key else {}, timeout=httpx.Timeout(30, read=600)
+        )
         listed = self._json("GET", "/models").get("data") or []
         names = [m["id"] for m in listed]
         if model is not None and names and model not in names:
@@ -108,7 +118,9 @@ class Remote:
             self._check(got)
             value: dict[str, Any] = got.json()
         except (httpx.HTTPError, httpx.InvalidURL, json.JSONDecodeError) as error:
-            raise UserError(f"{self.url}: no OpenAI-compatible server there ({error or type(error).__name__})") from None
+            raise UserError(
+                f"{self.url}: no OpenAI-compatible server there ({error or type(error).__name__})"
+            ) from None
         return value
 
     def _check(self, got: httpx.Response) -> None:
@@ -122,11 +134,18 @@ class Remote:
             raise UserError(f"{self.url}: {got.status_code} {message}")
 
     def answer(self, c: Conversation) -> Iterator[Part]:
-        body: dict[str, Any] = {"model": c.settings.get("model", self.name), "stream": True, **{k: v for k, v in c.settings.items() if k not in ("thinking", "model")}}
+        body: dict[str, Any] = {
+            "model": c.settings.get("model", self.name),
+            "stream": True,
+            **{k: v for k, v in c.settings.items() if k not in ("thinking", "model")},
+        }
         if thinking := c.settings.get("thinking"):
             body["reasoning_effort"] = "none" if thinking == "off" else thinking
         if self.base:
-            path, body = "/completions", {"max_tokens": 256, **body, "prompt": "".join(m["content"] for m in c.messages)}
+            path, body = (
+                "/completions",
+                {"max_tokens": 256, **body, "prompt": "".join(m["content"] for m in c.messages)},
+            )
         else:
             path, body["messages"] = "/chat/completions", c.all()
         try:
@@ -160,7 +179,9 @@ def _inputs() -> Iterator[str]:
         state.mkdir(parents=True, exist_ok=True)
         keys = KeyBindings()
         keys.add("escape", "enter")(lambda event: event.current_buffer.insert_text("\n"))
-        session: PromptSession[str] = PromptSession(history=FileHistory(str(state / "history")), key_bindings=keys, enable_history_search=True)
+        session: PromptSession[str] = PromptSession(
+            history=FileHistory(str(state / "history")), key_bindings=keys, enable_history_search=True
+        )
 
         def read(mark: str) -> str:
             while True:
@@ -233,7 +254,10 @@ def _answer(other: Local | Remote, c: Conversation) -> None:
         print(f"{PLAIN if colour else ''} (stopped)", end="")
     print(PLAIN if colour and state == "reasoning" else "")
     if colour and first:
-        print(f"{FAINT}{tokens} pieces, first after {first - began:.2f} s, {tokens / max(1e-9, time.perf_counter() - first):.0f} a second{PLAIN}")
+        print(
+            f"{FAINT}{tokens} pieces, first after {first - began:.2f} s, "
+            f"{tokens / max(1e-9, time.perf_counter() - first):.0f} a second{PLAIN}"
+        )
     c.messages.append({"role": "assistant", "content": text})
 
 
@@ -264,7 +288,10 @@ def _command(line: str, c: Conversation) -> bool:
     elif name == "load":
         found = read_json(Path(rest))
         messages = found.get("messages") if isinstance(found, dict) else None
-        if not isinstance(messages, list) or not all(isinstance(m, dict) and m.get("role") in ("user", "assistant") and isinstance(m.get("content"), str) for m in messages):
+        if not isinstance(messages, list) or not all(
+            isinstance(m, dict) and m.get("role") in ("user", "assistant") and isinstance(m.get("content"), str)
+            for m in messages
+        ):
             raise UserError(f"{rest}: not a conversation that /save wrote")
         c.messages, c.system = messages, str(found.get("system", ""))
         say(f"{len(messages)} messages.")
@@ -301,7 +328,13 @@ def _save(name: str, c: Conversation) -> None:
         raise UserError("/save: give a name that ends in .json or .md")
     with publish(Path(name)) as temporary:
         if name.endswith(".json"):
-            temporary.write_text(json.dumps({"messages": c.messages, "system": c.system, "settings": c.settings}, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+            temporary.write_text(
+                json.dumps(
+                    {"messages": c.messages, "system": c.system, "settings": c.settings}, ensure_ascii=False, indent=1
+                )
+                + "\n",
+                encoding="utf-8",
+            )
         else:
             temporary.write_text("".join(f"## {m['role']}\n\n{m['content']}\n\n" for m in c.all()), encoding="utf-8")
     say(f"{name}: {len(c.messages)} messages")

@@ -22,19 +22,44 @@ _STRANGE = re.compile(rb"NaN|Infinity|\\u[dD][89a-fA-F]")
 Send = Callable[[dict[str, Any]], Any]
 
 
-def error_body(path: str, status: int, message: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+def error_body(
+    path: str, status: int, message: str, param: str | None = None, code: str | None = None
+) -> dict[str, Any]:
     """An error as the path's dialect has it."""
-    kinds = {400: "invalid_request_error", 401: "authentication_error", 403: "permission_error", 404: "not_found_error", 413: "request_too_large", 429: "rate_limit_error"}
+    kinds = {
+        400: "invalid_request_error",
+        401: "authentication_error",
+        403: "permission_error",
+        404: "not_found_error",
+        413: "request_too_large",
+        429: "rate_limit_error",
+    }
     kind = kinds.get(status, "invalid_request_error" if status < 500 else "api_error")
     if path.startswith("/v1/messages"):
         return {"type": "error", "error": {"type": kind, "message": message}, "request_id": None}
-    return {"error": {"message": message, "type": "server_error" if status >= 500 else kind, "param": param, "code": code}}
+    return {
+        "error": {"message": message, "type": "server_error" if status >= 500 else kind, "param": param, "code": code}
+    }
 
 
-async def send_error(scope: dict[str, Any], send: Send, status: int, message: str, param: str | None = None, code: str | None = None, headers: dict[str, str] | None = None) -> None:
+async def send_error(
+    scope: dict[str, Any],
+    send: Send,
+    status: int,
+    message: str,
+    param: str | None = None,
+    code: str | None = None,
+    headers: dict[str, str] | None = None,
+) -> None:
     data = json.dumps(error_body(scope["path"], status, message, param, code), ensure_ascii=False).encode()
     head = {"content-type": "application/json", "content-length": str(len(data)), **(headers or {})}
-    await send({"type": "http.response.start", "status": status, "headers": [(k.lower().encode(), v.encode("latin-1", "replace")) for k, v in head.items()]})
+    await send(
+        {
+            "type": "http.response.start",
+            "status": status,
+            "headers": [(k.lower().encode(), v.encode("latin-1", "replace")) for k, v in head.items()],
+        }
+    )
     await send({"type": "http.response.body", "body": data})
 
 
@@ -52,7 +77,16 @@ def _plain_json(body: bytearray) -> bool:
 class Guard:
     """keys: none means that everybody may ask. hosts: values of the Host header that are answered; None: all."""
 
-    def __init__(self, app: Any, keys: list[str], hosts: set[str] | None, open_paths: set[str], posts: set[str], most_bytes: int, log_prompts: bool):
+    def __init__(
+        self,
+        app: Any,
+        keys: list[str],
+        hosts: set[str] | None,
+        open_paths: set[str],
+        posts: set[str],
+        most_bytes: int,
+        log_prompts: bool,
+    ):
         self.app, self.hosts, self.posts, self.most_bytes, self.log_prompts = app, hosts, posts, most_bytes, log_prompts
         self.open = OPEN | open_paths
         self.keys = [hashlib.sha256(k.encode()).digest() for k in keys]
@@ -78,18 +112,35 @@ class Guard:
                 await send_error(scope, watched, 500, "the server failed; its log says more")
         finally:
             route = getattr(scope.get("route"), "path", "(no such path)" if status == 404 else "-")
-            log.info("%s %s %d %.3f s", scope["method"] if scope["method"].isalpha() else "?", route, status, time.perf_counter() - began)
+            log.info(
+                "%s %s %d %.3f s",
+                scope["method"] if scope["method"].isalpha() else "?",
+                route,
+                status,
+                time.perf_counter() - began,
+            )
 
     async def _guarded(self, scope: dict[str, Any], receive: Any, send: Send) -> None:
         headers = dict(scope["headers"])
-        if self.hosts is not None and re.sub(r":\d*$", "", headers.get(b"host", b"").decode("latin-1")).lower().rstrip(".") not in self.hosts:
-            await send_error(scope, send, 403, "this Host is not served; a server without keys answers to local names only")
+        if (
+            self.hosts is not None
+            and re.sub(r":\d*$", "", headers.get(b"host", b"").decode("latin-1")).lower().rstrip(".") not in self.hosts
+        ):
+            await send_error(
+                scope, send, 403, "this Host is not served; a server without keys answers to local names only"
+            )
             return
         scope["owner"] = ""
         if self.keys:
             owner = self._owner(headers)
             if owner is None and scope["path"] not in self.open:
-                await send_error(scope, send, 401, "an API key is needed: Authorization: Bearer KEY", headers={"www-authenticate": "Bearer", "connection": "close"})
+                await send_error(
+                    scope,
+                    send,
+                    401,
+                    "an API key is needed: Authorization: Bearer KEY",
+                    headers={"www-authenticate": "Bearer", "connection": "close"},
+                )
                 return
             scope["owner"] = owner or ""
         if scope["method"] != "POST" or scope["path"] not in self.posts:
@@ -116,13 +167,26 @@ class Guard:
                     if too_long := len(body) > self.most_bytes:
                         break
         except TimeoutError:
-            await send_error(scope, send, 408, f"the body did not arrive within {BODY_SECONDS:.0f} s", headers={"connection": "close"})
+            await send_error(
+                scope,
+                send,
+                408,
+                f"the body did not arrive within {BODY_SECONDS:.0f} s",
+                headers={"connection": "close"},
+            )
             return
         if too_long:
-            await send_error(scope, send, 413, f"the body is larger than {self.most_bytes} bytes", headers={"connection": "close"})
+            await send_error(
+                scope, send, 413, f"the body is larger than {self.most_bytes} bytes", headers={"connection": "close"}
+            )
             return
         if _STRANGE.search(body) and not _plain_json(body):
-            await send_error(scope, send, 400, "the body is not JSON that can be written again: it has NaN, Infinity or half a character")
+            await send_error(
+                scope,
+                send,
+                400,
+                "the body is not JSON that can be written again: it has NaN, Infinity or half a character",
+            )
             return
         if self.log_prompts:
             log.info("body: %s", json.dumps(body[:100_000].decode("utf-8", "replace")))

@@ -31,7 +31,12 @@ class Store:
 
     def get(self, owner: str, name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         if (found := self.kept.get((owner, name))) is None:
-            raise ApiError(404, f"previous_response_id: there is no response {name[:64]!r}; it was never stored, or is forgotten", "previous_response_id", "response_not_found")
+            raise ApiError(
+                404,
+                f"previous_response_id: there is no response {name[:64]!r}; it was never stored, or is forgotten",
+                "previous_response_id",
+                "response_not_found",
+            )
         return found[0], found[1]
 
     def delete(self, owner: str, name: str) -> None:
@@ -66,9 +71,19 @@ def messages_of(body: ResponsesRequest) -> list[dict[str, Any]]:
         elif item.type == "reasoning":
             thought = text_of([p.model_dump() for p in item.content or item.summary])
         elif item.type == "function_call":
-            assistant().setdefault("tool_calls", []).append({"id": item.call_id, "type": "function", "function": {"name": item.name, "arguments": item.arguments}})
+            assistant().setdefault("tool_calls", []).append(
+                {"id": item.call_id, "type": "function", "function": {"name": item.name, "arguments": item.arguments}}
+            )
         else:
-            out.append({"role": "tool", "tool_call_id": item.call_id, "content": text_of(item.output if isinstance(item.output, str) else [p.model_dump() for p in item.output])})
+            out.append(
+                {
+                    "role": "tool",
+                    "tool_call_id": item.call_id,
+                    "content": text_of(
+                        item.output if isinstance(item.output, str) else [p.model_dump() for p in item.output]
+                    ),
+                }
+            )
     return out
 
 
@@ -76,21 +91,37 @@ def ask_of(body: ResponsesRequest, before: list[dict[str, Any]]) -> tuple[Ask, l
     """The ask, and the conversation without instructions."""
     want = body.top_logprobs is not None or "message.output_text.logprobs" in (body.include or ())
     sampling: dict[str, Any] = {
-        "temperature": body.temperature, "top_p": body.top_p, "presence_penalty": body.presence_penalty, "frequency_penalty": body.frequency_penalty,
-        "max_tokens": body.max_output_tokens, "logprobs": (body.top_logprobs or 0) if want else None,
-    }  # fmt: skip
+        "temperature": body.temperature,
+        "top_p": body.top_p,
+        "presence_penalty": body.presence_penalty,
+        "frequency_penalty": body.frequency_penalty,
+        "max_tokens": body.max_output_tokens,
+        "logprobs": (body.top_logprobs or 0) if want else None,
+    }
     form = body.text.format if body.text else None
     if form is not None and form.type != "text":
         sampling["json_schema"] = schema_text({"type": "object"} if form.type == "json_object" else form.schema_)
     choice: Any = body.tool_choice
     if choice is not None and not isinstance(choice, str):
-        choice = ([choice.name], "required") if choice.type == "function" else ([t.name for t in choice.tools], choice.mode)
-    listed = [{"type": "function", "function": {k: v for k, v in t.model_dump(exclude={"type"}).items() if v is not None}} for t in body.tools or ()]
+        choice = (
+            ([choice.name], "required") if choice.type == "function" else ([t.name for t in choice.tools], choice.mode)
+        )
+    listed = [
+        {"type": "function", "function": {k: v for k, v in t.model_dump(exclude={"type"}).items() if v is not None}}
+        for t in body.tools or ()
+    ]
     tools, mode = choose(listed, choice)
     conversation = [*before, *messages_of(body)]
     first = [{"role": "system", "content": body.instructions}] if body.instructions else []
     effort = body.reasoning.effort if body.reasoning else None
-    return Ask(sampling, messages=[*first, *conversation], tools=tools, choice=mode, parallel=body.parallel_tool_calls is not False, **thinking_of(None, effort)), conversation
+    return Ask(
+        sampling,
+        messages=[*first, *conversation],
+        tools=tools,
+        choice=mode,
+        parallel=body.parallel_tool_calls is not False,
+        **thinking_of(None, effort),
+    ), conversation
 
 
 def _resource(served: Served, body: ResponsesRequest) -> dict[str, Any]:
@@ -101,7 +132,16 @@ def _resource(served: Served, body: ResponsesRequest) -> dict[str, Any]:
         if form.type == "json_schema":
             shown |= {"strict": True}
     choice: Any = body.tool_choice or "auto"
-    tools = [{"type": "function", "name": t.name, "description": t.description, "parameters": t.parameters, "strict": bool(t.strict)} for t in body.tools or ()]
+    tools = [
+        {
+            "type": "function",
+            "name": t.name,
+            "description": t.description,
+            "parameters": t.parameters,
+            "strict": bool(t.strict),
+        }
+        for t in body.tools or ()
+    ]
     defaults = served.describe()["defaults"]
 
     def given(value: Any, default: Any) -> Any:
@@ -109,15 +149,40 @@ def _resource(served: Served, body: ResponsesRequest) -> dict[str, Any]:
 
     reasoning = body.reasoning
     return {
-        "id": f"resp_{secrets.token_hex(16)}", "object": "response", "created_at": int(time.time()), "completed_at": None, "status": "in_progress",
-        "incomplete_details": None, "model": served.name, "previous_response_id": body.previous_response_id, "instructions": body.instructions, "output": [], "error": None,
-        "tools": tools, "tool_choice": choice if isinstance(choice, str) else choice.model_dump(), "truncation": "disabled", "parallel_tool_calls": body.parallel_tool_calls is not False,
-        "text": {"format": shown}, "top_p": given(body.top_p, defaults["top_p"]), "presence_penalty": given(body.presence_penalty, 0.0),
-        "frequency_penalty": given(body.frequency_penalty, 0.0), "top_logprobs": body.top_logprobs or 0, "temperature": given(body.temperature, defaults["temperature"]),
-        "reasoning": {"effort": reasoning.effort, "summary": reasoning.summary} if reasoning else {"effort": None, "summary": None}, "usage": None,
-        "max_output_tokens": body.max_output_tokens, "max_tool_calls": None, "store": body.store is not False, "background": False, "service_tier": "default",
-        "metadata": body.metadata or {}, "safety_identifier": body.safety_identifier, "prompt_cache_key": body.prompt_cache_key,
-    }  # fmt: skip
+        "id": f"resp_{secrets.token_hex(16)}",
+        "object": "response",
+        "created_at": int(time.time()),
+        "completed_at": None,
+        "status": "in_progress",
+        "incomplete_details": None,
+        "model": served.name,
+        "previous_response_id": body.previous_response_id,
+        "instructions": body.instructions,
+        "output": [],
+        "error": None,
+        "tools": tools,
+        "tool_choice": choice if isinstance(choice, str) else choice.model_dump(),
+        "truncation": "disabled",
+        "parallel_tool_calls": body.parallel_tool_calls is not False,
+        "text": {"format": shown},
+        "top_p": given(body.top_p, defaults["top_p"]),
+        "presence_penalty": given(body.presence_penalty, 0.0),
+        "frequency_penalty": given(body.frequency_penalty, 0.0),
+        "top_logprobs": body.top_logprobs or 0,
+        "temperature": given(body.temperature, defaults["temperature"]),
+        "reasoning": {"effort": reasoning.effort, "summary": reasoning.summary}
+        if reasoning
+        else {"effort": None, "summary": None},
+        "usage": None,
+        "max_output_tokens": body.max_output_tokens,
+        "max_tool_calls": None,
+        "store": body.store is not False,
+        "background": False,
+        "service_tier": "default",
+        "metadata": body.metadata or {},
+        "safety_identifier": body.safety_identifier,
+        "prompt_cache_key": body.prompt_cache_key,
+    }
 
 
 class _Items:
@@ -155,7 +220,14 @@ class _Items:
         self.open = "arguments" if kind == "call" else kind
         name = secrets.token_hex(12)
         if kind == "call":
-            item: dict[str, Any] = {"type": "function_call", "id": f"fc_{name}", "call_id": call_id, "name": text, "arguments": "", "status": "in_progress"}
+            item: dict[str, Any] = {
+                "type": "function_call",
+                "id": f"fc_{name}",
+                "call_id": call_id,
+                "name": text,
+                "arguments": "",
+                "status": "in_progress",
+            }
         elif kind == "content":
             item = {"type": "message", "id": f"msg_{name}", "status": "in_progress", "role": "assistant", "content": []}
         else:
@@ -205,7 +277,9 @@ async def responses(served: Served, body: ResponsesRequest, store: Store, owner:
     def emit(type_: str, **values: Any) -> None:
         nonlocal number
         if body.stream:
-            data = json.dumps({"type": type_, "sequence_number": number, **values}, ensure_ascii=False, separators=(",", ":"))
+            data = json.dumps(
+                {"type": type_, "sequence_number": number, **values}, ensure_ascii=False, separators=(",", ":")
+            )
             out.append(f"event: {type_}\ndata: {data}\n\n".encode())
             number += 1
 
@@ -233,10 +307,18 @@ async def responses(served: Served, body: ResponsesRequest, store: Store, owner:
             items.add("content", "", [])
         items.close(not cut)
         usage = {
-            "input_tokens": answers.prompt_tokens, "output_tokens": answers.completion_tokens, "total_tokens": answers.prompt_tokens + answers.completion_tokens,
-            "input_tokens_details": {"cached_tokens": answers.cached_tokens, "cache_write_tokens": 0}, "output_tokens_details": {"reasoning_tokens": answers.reasoning_tokens},
-        }  # fmt: skip
-        response |= {"output": items.items, "usage": usage, "status": "incomplete" if cut else "completed", "completed_at": None if cut else int(time.time())}
+            "input_tokens": answers.prompt_tokens,
+            "output_tokens": answers.completion_tokens,
+            "total_tokens": answers.prompt_tokens + answers.completion_tokens,
+            "input_tokens_details": {"cached_tokens": answers.cached_tokens, "cache_write_tokens": 0},
+            "output_tokens_details": {"reasoning_tokens": answers.reasoning_tokens},
+        }
+        response |= {
+            "output": items.items,
+            "usage": usage,
+            "status": "incomplete" if cut else "completed",
+            "completed_at": None if cut else int(time.time()),
+        }
         response["incomplete_details"] = {"reason": "max_output_tokens"} if cut else None
         if response["store"]:
             store.put(owner, response, [*conversation, _as_message(items.items)])
@@ -250,9 +332,15 @@ async def responses(served: Served, body: ResponsesRequest, store: Store, owner:
 
 
 def _as_message(items: list[dict[str, Any]]) -> dict[str, Any]:
-    message: dict[str, Any] = {"role": "assistant", "content": "".join(i["content"][0]["text"] for i in items if i["type"] == "message")}
+    message: dict[str, Any] = {
+        "role": "assistant",
+        "content": "".join(i["content"][0]["text"] for i in items if i["type"] == "message"),
+    }
     if thought := "".join((i.get("content") or i["summary"])[0]["text"] for i in items if i["type"] == "reasoning"):
         message["reasoning_content"] = thought
     if calls := [i for i in items if i["type"] == "function_call"]:
-        message["tool_calls"] = [{"id": c["call_id"], "type": "function", "function": {"name": c["name"], "arguments": c["arguments"]}} for c in calls]
+        message["tool_calls"] = [
+            {"id": c["call_id"], "type": "function", "function": {"name": c["name"], "arguments": c["arguments"]}}
+            for c in calls
+        ]
     return message

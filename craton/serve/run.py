@@ -22,8 +22,8 @@ from craton.serve.guard import Protocol
 
 
 def populate(caches: list[Any]) -> None:
-    """Give the caches their memory now, so that what the server needs is known at its start and not in its busiest hour.
-    Contents stay as they are (MADV_POPULATE_WRITE of Linux 5.14; elsewhere memory comes with use)."""
+    """Give the caches their memory now, so that what the server needs is known at its start and not in its busiest
+    hour. Contents stay as they are (MADV_POPULATE_WRITE of Linux 5.14; elsewhere memory comes with use)."""
     advise = getattr(ctypes.CDLL(None), "madvise", None) if sys.platform == "linux" else None
     piece = 16 << 20  # others fault pages in between
     for cache in caches:
@@ -79,13 +79,27 @@ def local(host: str) -> bool:
 def check_keys(host: str, keys: list[str]) -> None:
     """UserError if others could connect and none needs a key."""
     if not local(host) and not keys:
-        raise UserError(f"--host {host} can be reached from elsewhere, so an API key is needed: --api-keys FILE, or CRATON_API_KEY")
+        raise UserError(
+            f"--host {host} can be reached from elsewhere, so an API key is needed: --api-keys FILE, or CRATON_API_KEY"
+        )
 
 
 def serve(
-    models: list[str], host: str, port: int, keys: list[str], origins: list[str], max_wait: float, max_queue: int, max_body: int, max_n: int, timeout: float, drain: float,
-    log_prompts: bool, votes: Path | None, **options: Any,
-) -> None:  # fmt: skip
+    models: list[str],
+    host: str,
+    port: int,
+    keys: list[str],
+    origins: list[str],
+    max_wait: float,
+    max_queue: int,
+    max_body: int,
+    max_n: int,
+    timeout: float,
+    drain: float,
+    log_prompts: bool,
+    votes: Path | None,
+    **options: Any,
+) -> None:
     """Until SIGTERM or SIGINT. Raises UserError for what cannot be served."""
     check_keys(host, keys)
     paths, listener = named(models), _listen(host, port)
@@ -99,8 +113,17 @@ def serve(
         one = served[name] = open_served(name, path, max_wait, max_queue, metrics.observe, **options)
         one.worker.warm_up()
         cache = one.engine.pool.total * 16
-        what = "only pretrained, continues text" if one.pretrained_only else "chat" if one.dialogue else "no chat template: completions only"
-        say(f"{name}: {what}; context {count(one.engine.context)}, cache {count(cache)} tokens, prompts at {count(one.worker.rate)} tokens/s; ready in {time.perf_counter() - began:.1f} s")
+        what = (
+            "only pretrained, continues text"
+            if one.pretrained_only
+            else "chat"
+            if one.dialogue
+            else "no chat template: completions only"
+        )
+        say(
+            f"{name}: {what}; context {count(one.engine.context)}, cache {count(cache)} tokens, prompts at "
+            f"{count(one.worker.rate)} tokens/s; ready in {time.perf_counter() - began:.1f} s"
+        )
     hosts = None if keys else {"localhost", "127.0.0.1", "[::1]", host if ":" not in host else f"[{host}]"}
     settings = Settings(keys, hosts, origins, max_body, max_n, timeout, log_prompts, votes)
     app = create_app(served, settings, metrics)
@@ -108,13 +131,29 @@ def serve(
     gc.collect()
     gc.freeze()  # a full collection would go through every module, in the middle of an answer
     config = uvicorn.Config(
-        app, host=host, port=port, http=Protocol, loop="uvloop", ws="none", access_log=False, log_config=None, server_header=False, timeout_graceful_shutdown=int(drain),
-        timeout_keep_alive=30, backlog=2048, h11_max_incomplete_event_size=1 << 16,
-    )  # fmt: skip
+        app,
+        host=host,
+        port=port,
+        http=Protocol,
+        loop="uvloop",
+        ws="none",
+        access_log=False,
+        log_config=None,
+        server_header=False,
+        timeout_graceful_shutdown=int(drain),
+        timeout_keep_alive=30,
+        backlog=2048,
+        h11_max_incomplete_event_size=1 << 16,
+    )
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     address = f"[{host}]" if ":" in host else host
-    say(f"http://{address}:{listener.getsockname()[1]}  (page at /, API at /v1{', key needed' if keys else ''}); Ctrl-C ends")
-    caches = [t for s in served.values() if (c := s.engine.runner.cache).keys.device.type == "cpu" for t in (c.keys, c.values)]
+    say(
+        f"http://{address}:{listener.getsockname()[1]}  (page at /, API at /v1{', key needed' if keys else ''}); "
+        "Ctrl-C ends"
+    )
+    caches = [
+        t for s in served.values() if (c := s.engine.runner.cache).keys.device.type == "cpu" for t in (c.keys, c.values)
+    ]
     threading.Thread(target=populate, args=(caches,), daemon=True).start()
     uvicorn.Server(config).run(sockets=[listener])
 
@@ -126,11 +165,15 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         listener.bind((host, port))
     except (OSError, OverflowError) as error:
-        raise UserError(f"--host {host} --port {port}: cannot listen there ({getattr(error, 'strerror', None) or error})") from None
+        raise UserError(
+            f"--host {host} --port {port}: cannot listen there ({getattr(error, 'strerror', None) or error})"
+        ) from None
     return listener
 
 
-def vllm_command(models: list[str], host: str, port: int, keys: list[str], origins: list[str], max_queue: int) -> list[str]:
+def vllm_command(
+    models: list[str], host: str, port: int, keys: list[str], origins: list[str], max_queue: int
+) -> list[str]:
     """The command that serves the same folder by vLLM. Raises UserError for what vLLM cannot do."""
     paths = named(models)
     if len(paths) > 1:
@@ -142,7 +185,21 @@ def vllm_command(models: list[str], host: str, port: int, keys: list[str], origi
     program = shutil.which("vllm", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
     if program is None:
         raise UserError("--engine vllm: vLLM is not installed; pip install 'craton[vllm]' on a machine with a GPU")
-    command = [program, "serve", path, "--served-model-name", name, "--host", host, "--port", str(port), "--max-num-seqs", str(min(max_queue, 256)), "--shutdown-timeout", "30"]
+    command = [
+        program,
+        "serve",
+        path,
+        "--served-model-name",
+        name,
+        "--host",
+        host,
+        "--port",
+        str(port),
+        "--max-num-seqs",
+        str(min(max_queue, 256)),
+        "--shutdown-timeout",
+        "30",
+    ]
     if origins:
         command += ["--allowed-origins", "[" + ",".join(f'"{o}"' for o in origins) + "]"]
     return command

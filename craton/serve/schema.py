@@ -11,7 +11,9 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue
 Text = Annotated[str, Field(max_length=10_485_760)]
 Name = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[a-zA-Z0-9_-]+$")]
 Model = Annotated[str, Field(max_length=256, description="One of the names that /v1/models lists.")]
-Metadata = Annotated[dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)]
+Metadata = Annotated[
+    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
+]
 Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 Token = Annotated[int, Field(ge=0, le=2**30)]
 Temperature = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]
@@ -190,7 +192,13 @@ class Sampled(Strict):
     stop: Stop | Annotated[list[Stop], Field(max_length=64)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    logit_bias: dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]] | None = None
+    logit_bias: (
+        dict[
+            Annotated[str, Field(pattern=r"^[0-9]{1,9}$")],
+            Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)],
+        ]
+        | None
+    ) = None
     user: Text | None = None  # no effect
     top_k: Annotated[int, Field(ge=-1, le=2**30)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
@@ -233,7 +241,12 @@ class ChatRequest(Sampled):
 class CompletionRequest(Sampled):
     """POST /v1/completions."""
 
-    prompt: Text | Annotated[list[Text], Field(min_length=1, max_length=256)] | Annotated[list[Token], Field(min_length=1)] | Annotated[list[Annotated[list[Token], Field(min_length=1)]], Field(min_length=1, max_length=256)]
+    prompt: (
+        Text
+        | Annotated[list[Text], Field(min_length=1, max_length=256)]
+        | Annotated[list[Token], Field(min_length=1)]
+        | Annotated[list[Annotated[list[Token], Field(min_length=1)]], Field(min_length=1, max_length=256)]
+    )
     max_tokens: Annotated[int, Field(ge=0, le=2**30)] | None = 16
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -245,7 +258,12 @@ class EmbeddingRequest(Strict):
     """POST /v1/embeddings."""
 
     model: Model
-    input: Text | Annotated[list[Text], Field(min_length=1, max_length=2048)] | Annotated[list[Token], Field(min_length=1)] | Annotated[list[Annotated[list[Token], Field(min_length=1)]], Field(min_length=1, max_length=2048)]
+    input: (
+        Text
+        | Annotated[list[Text], Field(min_length=1, max_length=2048)]
+        | Annotated[list[Token], Field(min_length=1)]
+        | Annotated[list[Annotated[list[Token], Field(min_length=1)]], Field(min_length=1, max_length=2048)]
+    )
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Count | None = None  # only the model's own
     user: Text | None = None  # no effect
@@ -370,13 +388,18 @@ class ResponsesRequest(Strict):
     """POST /v1/responses, as the Open Responses specification has it."""
 
     model: Model
-    input: Text | Annotated[list[ItemMessage | ItemCall | ItemOutput | ItemReasoning], Field(min_length=1, max_length=100_000)]
+    input: (
+        Text
+        | Annotated[list[ItemMessage | ItemCall | ItemOutput | ItemReasoning], Field(min_length=1, max_length=100_000)]
+    )
     instructions: Text | None = None
     previous_response_id: Annotated[str, Field(max_length=64)] | None = None
     stream: bool | None = None
     stream_options: ResponseStreamOptions | None = None
     store: bool | None = None
-    include: list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] | None = None  # reasoning is never encrypted
+    include: list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] | None = (
+        None  # reasoning is never encrypted
+    )
     tools: Annotated[list[ResponseTool], Field(max_length=128)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ResponseToolChoice | ResponseAllowedTools | None = None
     parallel_tool_calls: bool | None = None

@@ -27,37 +27,123 @@ def one(*values: str) -> Shape:
 
 _TOKEN = obj(token=STRING, logprob=NUMBER, bytes=many(INTEGER))
 _CALL = obj(id=STRING, type=one("function"), function=obj(name=STRING, arguments=STRING))
-_CHAT_USAGE = obj({"completion_tokens_details": obj(reasoning_tokens=INTEGER)}, prompt_tokens=INTEGER, completion_tokens=INTEGER, total_tokens=INTEGER, prompt_tokens_details=obj(cached_tokens=INTEGER))
+_CHAT_USAGE = obj(
+    {"completion_tokens_details": obj(reasoning_tokens=INTEGER)},
+    prompt_tokens=INTEGER,
+    completion_tokens=INTEGER,
+    total_tokens=INTEGER,
+    prompt_tokens_details=obj(cached_tokens=INTEGER),
+)
 CHAT = obj(
-    id=STRING, object=one("chat.completion"), created=INTEGER, model=STRING, usage=_CHAT_USAGE,
-    choices=many(obj(
-        index=INTEGER, finish_reason=one("stop", "length", "tool_calls"),
-        message=obj({"reasoning_content": STRING, "tool_calls": many(_CALL)}, role=one("assistant"), content=maybe(STRING)),
-        logprobs=maybe(obj(content=many({**_TOKEN, "properties": {**_TOKEN["properties"], "top_logprobs": many(_TOKEN)}}))),
-    )),
-)  # fmt: skip
+    id=STRING,
+    object=one("chat.completion"),
+    created=INTEGER,
+    model=STRING,
+    usage=_CHAT_USAGE,
+    choices=many(
+        obj(
+            index=INTEGER,
+            finish_reason=one("stop", "length", "tool_calls"),
+            message=obj(
+                {"reasoning_content": STRING, "tool_calls": many(_CALL)}, role=one("assistant"), content=maybe(STRING)
+            ),
+            logprobs=maybe(
+                obj(content=many({**_TOKEN, "properties": {**_TOKEN["properties"], "top_logprobs": many(_TOKEN)}}))
+            ),
+        )
+    ),
+)
 COMPLETION = obj(
-    id=STRING, object=one("text_completion"), created=INTEGER, model=STRING, usage=_CHAT_USAGE,
-    choices=many(obj(index=INTEGER, text=STRING, finish_reason=one("stop", "length"), logprobs=maybe(obj(tokens=many(STRING), token_logprobs=many(maybe(NUMBER)), top_logprobs=many(maybe({"type": "object"})), text_offset=many(INTEGER))))),
-)  # fmt: skip
-_ITEM = obj({"status": STRING, "role": STRING, "content": many({"type": "object"}), "summary": many({"type": "object"}), "name": STRING, "arguments": STRING, "call_id": STRING}, id=STRING, type=one("message", "reasoning", "function_call"))
+    id=STRING,
+    object=one("text_completion"),
+    created=INTEGER,
+    model=STRING,
+    usage=_CHAT_USAGE,
+    choices=many(
+        obj(
+            index=INTEGER,
+            text=STRING,
+            finish_reason=one("stop", "length"),
+            logprobs=maybe(
+                obj(
+                    tokens=many(STRING),
+                    token_logprobs=many(maybe(NUMBER)),
+                    top_logprobs=many(maybe({"type": "object"})),
+                    text_offset=many(INTEGER),
+                )
+            ),
+        )
+    ),
+)
+_ITEM = obj(
+    {
+        "status": STRING,
+        "role": STRING,
+        "content": many({"type": "object"}),
+        "summary": many({"type": "object"}),
+        "name": STRING,
+        "arguments": STRING,
+        "call_id": STRING,
+    },
+    id=STRING,
+    type=one("message", "reasoning", "function_call"),
+)
 RESPONSE = obj(
-    id=STRING, object=one("response"), created_at=INTEGER, status=one("completed", "incomplete"), model=STRING, output=many(_ITEM),
-    usage=obj(input_tokens=INTEGER, output_tokens=INTEGER, total_tokens=INTEGER, input_tokens_details=obj(cached_tokens=INTEGER), output_tokens_details=obj(reasoning_tokens=INTEGER)),
-)  # fmt: skip
+    id=STRING,
+    object=one("response"),
+    created_at=INTEGER,
+    status=one("completed", "incomplete"),
+    model=STRING,
+    output=many(_ITEM),
+    usage=obj(
+        input_tokens=INTEGER,
+        output_tokens=INTEGER,
+        total_tokens=INTEGER,
+        input_tokens_details=obj(cached_tokens=INTEGER),
+        output_tokens_details=obj(reasoning_tokens=INTEGER),
+    ),
+)
 DELETED = obj(id=STRING, object=one("response"), deleted=TRUE)
 MESSAGE = obj(
-    id=STRING, type=one("message"), role=one("assistant"), model=STRING, content=many(obj(type=one("text", "thinking", "tool_use"))),
-    stop_reason=one("end_turn", "max_tokens", "stop_sequence", "tool_use"), stop_sequence=maybe(STRING), usage=obj(input_tokens=INTEGER, output_tokens=INTEGER, cache_read_input_tokens=INTEGER),
-)  # fmt: skip
+    id=STRING,
+    type=one("message"),
+    role=one("assistant"),
+    model=STRING,
+    content=many(obj(type=one("text", "thinking", "tool_use"))),
+    stop_reason=one("end_turn", "max_tokens", "stop_sequence", "tool_use"),
+    stop_sequence=maybe(STRING),
+    usage=obj(input_tokens=INTEGER, output_tokens=INTEGER, cache_read_input_tokens=INTEGER),
+)
 COUNTED = obj(input_tokens=INTEGER)
-EMBEDDINGS = obj(object=one("list"), model=STRING, data=many(obj(object=one("embedding"), index=INTEGER, embedding={"anyOf": [many(NUMBER), STRING]})), usage=obj(prompt_tokens=INTEGER, total_tokens=INTEGER))
+EMBEDDINGS = obj(
+    object=one("list"),
+    model=STRING,
+    data=many(obj(object=one("embedding"), index=INTEGER, embedding={"anyOf": [many(NUMBER), STRING]})),
+    usage=obj(prompt_tokens=INTEGER, total_tokens=INTEGER),
+)
 TOKENS = obj({"token_strs": many(STRING)}, count=INTEGER, max_model_len=INTEGER, tokens=many(INTEGER))
-MODEL = obj(id=STRING, object=one("model"), created=INTEGER, owned_by=STRING, context_length=INTEGER, defaults={"type": "object", "additionalProperties": NUMBER})
+MODEL = obj(
+    id=STRING,
+    object=one("model"),
+    created=INTEGER,
+    owned_by=STRING,
+    context_length=INTEGER,
+    defaults={"type": "object", "additionalProperties": NUMBER},
+)
 MODELS = obj(object=one("list"), data=many(MODEL))
 _ERROR = obj(error=obj(message=STRING, type=STRING, param=maybe(STRING), code=maybe(STRING)))
 _ANTHROPIC_ERROR = obj(type=one("error"), error=obj(type=STRING, message=STRING))
-_WHY = {400: "Something in the request is wrong or not supported", 401: "No valid key", 404: "Not found", 408: "It took too long", 413: "Too large", 415: "Not JSON", 429: "Too busy; see Retry-After", 500: "The server failed", 503: "The server is stopping"}
+_WHY = {
+    400: "Something in the request is wrong or not supported",
+    401: "No valid key",
+    404: "Not found",
+    408: "It took too long",
+    413: "Too large",
+    415: "Not JSON",
+    429: "Too busy; see Retry-After",
+    500: "The server failed",
+    503: "The server is stopping",
+}
 
 
 def documented(answer: Shape, streamed: bool, path: str) -> dict[int | str, dict[str, Any]]:
@@ -66,7 +152,10 @@ def documented(answer: Shape, streamed: bool, path: str) -> dict[int | str, dict
     good: dict[str, Any] = {"application/json": {"schema": answer}}
     if streamed:
         good["text/event-stream"] = {}
-    return {200: {"description": "OK", "content": good}, **{s: {"description": why, "content": {"application/json": {"schema": error}}} for s, why in _WHY.items()}}
+    return {
+        200: {"description": "OK", "content": good},
+        **{s: {"description": why, "content": {"application/json": {"schema": error}}} for s, why in _WHY.items()},
+    }
 
 
 def plain(*statuses: int) -> dict[int | str, dict[str, Any]]:

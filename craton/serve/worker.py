@@ -98,7 +98,13 @@ class Stream:
 class Worker:
     """One engine in its thread."""
 
-    def __init__(self, engine: Engine, max_wait: float, max_queue: int, observe: Callable[[str, float], None] = lambda name, value: None):
+    def __init__(
+        self,
+        engine: Engine,
+        max_wait: float,
+        max_queue: int,
+        observe: Callable[[str, float], None] = lambda name, value: None,
+    ):
         self.engine, self.max_wait, self.max_queue, self.observe = engine, max_wait, max_queue, observe
         self.wake = threading.Condition()
         self.inbox: deque[Callable[[], None]] = deque()
@@ -148,9 +154,16 @@ class Worker:
             wait += max(ahead, self.waiting) / finishing
         return wait
 
-    def submit(self, prompt: list[int], sampling: Sampling, matcher: Matcher | None = None, embed: bool = False, further: bool = False) -> Stream:
-        """further: another part of a request that was let in. Raises Refused if it would wait too long, Failed if the engine has. What is wrong with the request itself is
-        raised by `Stream.take`."""
+    def submit(
+        self,
+        prompt: list[int],
+        sampling: Sampling,
+        matcher: Matcher | None = None,
+        embed: bool = False,
+        further: bool = False,
+    ) -> Stream:
+        """further: another part of a request that was let in. Raises Refused if it would wait too long, Failed if the
+        engine has. What is wrong with the request itself is raised by `Stream.take`."""
         if self.stopping or not self.thread.is_alive():
             raise Failed("the server is stopping")
         wait = self.expected_wait(sampling.n)
@@ -280,7 +293,14 @@ class Worker:
             if (stream := self.streams.get(c.request)) is None:
                 continue
             new = c.logprobs[len(c.logprobs) - len(event.token_ids) :] if c.logprobs and event.token_ids else []
-            out.append((stream, Piece(c.index, event.text, list(event.token_ids), new, c if event.finished else None, c.cached_tokens)))
+            out.append(
+                (
+                    stream,
+                    Piece(
+                        c.index, event.text, list(event.token_ids), new, c if event.finished else None, c.cached_tokens
+                    ),
+                )
+            )
         for event in events:
             if event.completion.request not in self.engine.requests:
                 self.streams.pop(event.completion.request, None)
@@ -291,7 +311,9 @@ class Worker:
         if tokens >= max(32, 4 * len(engine.running)):  # mostly prompts
             self.rate = _FORGET * self.rate + (1 - _FORGET) * tokens / seconds if self.rate else tokens / seconds
         self.step_seconds = _FORGET * self.step_seconds + (1 - _FORGET) * seconds if self.step_seconds else seconds
-        self.backlog = sum(len(s.tokens) - s.computed for s in engine.running if s.prefilling) + sum(len(s.tokens) for s in engine.waiting if s.leader is None)
+        self.backlog = sum(len(s.tokens) - s.computed for s in engine.running if s.prefilling) + sum(
+            len(s.tokens) for s in engine.waiting if s.leader is None
+        )
         self.running, self.waiting = len(engine.running), len(engine.waiting)
         for s in engine.running:
             if (stream := self.streams.get(s.completion.request)) is not None:

@@ -17,11 +17,17 @@ from craton.base import UserError
 from craton.text.tokenizer import Tokenizer
 
 ID, ID_LENGTH = "\0", 9  # stands for a call's id, nine letters and digits as Mistral's models want
-_THINKING = (("<think>", "</think>"), ("[THINK]", "[/THINK]"), ("<seed:think>", "</seed:think>"), ("<thinking>", "</thinking>"))
+_THINKING = (
+    ("<think>", "</think>"),
+    ("[THINK]", "[/THINK]"),
+    ("<seed:think>", "</seed:think>"),
+    ("<thinking>", "</thinking>"),
+)
 _NAMES, _KEY, _ID = ("probe_first", "probe_second"), "probe_key", "a1B2c3D4e"
 _SPACES = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}  # as json.dumps or compact
 _HERMES = (
-    "You may call functions to answer. They are described in <tools></tools>, one JSON object a line:\n<tools>\n{tools}\n</tools>\n"
+    "You may call functions to answer. They are described in <tools></tools>, one JSON object a "
+    "line:\n<tools>\n{tools}\n</tools>\n"
     'For each call write <tool_call>\n{{"name": "FUNCTION", "arguments": {{...}}}}\n</tool_call>'
 )
 
@@ -38,7 +44,13 @@ class CallFormat:
     as_text: bool = False  # it wants arguments as JSON text, not as an object
 
 
-HERMES = CallFormat('<tool_call>\n{"name": "', '", "arguments": ', "}\n</tool_call>", '}\n</tool_call>\n<tool_call>\n{"name": "', native=False)
+HERMES = CallFormat(
+    '<tool_call>\n{"name": "',
+    '", "arguments": ',
+    "}\n</tool_call>",
+    '}\n</tool_call>\n<tool_call>\n{"name": "',
+    native=False,
+)
 
 
 @dataclass(frozen=True)
@@ -50,15 +62,25 @@ class Dialogue:
     calls: CallFormat
     turn_end: int | None  # the special token after an answer
 
-    def render(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]], thinking: bool | None = None, effort: str | None = None, prefix: str | None = None, more: dict[str, Any] | None = None) -> tuple[str, bool]:
+    def render(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]],
+        thinking: bool | None = None,
+        effort: str | None = None,
+        prefix: str | None = None,
+        more: dict[str, Any] | None = None,
+    ) -> tuple[str, bool]:
         """Messages and tools in OpenAI's shape -> the prompt, and whether it leaves the model thinking. thinking: None
-        is the template's default. prefix: how the answer begins. more: for the template. UserError if the template refuses."""
+        is the template's default. prefix: how the answer begins. more: for the template. UserError if the template
+        refuses."""
         more = dict(more or {})
         if thinking is not None:
             more |= {"enable_thinking": thinking, "thinking": thinking}
         if effort:
             more["reasoning_effort"] = effort
-        for name in ("self", "messages", "tools", "add_generation_prompt", "documents", *self.tokenizer.chat_template.special):  # type: ignore[union-attr]
+        special = self.tokenizer.chat_template.special if self.tokenizer.chat_template else {}
+        for name in ("self", "messages", "tools", "add_generation_prompt", "documents", *special):
             if name in more:
                 raise UserError(f"chat_template_kwargs: {name} cannot be set there")
         shown = [self._message(m) for m in messages]
@@ -91,7 +113,11 @@ class Dialogue:
                 out["tool_calls"] = [{**c, "function": {**c["function"], "arguments": _object(c)}} for c in calls]
             return out
         if calls:
-            text = "\n".join(f'<tool_call>\n{{"name": {json.dumps(c["function"]["name"])}, "arguments": {c["function"]["arguments"]}}}\n</tool_call>' for c in calls)
+            text = "\n".join(
+                f'<tool_call>\n{{"name": {json.dumps(c["function"]["name"])}, "arguments": '
+                f"{c['function']['arguments']}}}\n</tool_call>"
+                for c in calls
+            )
             return {"role": "assistant", "content": "\n".join(filter(None, (out.get("content"), text)))}
         if out["role"] == "tool":
             return {"role": "user", "content": f"<tool_response>\n{out.get('content', '')}\n</tool_response>"}
@@ -100,25 +126,41 @@ class Dialogue:
 
     def show_special(self, tools: bool) -> tuple[int, ...]:
         """Special tokens that the parser must see."""
-        texts = [*(self.thinking or ()), *((self.calls.opening, self.calls.middle, self.calls.closing, self.calls.between or "") if tools else ())]
+        texts = [
+            *(self.thinking or ()),
+            *((self.calls.opening, self.calls.middle, self.calls.closing, self.calls.between or "") if tools else ()),
+        ]
         return tuple(sorted({t for text in texts for t in self.tokenizer.marker(text)} & self.tokenizer.special_ids))
 
     def grammar(self, tools: list[dict[str, Any]], choice: str, parallel: bool, schema: str | None = None) -> str:
         """Lark grammar of an answer: text (or JSON by the schema) or calls. choice: "auto" or "required"."""
-        f, names = self.calls, {t["function"]["name"]: t["function"].get("parameters") or {"type": "object"} for t in tools}
+        f, names = (
+            self.calls,
+            {t["function"]["name"]: t["function"].get("parameters") or {"type": "object"} for t in tools},
+        )
         opening = f.opening.split(ID)[0]
-        bodies = " | ".join(f"{self._lark(json.dumps(n)[1:-1] + f.middle)} %json {json.dumps({**p, 'x-guidance': _SPACES})}" for n, p in names.items())
+        bodies = " | ".join(
+            f"{self._lark(json.dumps(n)[1:-1] + f.middle)} %json {json.dumps({**p, 'x-guidance': _SPACES})}"
+            for n, p in names.items()
+        )
         more = f"({self._lark(f.between)} body)*" if parallel and f.between is not None else ""
         tail = f"body {more} {self._lark(f.closing)}"
         lines = [f"body: {bodies}"]
         if choice == "required":
             lines.append(f"start: {self._lark(f.opening)} {tail}")
         elif schema is not None:
-            lines += [f"start: answer | {self._lark(f.opening)} {tail}", f"answer: %json {json.dumps({**json.loads(schema), 'x-guidance': {'whitespace_flexible': False}})}"]
+            lines += [
+                f"start: answer | {self._lark(f.opening)} {tail}",
+                f"answer: %json {json.dumps({**json.loads(schema), 'x-guidance': {'whitespace_flexible': False}})}",
+            ]
         else:  # the opening as text, or as the tokens that text cannot contain
             trigger = "".join(c if c.isalnum() or ord(c) > 127 else f"\\x{ord(c):02X}" for c in opening)
             tokens = f" | TEXT? {self._lark(f.opening)} {tail}" if self._added(opening) else ""
-            lines += [f"start: TEXT | pre {self._lark(f.opening[len(opening) :])} {tail}{tokens}", f"TEXT: /(?s:.*)/ & ~/(?s:.*){trigger}(?s:.*)/", f"pre[lazy]: /(?s:.*){trigger}/"]
+            lines += [
+                f"start: TEXT | pre {self._lark(f.opening[len(opening) :])} {tail}{tokens}",
+                f"TEXT: /(?s:.*)/ & ~/(?s:.*){trigger}(?s:.*)/",
+                f"pre[lazy]: /(?s:.*){trigger}/",
+            ]
         return "\n".join(lines)
 
     def _added(self, text: str) -> dict[str, int]:
@@ -132,7 +174,9 @@ class Dialogue:
         out = []
         for p in filter(None, pieces):
             quoted = json.dumps(p, ensure_ascii=False)
-            out.append(f"/[a-zA-Z0-9]{{{ID_LENGTH}}}/" if p == ID else f"(<[{names[p]}]> | {quoted})" if p in names else quoted)
+            out.append(
+                f"/[a-zA-Z0-9]{{{ID_LENGTH}}}/" if p == ID else f"(<[{names[p]}]> | {quoted})" if p in names else quoted
+            )
         return " ".join(out)
 
 
@@ -147,8 +191,8 @@ def _object(call: dict[str, Any]) -> Any:
 
 
 def learn(tokenizer: Tokenizer, end_ids: tuple[int, ...]) -> Dialogue:
-    """The format of a tokenizer's chat template, for a model that ends its turns with one of end_ids. UserError if it has
-    no template."""
+    """The format of a tokenizer's chat template, for a model that ends its turns with one of end_ids. UserError if it
+    has no template."""
     if tokenizer.chat_template is None:
         raise UserError("tokenizer_config.json: no chat_template, so this model cannot chat")
     source = tokenizer.chat_template.source
@@ -159,7 +203,9 @@ def learn(tokenizer: Tokenizer, end_ids: tuple[int, ...]) -> Dialogue:
 
 def _turn_end(tokenizer: Tokenizer) -> int | None:
     try:
-        text = tokenizer.render_chat([{"role": "user", "content": "probe"}, {"role": "assistant", "content": "probe answer"}], None, False)
+        text = tokenizer.render_chat(
+            [{"role": "user", "content": "probe"}, {"role": "assistant", "content": "probe answer"}], None, False
+        )
     except UserError:
         return None
     after = tokenizer.marker(text.rpartition("probe answer")[2].lstrip())
@@ -172,14 +218,29 @@ def _specials(tokenizer: Tokenizer, text: str) -> list[str]:
 
 
 def _learn_calls(tokenizer: Tokenizer, thinking: tuple[str, str] | None, ends: list[str]) -> CallFormat | None:
-    tools = [{"type": "function", "function": {"name": n, "description": "-", "parameters": {"type": "object", "properties": {_KEY: {"type": "string"}}}}} for n in _NAMES]
+    tools = [
+        {
+            "type": "function",
+            "function": {
+                "name": n,
+                "description": "-",
+                "parameters": {"type": "object", "properties": {_KEY: {"type": "string"}}},
+            },
+        }
+        for n in _NAMES
+    ]
     user = {"role": "user", "content": "probe"}
 
     def rendered(names: tuple[str, ...], as_text: bool) -> str | None:
         arguments = [{_KEY: n + " value"} for n in names]
-        calls = [{"id": _ID, "type": "function", "function": {"name": n, "arguments": json.dumps(a) if as_text else a}} for n, a in zip(names, arguments, strict=True)]
+        calls = [
+            {"id": _ID, "type": "function", "function": {"name": n, "arguments": json.dumps(a) if as_text else a}}
+            for n, a in zip(names, arguments, strict=True)
+        ]
         try:
-            return tokenizer.render_chat([user, {"role": "assistant", "content": "", "tool_calls": calls}], tools, False)
+            return tokenizer.render_chat(
+                [user, {"role": "assistant", "content": "", "tool_calls": calls}], tools, False
+            )
         except UserError:
             return None
 
@@ -306,7 +367,10 @@ class Parser:
         else:
             keep = 0 if last else _may_begin(self.buffer, marker)
             space = 0 if last else len(self.buffer) - keep - len(self.buffer[: len(self.buffer) - keep].rstrip())
-            text, self.buffer = self.buffer[: len(self.buffer) - keep - space], self.buffer[len(self.buffer) - keep - space :]
+            text, self.buffer = (
+                self.buffer[: len(self.buffer) - keep - space],
+                self.buffer[len(self.buffer) - keep - space :],
+            )
         if text:
             yield Part(kind, text)
 
@@ -317,7 +381,12 @@ class Parser:
             name, self.buffer, self.state = self.buffer[:at], self.buffer[found.end() :], "arguments"
             self.call += 1
             self.depth, self.quoted, self.escaped = 0, False, False
-            yield Part("call", name, self.call, "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(ID_LENGTH)))
+            yield Part(
+                "call",
+                name,
+                self.call,
+                "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(ID_LENGTH)),
+            )
         elif last:
             self.buffer = ""
 
@@ -357,4 +426,7 @@ def _pattern(literal: str) -> re.Pattern[str]:
 def _may_begin(text: str, marker: str) -> int:
     """Characters at the end of text that may be the beginning of the marker."""
     fixed = marker.split(ID)[0]
-    return next((n for n in range(min(len(fixed) - 1, len(text)), 0, -1) if text.endswith(fixed[:n])), len(text) if ID in marker and fixed in text else 0)
+    return next(
+        (n for n in range(min(len(fixed) - 1, len(text)), 0, -1) if text.endswith(fixed[:n])),
+        len(text) if ID in marker and fixed in text else 0,
+    )

@@ -24,7 +24,12 @@ def byte_to_unicode() -> dict[int, str]:
 
 def sentencepiece_bpe(vocab: dict[str, int], scores: dict[str, float], unk: str | None, fallback: bool) -> Any:
     """SentencePiece's BPE from the scores of its ordinary pieces: two pieces merge if they make a third."""
-    merges = [(-score, whole[:i], whole[i:]) for whole, score in scores.items() for i in range(1, len(whole)) if whole[:i] in scores and whole[i:] in scores]
+    merges = [
+        (-score, whole[:i], whole[i:])
+        for whole, score in scores.items()
+        for i in range(1, len(whole))
+        if whole[:i] in scores and whole[i:] in scores
+    ]
     merges.sort(key=lambda m: (m[0], -len(m[1]), -len(m[2])))  # equal scores: the leftmost grows first
     return models.BPE(vocab, [(a, b) for _, a, b in merges], unk_token=unk, fuse_unk=True, byte_fallback=fallback)
 
@@ -50,7 +55,9 @@ def from_sentencepiece(path: Path) -> tuple[Backend, dict[str, Any]]:
         model: Any = models.Unigram([(p.piece, p.score) for p in pieces], unk, fallback)
     else:
         vocab = {p.piece: i for i, p in enumerate(pieces)}
-        model = sentencepiece_bpe(vocab, {p.piece: p.score for p in pieces if p.type == normal}, pieces[unk].piece, fallback)
+        model = sentencepiece_bpe(
+            vocab, {p.piece: p.score for p in pieces if p.type == normal}, pieces[unk].piece, fallback
+        )
     backend = Backend(model)
     steps: list[Any] = []
     if spec.precompiled_charsmap:
@@ -62,14 +69,18 @@ def from_sentencepiece(path: Path) -> tuple[Backend, dict[str, Any]]:
     backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "\u2581")])
     tail: list[Any] = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
     backend.decoder = decoders.Sequence(tail + ([decoders.Strip(" ", 1, 0)] if spec.add_dummy_prefix else []))
-    backend.add_special_tokens([AddedToken(p.piece, normalized=False, special=True) for p in pieces if p.type in (control, unknown)])
+    backend.add_special_tokens(
+        [AddedToken(p.piece, normalized=False, special=True) for p in pieces if p.type in (control, unknown)]
+    )
     backend.add_tokens([AddedToken(p.piece, normalized=False) for p in pieces if p.type == user])
     bos, eos = (i if 0 <= i < len(pieces) else None for i in (proto.trainer_spec.bos_id, proto.trainer_spec.eos_id))
     config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
     if bos is not None:
         name = pieces[bos].piece
         config["bos_token"] = name
-        backend.post_processor = processors.TemplateProcessing(single=f"{name} $A", pair=f"{name} $A {name} $B:1", special_tokens=[(name, bos)])
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{name} $A", pair=f"{name} $A {name} $B:1", special_tokens=[(name, bos)]
+        )
     if eos is not None:
         config["eos_token"] = pieces[eos].piece
     return backend, config
@@ -79,14 +90,27 @@ def byte_level(ranks: Iterable[tuple[bytes, int]], pattern: str, special: dict[s
     """Byte-level BPE from the bytes of each id: two tokens merge if they make a third, the lower id first."""
     table = byte_to_unicode()
     words = dict(ranks)
-    merges = [(i, words[b[:k]], words[b[k:]], b[:k], b[k:]) for b, i in words.items() if len(b) > 1 for k in range(1, len(b)) if b[:k] in words and b[k:] in words]
+    merges = [
+        (i, words[b[:k]], words[b[k:]], b[:k], b[k:])
+        for b, i in words.items()
+        if len(b) > 1
+        for k in range(1, len(b))
+        if b[:k] in words and b[k:] in words
+    ]
     merges.sort()
     text = {b: "".join(table[c] for c in b) for b in words}
     vocab = {text[b]: i for b, i in words.items()} | special
     backend = Backend(models.BPE(vocab, [(text[a], text[b]) for *_, a, b in merges], ignore_merges=True))
-    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(pattern), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in sorted(special, key=special.__getitem__)])
+    backend.add_special_tokens(
+        [AddedToken(t, normalized=False, special=True) for t in sorted(special, key=special.__getitem__)]
+    )
     return backend
 
 
@@ -98,29 +122,74 @@ def from_tekken(path: Path) -> tuple[Backend, dict[str, Any]]:
         first, size = int(config["default_num_special_tokens"]), int(config["default_vocab_size"])
         named = {t["token_str"]: int(t["rank"]) for t in raw.get("special_tokens") or []}
         if not named:  # the first published version leaves them out
-            named = {t: i for i, t in enumerate(("<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]", "[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]", "[PREFIX]", "[MIDDLE]", "[SUFFIX]"))}
+            named = {
+                t: i
+                for i, t in enumerate(
+                    (
+                        "<unk>",
+                        "<s>",
+                        "</s>",
+                        "[INST]",
+                        "[/INST]",
+                        "[AVAILABLE_TOOLS]",
+                        "[/AVAILABLE_TOOLS]",
+                        "[TOOL_RESULTS]",
+                        "[/TOOL_RESULTS]",
+                        "[TOOL_CALLS]",
+                        "[IMG]",
+                        "<pad>",
+                        "[IMG_BREAK]",
+                        "[IMG_END]",
+                        "[PREFIX]",
+                        "[MIDDLE]",
+                        "[SUFFIX]",
+                    )
+                )
+            }
         named |= {f"<SPECIAL_{i}>": i for i in range(first) if i not in named.values()}
         ranks = [(base64.b64decode(t["token_bytes"]), first + int(t["rank"])) for t in raw["vocab"][: size - first]]
         backend = byte_level(ranks, config["pattern"], named)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: not a tekken tokenizer ({error})") from None
-    backend.post_processor = processors.TemplateProcessing(single="<s> $A", pair="<s> $A <s> $B:1", special_tokens=[("<s>", named["<s>"])])
-    return backend, {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False, "bos_token": "<s>", "eos_token": "</s>"}
+    backend.post_processor = processors.TemplateProcessing(
+        single="<s> $A", pair="<s> $A <s> $B:1", special_tokens=[("<s>", named["<s>"])]
+    )
+    return backend, {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "clean_up_tokenization_spaces": False,
+        "bos_token": "<s>",
+        "eos_token": "</s>",
+    }
 
 
 def from_gpt2(vocab: Path, merges: Path) -> tuple[Backend, dict[str, Any]]:
     """`vocab.json` and `merges.txt` (first published as encoder.json and vocab.bpe)."""
     words = read_json(vocab)
     try:
-        pairs = [tuple(line.split(" ")) for line in merges.read_text(encoding="utf-8").split("\n") if line and not line.startswith("#version")]
+        pairs = [
+            tuple(line.split(" "))
+            for line in merges.read_text(encoding="utf-8").split("\n")
+            if line and not line.startswith("#version")
+        ]
         backend = Backend(models.BPE(words, [(a, b) for a, b in pairs]))
     except Exception as error:  # the library raises bare Exception
         raise UserError(f"{merges}: not the merges of {vocab.name} ({str(error).splitlines()[0]})") from None
-    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(_GPT2), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(_GPT2), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
     backend.decoder = decoders.ByteLevel()
     end = "<|endoftext|>"
     backend.add_special_tokens([AddedToken(end, normalized=False, special=True)])
-    return backend, {"tokenizer_class": "GPT2TokenizerFast", "bos_token": end, "eos_token": end, "unk_token": end, "clean_up_tokenization_spaces": False}
+    return backend, {
+        "tokenizer_class": "GPT2TokenizerFast",
+        "bos_token": end,
+        "eos_token": end,
+        "unk_token": end,
+        "clean_up_tokenization_spaces": False,
+    }
 
 
 def find(folder: Path) -> tuple[Backend, dict[str, Any]]:
@@ -131,6 +200,6 @@ def find(folder: Path) -> tuple[Backend, dict[str, Any]]:
     for vocab, merges in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):
         if (folder / vocab).is_file() and (folder / merges).is_file():
             return from_gpt2(folder / vocab, folder / merges)
-    raise UserError(f"{folder}: no tokenizer.json, tokenizer.model, tekken.json or vocab.json there; give a folder that holds one")
-
-
+    raise UserError(
+        f"{folder}: no tokenizer.json, tokenizer.model, tekken.json or vocab.json there; give a folder that holds one"
+    )

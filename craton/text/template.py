@@ -17,7 +17,11 @@ from typing import Any
 
 from craton.base import UserError
 
-SECONDS, MEMORY, OUTPUT = 10.0, 512 << 20, 32 << 20  # limits of one rendering: time, bytes of the process and of the text
+SECONDS, MEMORY, OUTPUT = (
+    10.0,
+    512 << 20,
+    32 << 20,
+)  # limits of one rendering: time, bytes of the process and of the text
 
 
 class ChatTemplate:
@@ -28,15 +32,30 @@ class ChatTemplate:
         self.process: subprocess.Popen[bytes] | None = None
         self.lock = threading.Lock()
 
-    def render(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None, add_generation_prompt: bool = True, **more: Any) -> str:
+    def render(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **more: Any,
+    ) -> str:
         """UserError if the template refuses the messages, fails, or passes a limit."""
-        values = {**self.special, "messages": messages, "tools": tools, "documents": None, "add_generation_prompt": add_generation_prompt, **more}
+        values = {
+            **self.special,
+            "messages": messages,
+            "tools": tools,
+            "documents": None,
+            "add_generation_prompt": add_generation_prompt,
+            **more,
+        }
         with self.lock:
             try:
                 answer = self._ask(json.dumps({"template": self.source, "values": values}).encode())
             except (OSError, EOFError):
                 self._stop()
-                raise UserError(f"chat_template needs more than {MEMORY >> 20} MB or failed badly; it is damaged or hostile") from None
+                raise UserError(
+                    f"chat_template needs more than {MEMORY >> 20} MB or failed badly; it is damaged or hostile"
+                ) from None
             except TimeoutError:
                 self._stop()
                 raise UserError(f"chat_template took longer than {SECONDS:.0f} s; it is damaged or hostile") from None
@@ -46,7 +65,12 @@ class ChatTemplate:
 
     def _ask(self, question: bytes) -> dict[str, Any]:
         if self.process is None or self.process.poll() is not None:
-            self.process = subprocess.Popen([sys.executable, "-m", "craton.text.template"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", "craton.text.template"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+            )
         assert self.process.stdin and self.process.stdout
         self.process.stdin.write(len(question).to_bytes(8, "little") + question)
         self.process.stdin.flush()
@@ -99,10 +123,14 @@ def _environment() -> Any:
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
 
-    def tojson(x: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False) -> str:
+    def tojson(
+        x: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+    ) -> str:
         return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
-    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols])
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
+    )
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)

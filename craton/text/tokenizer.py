@@ -1,8 +1,8 @@
 """Text to tokens and back: the tokenizer of a model folder, and training one from text.
 
 Training and the general case are the `tokenizers` library's. Byte-level BPE, which is what is trained here, is encoded
-by tiktoken with the same merges: the same ids (checked when the tokenizer is opened for bulk work) several times faster.
-"""
+by tiktoken with the same merges: the same ids (checked when the tokenizer is opened for bulk work) several times
+faster."""
 
 import json
 import math
@@ -28,8 +28,18 @@ PATTERN = (
     r"\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 END = "<|endoftext|>"  # before every document, so it both starts and ends one
-SPECIAL = [END, "<|im_start|>", "<|im_end|>", "<think>", "</think>", "<tool_call>", "</tool_call>",
-           "<tool_response>", "</tool_response>", "<|pad|>"] + [f"<|reserved_{i}|>" for i in range(6)]  # fmt: skip
+SPECIAL = [
+    END,
+    "<|im_start|>",
+    "<|im_end|>",
+    "<think>",
+    "</think>",
+    "<tool_call>",
+    "</tool_call>",
+    "<tool_response>",
+    "</tool_response>",
+    "<|pad|>",
+] + [f"<|reserved_{i}|>" for i in range(6)]
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -49,7 +59,11 @@ class Tokenizer:
     @classmethod
     def open(cls, folder: Path) -> "Tokenizer":
         """Raises UserError if the folder holds no usable tokenizer."""
-        path, config_path, template = folder / "tokenizer.json", folder / "tokenizer_config.json", folder / "chat_template.jinja"
+        path, config_path, template = (
+            folder / "tokenizer.json",
+            folder / "tokenizer_config.json",
+            folder / "chat_template.jinja",
+        )
         config: dict[str, Any] = {}
         if path.is_file():
             try:
@@ -92,7 +106,9 @@ class Tokenizer:
         for i in (self.bos_id, self.eos_id, self.backend.token_to_id(END)):
             if i is not None:
                 return i
-        raise UserError("tokenizer_config.json: neither bos_token nor eos_token is set; name the token that ends a document")
+        raise UserError(
+            "tokenizer_config.json: neither bos_token nor eos_token is set; name the token that ends a document"
+        )
 
     def encode(self, text: str) -> list[int]:
         """Ids as the published tokenizer gives them, with the special tokens it adds at the start."""
@@ -137,24 +153,43 @@ class Tokenizer:
                 special[name] = token["content"] if isinstance(token, dict) else token
         return ChatTemplate(source, special)
 
-    def render_chat(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None, add_generation_prompt: bool = True, **more: Any) -> str:
-        """Messages as the text that the model's chat template makes of them. UserError if it has none or refuses them."""
+    def render_chat(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **more: Any,
+    ) -> str:
+        """Messages as the text that the model's chat template makes of them. UserError if it has none or refuses
+        them."""
         if self.chat_template is None:
             raise UserError("tokenizer_config.json: no chat_template, so this model cannot chat")
         return self.chat_template.render(messages, tools, add_generation_prompt, **more)
 
-    def encode_chat(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None = None, add_generation_prompt: bool = True, **more: Any) -> list[int]:
+    def encode_chat(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **more: Any,
+    ) -> list[int]:
         """The same as ids; the template writes the special tokens itself."""
         return self.marker(self.render_chat(messages, tools, add_generation_prompt, **more))
 
     @cached_property
     def _bytes_of(self) -> Any:
         """A function from a token's name to the bytes it stands for."""
-        state = json.dumps(json.loads(self.backend.to_str())["pre_tokenizer"]) + json.dumps(json.loads(self.backend.to_str())["decoder"])
+        state = json.dumps(json.loads(self.backend.to_str())["pre_tokenizer"]) + json.dumps(
+            json.loads(self.backend.to_str())["decoder"]
+        )
         if "ByteLevel" in state:
             table = {c: b for b, c in formats.byte_to_unicode().items()}
             return lambda name: bytes(table[c] for c in name) if all(c in table for c in name) else name.encode()
-        return lambda name: bytes([int(name[3:5], 16)]) if re.fullmatch(r"<0x[0-9A-F]{2}>", name) else name.replace("\u2581", " ").encode()
+        return lambda name: (
+            bytes([int(name[3:5], 16)])
+            if re.fullmatch(r"<0x[0-9A-F]{2}>", name)
+            else name.replace("\u2581", " ").encode()
+        )
 
     def bytes_of(self, token: int) -> bytes:
         """What a token adds to a text; of a special token, its name."""
@@ -186,14 +221,26 @@ class Tokenizer:
         if model["type"] != "BPE" or state["normalizer"] or not pre or pre["type"] != "Sequence":
             return None
         split, level = (pre["pretokenizers"] + [{}, {}])[:2]
-        if split.get("type") != "Split" or "Regex" not in split["pattern"] or level.get("type") != "ByteLevel" or level["use_regex"]:
+        if (
+            split.get("type") != "Split"
+            or "Regex" not in split["pattern"]
+            or level.get("type") != "ByteLevel"
+            or level["use_regex"]
+        ):
             return None
         import tiktoken
 
-        table, special = {c: b for b, c in formats.byte_to_unicode().items()}, {t["content"] for t in state["added_tokens"]}
+        table, special = (
+            {c: b for b, c in formats.byte_to_unicode().items()},
+            {t["content"] for t in state["added_tokens"]},
+        )
         ranks = {bytes(table[c] for c in k): i for k, i in model["vocab"].items() if k not in special}
         fast = tiktoken.Encoding("craton", pat_str=split["pattern"]["Regex"], mergeable_ranks=ranks, special_tokens={})
-        probes = ["def f(x):\n\treturn x ** 2  # 12345\n\n\n", "It's 3.14159 — naïve “quotes”, 日本語 and 🙂🙂  end ", PATTERN * 3]
+        probes = [
+            "def f(x):\n\treturn x ** 2  # 12345\n\n\n",
+            "It's 3.14159 — naïve “quotes”, 日本語 and 🙂🙂  end ",
+            PATTERN * 3,
+        ]
         probes.append("".join(chr(c) for c in range(32, 3000) if unicodedata.category(chr(c))[0] not in "C"))
         same = all(fast.encode_ordinary(p) == self.backend.encode(p, add_special_tokens=False).ids for p in probes)
         return fast if same else None
@@ -213,20 +260,30 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Byte-level BPE of vocab_size ids (special tokens first, then the 256 bytes, then merges)."""
     backend = Backend(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(PATTERN), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+        [
+            pre_tokenizers.Split(Regex(PATTERN), "isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
     )
     backend.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size, special_tokens=SPECIAL, initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()), show_progress=False
+        vocab_size=vocab_size,
+        special_tokens=SPECIAL,
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
-    backend.post_processor = processors.TemplateProcessing(single=f"{END} $A", pair=f"{END} $A {END} $B:1", special_tokens=[(END, 0)])
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{END} $A", pair=f"{END} $A {END} $B:1", special_tokens=[(END, 0)]
+    )
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": END, "eos_token": END, "pad_token": "<|pad|>",
+        "bos_token": END,
+        "eos_token": END,
+        "pad_token": "<|pad|>",
         "clean_up_tokenization_spaces": False,
         "chat_template": CHAT_TEMPLATE,
-    }  # fmt: skip
+    }
     return Tokenizer(backend, config)
 
 

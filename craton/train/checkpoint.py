@@ -24,7 +24,9 @@ from craton.weights.folder import read_tensors, write_tensors
 FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
 
 
-def save(folder: Path, step: int, model: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict[str, Any], keep: int) -> Path:
+def save(
+    folder: Path, step: int, model: dict[str, Tensor], optimizer: dict[str, Tensor], state: dict[str, Any], keep: int
+) -> Path:
     """Publish training/step-N and remove all but the newest `keep`. UserError on a full disk, older ones untouched."""
     final = folder / f"step-{step:08d}"
     temporary = folder / f".step-{step:08d}.tmp"
@@ -34,7 +36,10 @@ def save(folder: Path, step: int, model: dict[str, Tensor], optimizer: dict[str,
         write_tensors(temporary / "model.safetensors", model)
         write_tensors(temporary / "optimizer.safetensors", optimizer)
         write_json(temporary / "state.json", state)
-        write_json(temporary / "manifest.json", {name: {"bytes": (temporary / name).stat().st_size, "sha256": sha256(temporary / name)} for name in FILES})
+        write_json(
+            temporary / "manifest.json",
+            {name: {"bytes": (temporary / name).stat().st_size, "sha256": sha256(temporary / name)} for name in FILES},
+        )
         fsync(temporary)
         if final.exists():  # a damaged one of the same step, refused before
             shutil.rmtree(final)
@@ -43,7 +48,10 @@ def save(folder: Path, step: int, model: dict[str, Tensor], optimizer: dict[str,
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         what = getattr(error, "strerror", None) or str(error)
-        raise UserError(f"{final}: cannot write the checkpoint ({what}); the last one is intact, free some space and go on with --resume") from None
+        raise UserError(
+            f"{final}: cannot write the checkpoint ({what}); the last one is intact, free some space and go on with "
+            "--resume"
+        ) from None
     for old in _all(folder)[keep:]:
         shutil.rmtree(old)
     return final

@@ -37,7 +37,11 @@ class Processes:
         weights sum to 1 over all of them, so the loop multiplies the loss by their number (`gradients`)."""
         if self.mesh is None:
             return
-        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 and self.device == "cuda" else MixedPrecisionPolicy()
+        policy = (
+            MixedPrecisionPolicy(torch.bfloat16, torch.float32)
+            if bf16 and self.device == "cuda"
+            else MixedPrecisionPolicy()
+        )
         for block in network.model.layers:
             fully_shard(block, mesh=self.mesh, mp_policy=policy)
         fully_shard(network, mesh=self.mesh, mp_policy=policy)

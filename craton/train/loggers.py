@@ -1,4 +1,5 @@
-"""Metrics for other people's dashboards: TensorBoard, Weights & Biases, trackio. metrics.jsonl is written regardless."""
+"""Metrics for other people's dashboards: TensorBoard, Weights & Biases, trackio. metrics.jsonl is written
+regardless."""
 
 from pathlib import Path
 from typing import Any

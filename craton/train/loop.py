@@ -69,19 +69,29 @@ def make(config: ModelConfig, recipe: Recipe, processes: Processes) -> tuple[Dec
     network.to(processes.device)
     processes.shard(network, recipe.run.precision == "bf16")
     o = recipe.optimizer
-    lrs = {"matrix": o.matrix_lr or 0.0, "embedding": o.embedding_lr or 0.0, "head": o.head_lr or 0.0, "norm": o.norm_lr or 0.0}
+    lrs = {
+        "matrix": o.matrix_lr or 0.0,
+        "embedding": o.embedding_lr or 0.0,
+        "head": o.head_lr or 0.0,
+        "norm": o.norm_lr or 0.0,
+    }
     return network, Optimizers(network, o.name, lrs, o.momentum, (o.beta1, o.beta2), o.weight_decay or 0.0)
 
 
 def _on(batch: Batch, device: str) -> Batch:
-    return batch if device == "cpu" else Batch(*(None if x is None else x.to(device, non_blocking=True) for x in vars(batch).values()))  # type: ignore[arg-type]
+    if device == "cpu":
+        return batch
+    moved = [None if x is None else x.to(device, non_blocking=True) for x in vars(batch).values()]
+    return Batch(*moved)  # type: ignore[arg-type]
 
 
 def _precision(recipe: Recipe, device: str) -> Any:
     return torch.autocast(device, torch.bfloat16) if recipe.run.precision == "bf16" else contextlib.nullcontext()
 
 
-def gradients(network: Decoder, batch: Batch, objective: Objective, recipe: Recipe, device: str, world: int = 1) -> Tensor:
+def gradients(
+    network: Decoder, batch: Batch, objective: Objective, recipe: Recipe, device: str, world: int = 1
+) -> Tensor:
     """Accumulate the gradient of a batch in slices of micro_tokens; returns the loss, this process's share of it."""
     rows = max(1, (recipe.data.micro_tokens or 1) // batch.ids.shape[1])
     total = torch.zeros((), device=device)
@@ -102,7 +112,9 @@ def seconds_a_step(config: ModelConfig, recipe: Recipe, device: str) -> float:
     length = recipe.data.sequence_length or 512
     micro = max(1, min(recipe.data.batch_tokens or length, 8192 if device == "cpu" else 32_768) // length)
     ids = torch.randint(config.vocab_size, (micro, length + 1), device=device)
-    batch = Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), torch.full((micro, length), 1e-6, device=device), None)
+    batch = Batch(
+        ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), torch.full((micro, length), 1e-6, device=device), None
+    )
     slices = max(1, (recipe.data.batch_tokens or length) // (micro * length))
     forward: list[float] = []
     update: list[float] = []
@@ -131,26 +143,40 @@ class Run:
     """A run in its folder: fresh or resumed, driven by `train`."""
 
     def __init__(
-        self, out: Path, recipe: Recipe, config: ModelConfig, corpora: list[Corpus], weights: list[float],
-        processes: Processes, peak: float, objective: Objective = next_token,
-    ):  # fmt: skip
+        self,
+        out: Path,
+        recipe: Recipe,
+        config: ModelConfig,
+        corpora: list[Corpus],
+        weights: list[float],
+        processes: Processes,
+        peak: float,
+        objective: Objective = next_token,
+    ):
         self.out, self.recipe, self.config, self.corpora = out, recipe, config, corpora
         self.processes, self.peak, self.objective, self.device = processes, peak, objective, processes.device
         d = recipe.data
         self.length = d.sequence_length or 1
         self.rows = (d.batch_tokens or 0) // self.length
         if self.rows % processes.world:
-            raise UserError(f"data.batch_tokens is {self.rows} rows, which {processes.world} processes cannot share equally; set data.batch_tokens to a multiple of {processes.world * self.length}")
+            raise UserError(
+                f"data.batch_tokens is {self.rows} rows, which {processes.world} processes cannot share equally; set "
+                f"data.batch_tokens to a multiple of {processes.world * self.length}"
+            )
         self.batches = Batches(corpora, weights, self.length, self.rows, recipe.run.seed, bool(d.document_mask))
         self.heldout = heldout_rows(corpora, self.length, recipe.run.evaluate_tokens, bool(d.document_mask))
         self.tokenizer = corpora[0].tokenizer
         self.token_bytes = torch.from_numpy(self.tokenizer.token_bytes())
-        self.bytes_per_token = sum(c.manifest["splits"]["train"]["bytes"] for c in corpora) / max(1, sum(c.length("train") for c in corpora))
+        self.bytes_per_token = sum(c.manifest["splits"]["train"]["bytes"] for c in corpora) / max(
+            1, sum(c.length("train") for c in corpora)
+        )
         self.network, self.optimizers = make(config, recipe, processes)
         self.progress = Progressed()
         self.stopped_by: int | None = None
         self.logger = Logger(recipe.run.logger if processes.first else "none", out)
-        compile_ = recipe.run.compile == "on" or (recipe.run.compile == "auto" and self.device == "cuda" and (recipe.run.steps or 0) >= 1000)
+        compile_ = recipe.run.compile == "on" or (
+            recipe.run.compile == "auto" and self.device == "cuda" and (recipe.run.steps or 0) >= 1000
+        )
         if compile_:
             for block in self.network.model.layers:
                 block.compile()
@@ -164,7 +190,14 @@ class Run:
         if self.processes.first:
             try:
                 model = released(self.network, model)
-                path = checkpoint.save(self.out / "training", self.progress.step, model, optimizer, vars(self.progress), self.recipe.run.keep_checkpoints)
+                path = checkpoint.save(
+                    self.out / "training",
+                    self.progress.step,
+                    model,
+                    optimizer,
+                    vars(self.progress),
+                    self.recipe.run.keep_checkpoints,
+                )
                 _link(path / "model.safetensors", self.out / "model.safetensors")
             except UserError as error:
                 problem = str(error)
@@ -199,7 +232,9 @@ class Run:
         with torch.no_grad():
             for name, p in own.items():
                 if p.shape != model[name].shape:
-                    raise UserError(f"{where}: tensor {name} has shape {tuple(model[name].shape)}, the recipe says {tuple(p.shape)}")
+                    raise UserError(
+                        f"{where}: tensor {name} has shape {tuple(model[name].shape)}, the recipe says {tuple(p.shape)}"
+                    )
                 value = model[name].to(p.device)
                 p.copy_(distribute_tensor(value, p.device_mesh, p.placements) if isinstance(p, DTensor) else value)
 
@@ -220,7 +255,10 @@ class Run:
                     sums[0] += nll.double().sum().cpu()
                     sums[1] += self.token_bytes[batch.target.cpu()].sum()
         nats, size = self.processes.sum(sums.float() if self.device == "cuda" else sums).tolist()
-        return {"heldout_loss": nats / (len(self.heldout) * self.length), "heldout_bits_per_byte": nats / math.log(2) / max(1.0, size)}
+        return {
+            "heldout_loss": nats / (len(self.heldout) * self.length),
+            "heldout_bits_per_byte": nats / math.log(2) / max(1.0, size),
+        }
 
     def sample(self, tokens: int = 48) -> str:
         """A greedy continuation of the first held-out words; '' where the network is sharded."""
@@ -262,11 +300,17 @@ class Run:
                 rates.append(time.perf_counter() - start)
                 rate = self.rows * self.length * len(rates) / sum(rates)
                 row: dict[str, Any] = {
-                    "step": p.step, "tokens": p.step * self.rows * self.length, "batch": p.cursor - 1, "loss": loss,
-                    "bits_per_byte": loss / math.log(2) / self.bytes_per_token, "lr_share": share, "gradient_norm": size,
-                    "tokens_per_second": rate, "peak_share": rate * 6 * self.config.matrix_parameters / self.peak / self.processes.world,
+                    "step": p.step,
+                    "tokens": p.step * self.rows * self.length,
+                    "batch": p.cursor - 1,
+                    "loss": loss,
+                    "bits_per_byte": loss / math.log(2) / self.bytes_per_token,
+                    "lr_share": share,
+                    "gradient_norm": size,
+                    "tokens_per_second": rate,
+                    "peak_share": rate * 6 * self.config.matrix_parameters / self.peak / self.processes.world,
                     "seconds": p.seconds,
-                }  # fmt: skip
+                }
                 if p.step % (r.run.evaluate_every or 1) == 0 or p.step == steps:
                     row |= self.evaluate()
                     row["sample"] = self.sample()
@@ -274,10 +318,17 @@ class Run:
                     metrics.write(row)
                     self.logger.write(row)
                     left = (steps - p.step) * sum(rates) / len(rates)
-                    line.show(f"step {p.step}/{steps}  loss {loss:.3f}  {row['bits_per_byte']:.3f} bits/byte  {count(rate)} tok/s  {100 * row['peak_share']:.0f}% of peak  {count(rate * flops)}FLOP/s  {span(left)} left")
+                    line.show(
+                        f"step {p.step}/{steps}  loss {loss:.3f}  {row['bits_per_byte']:.3f} bits/byte  "
+                        f"{count(rate)} tok/s  {100 * row['peak_share']:.0f}% of peak  {count(rate * flops)}FLOP/s  "
+                        f"{span(left)} left"
+                    )
                     if "heldout_loss" in row:
                         line.clear()
-                        say(f"step {p.step:>6}  held-out {row['heldout_bits_per_byte']:.4f} bits/byte, loss {row['heldout_loss']:.4f}  {row['sample'][:100]!r}")
+                        say(
+                            f"step {p.step:>6}  held-out {row['heldout_bits_per_byte']:.4f} bits/byte, loss "
+                            f"{row['heldout_loss']:.4f}  {row['sample'][:100]!r}"
+                        )
                 stop = self.processes.agree(self.stopped_by)
                 if p.step % every == 0 or p.step == steps or stop is not None:
                     self.save()
@@ -298,7 +349,9 @@ class Run:
         shares = 2 if world == 1 and self.rows % 2 == 0 else world
         total = torch.zeros((), device=self.device)
         for share in range(rank, shares, world):
-            total += gradients(self.network, self.batches.batch(number, share, shares), self.objective, self.recipe, self.device, world)
+            total += gradients(
+                self.network, self.batches.batch(number, share, shares), self.objective, self.recipe, self.device, world
+            )
         return float(self.processes.sum(total))
 
     def _stop(self, number: int, _: Any) -> None:
@@ -320,16 +373,32 @@ class Run:
         """Back to the last checkpoint; this batch and the one before it are left out from now on."""
         step, batch, old = self.progress.step, self.progress.cursor, self.progress
         if old.rollbacks >= self.recipe.safety.most_rollbacks:
-            raise UserError(f"step {step}: {problem}; given up after {old.rollbacks} rollbacks (safety.most_rollbacks); lower the learning rates or look at the data of batch {batch} ('craton corpus trace')")
+            raise UserError(
+                f"step {step}: {problem}; given up after {old.rollbacks} rollbacks (safety.most_rollbacks); lower "
+                f"the learning rates or look at the data of batch {batch} ('craton corpus trace')"
+            )
         out = tuple(sorted({*old.skipped, max(0, batch - 1), batch}))
         self.restore()
         self.progress.skipped, self.progress.rollbacks = out, old.rollbacks + 1
         for p in self.network.parameters():
             p.grad = None
         if self.processes.first:
-            say(f"step {step}: {problem}; rolled back to step {self.progress.step}, batches {max(0, batch - 1)}-{batch} are skipped ({old.rollbacks + 1} of at most {self.recipe.safety.most_rollbacks})")
+            say(
+                f"step {step}: {problem}; rolled back to step {self.progress.step}, batches "
+                f"{max(0, batch - 1)}-{batch} are skipped ({old.rollbacks + 1} of at most "
+                f"{self.recipe.safety.most_rollbacks})"
+            )
         if metrics:
-            metrics.rewind(self.progress.step, {"event": "rollback", "at_step": step, "problem": problem, "to_step": self.progress.step, "skipped": list(out)})
+            metrics.rewind(
+                self.progress.step,
+                {
+                    "event": "rollback",
+                    "at_step": step,
+                    "problem": problem,
+                    "to_step": self.progress.step,
+                    "skipped": list(out),
+                },
+            )
 
 
 class _Metrics:
@@ -385,4 +454,3 @@ def write_release(out: Path, config: ModelConfig, tokenizer: Tokenizer) -> None:
     write_config(out, config)
     tokenizer.config["model_max_length"] = config.max_position_embeddings
     tokenizer.save(out)
-

@@ -39,7 +39,8 @@ def orthogonalise(g: Tensor) -> Tensor:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, then orthogonalisation. lr is the spectral norm of an update, times sqrt(rows / columns) where above 1."""
+    """Momentum, then orthogonalisation. lr is the spectral norm of an update, times sqrt(rows / columns) where above
+    1."""
 
     def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float, weight_decay: float):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
@@ -79,13 +80,33 @@ def _orthogonalise_all(updates: list[Tensor]) -> list[Tensor]:
 class Optimizers:
     """The run's optimizers as one: step, learning-rate factor, and state by parameter name."""
 
-    def __init__(self, network: nn.Module, name: str, lrs: dict[str, float], momentum: float, betas: tuple[float, float], weight_decay: float):
+    def __init__(
+        self,
+        network: nn.Module,
+        name: str,
+        lrs: dict[str, float],
+        momentum: float,
+        betas: tuple[float, float],
+        weight_decay: float,
+    ):
         self.names: dict[Tensor, str] = {p: n for n, p in network.named_parameters()}
         parts: dict[str, list[nn.Parameter]] = {"matrix": [], "embedding": [], "head": [], "norm": []}
         for n, p in network.named_parameters():
-            kind = "norm" if p.ndim == 1 else "embedding" if "embed_tokens" in n else "head" if "lm_head" in n else "matrix"
+            kind = (
+                "norm"
+                if p.ndim == 1
+                else "embedding"
+                if "embed_tokens" in n
+                else "head"
+                if "lm_head" in n
+                else "matrix"
+            )
             parts[kind].append(p)
-        groups = [{"params": ps, "lr": lrs[k], "weight_decay": weight_decay if k == "matrix" and name == "adamw" else 0.0} for k, ps in parts.items() if ps and (name == "adamw" or k != "matrix")]
+        groups = [
+            {"params": ps, "lr": lrs[k], "weight_decay": weight_decay if k == "matrix" and name == "adamw" else 0.0}
+            for k, ps in parts.items()
+            if ps and (name == "adamw" or k != "matrix")
+        ]
         self.parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, betas=betas, eps=1e-10, fused=True)]
         if name == "muon":
             self.parts.append(Muon(parts["matrix"], lrs["matrix"], momentum, weight_decay))

@@ -69,12 +69,16 @@ def shape(recipe: Recipe, depth: int, corpus: Corpus) -> ModelConfig:
 Measure = Callable[[ModelConfig, Recipe], float]  # seconds that one step takes, batch_tokens of it
 
 
-def plan(recipe: Recipe, corpora: list[Corpus], peak: float, measure: Measure, began: float, device: str) -> tuple[Recipe, ModelConfig, list[str]]:
+def plan(
+    recipe: Recipe, corpora: list[Corpus], peak: float, measure: Measure, began: float, device: str
+) -> tuple[Recipe, ModelConfig, list[str]]:
     """Resolve every None of the recipe. Returns it, the model's configuration and the reasons, a line each.
 
     began: time.monotonic() at the command's start, so that a time budget covers all of the command.
     """
-    r = replace(recipe, **{k: replace(getattr(recipe, k)) for k in ("run", "model", "data", "optimizer", "schedule", "safety")})
+    r = replace(
+        recipe, **{k: replace(getattr(recipe, k)) for k in ("run", "model", "data", "optimizer", "schedule", "safety")}
+    )
     why: list[str] = []
     corpus = corpora[0]
     available = sum(c.length("train") for c in corpora)
@@ -82,11 +86,18 @@ def plan(recipe: Recipe, corpora: list[Corpus], peak: float, measure: Measure, b
         r.run.precision = "bf16" if device == "cuda" else "fp32"
     if r.data.document_mask is None:
         r.data.document_mask = device == "cpu"
-        why.append("attention stays inside documents: the CPU kernel skips the rest" if device == "cpu" else "attention may cross documents: a mask would cost speed here")
+        why.append(
+            "attention stays inside documents: the CPU kernel skips the rest"
+            if device == "cpu"
+            else "attention may cross documents: a mask would cost speed here"
+        )
     if r.data.sequence_length is None:
         r.data.sequence_length = 512 if device == "cpu" else 2048
     if available < r.data.sequence_length + 1:
-        raise UserError(f"{corpus.folder}: {available} training tokens, fewer than one row of data.sequence_length {r.data.sequence_length}; give more text")
+        raise UserError(
+            f"{corpus.folder}: {available} training tokens, fewer than one row of data.sequence_length "
+            f"{r.data.sequence_length}; give more text"
+        )
     budget = parse_budget(r.run.budget) if r.run.budget else None
     depth = r.model.num_hidden_layers
 
@@ -110,17 +121,29 @@ def plan(recipe: Recipe, corpora: list[Corpus], peak: float, measure: Measure, b
                     if tokens >= _fewest(r, depth, corpus, available):
                         break
                     depth -= 1
-            why.append(f"depth {depth}: the nearest to {TOKENS_PER_PARAMETER} tokens a parameter that the budget allows")
+            why.append(
+                f"depth {depth}: the nearest to {TOKENS_PER_PARAMETER} tokens a parameter that the budget allows"
+            )
     config = shape(r, depth, corpus)
     for other in corpora[1:]:
-        if other.manifest["files"]["tokenizer/tokenizer.json"]["sha256"] != corpus.manifest["files"]["tokenizer/tokenizer.json"]["sha256"]:
-            raise UserError(f"{other.folder}: built with another tokenizer than {corpus.folder}; build it with --tokenizer {corpus.folder}/tokenizer")
+        if (
+            other.manifest["files"]["tokenizer/tokenizer.json"]["sha256"]
+            != corpus.manifest["files"]["tokenizer/tokenizer.json"]["sha256"]
+        ):
+            raise UserError(
+                f"{other.folder}: built with another tokenizer than {corpus.folder}; build it with --tokenizer "
+                f"{corpus.folder}/tokenizer"
+            )
     flops = config.flops_per_token(r.data.sequence_length)
     target = float(TOKENS_PER_PARAMETER * config.matrix_parameters)
     if r.run.steps is None:
         if budget is None:
             tokens = min(target, MOST_EPOCHS * available)
-            why.append(f"{count(tokens)} tokens: {TOKENS_PER_PARAMETER} a parameter" if tokens == target else f"{count(tokens)} tokens: {MOST_EPOCHS} passes over the corpus")
+            why.append(
+                f"{count(tokens)} tokens: {TOKENS_PER_PARAMETER} a parameter"
+                if tokens == target
+                else f"{count(tokens)} tokens: {MOST_EPOCHS} passes over the corpus"
+            )
         elif budget[0] == "flop":
             tokens = budget[1] / flops
         else:
@@ -133,12 +156,19 @@ def plan(recipe: Recipe, corpora: list[Corpus], peak: float, measure: Measure, b
         batch = _batch(r, tokens)
         r.run.steps = int(tokens / batch)
         if r.run.steps < FEWEST_STEPS:
-            raise UserError(f"--budget {r.run.budget or f'depth {depth}'}: too small for any model here ({r.run.steps} steps of {batch} tokens, at least {FEWEST_STEPS} needed); give more")
+            raise UserError(
+                f"--budget {r.run.budget or f'depth {depth}'}: too small for any model here ({r.run.steps} steps of "
+                f"{batch} tokens, at least {FEWEST_STEPS} needed); give more"
+            )
     else:
         batch = _batch(r, min(target, 4 * available))
     r.data.batch_tokens = batch
     steps, tokens = r.run.steps, r.run.steps * batch
-    why.append(f"batch of {batch} tokens: grows as the 0.383 power of the {count(tokens)} tokens" if recipe.data.batch_tokens is None else f"batch of {batch} tokens, as given")
+    why.append(
+        f"batch of {batch} tokens: grows as the 0.383 power of the {count(tokens)} tokens"
+        if recipe.data.batch_tokens is None
+        else f"batch of {batch} tokens, as given"
+    )
     if r.data.micro_tokens is None:
         r.data.micro_tokens = min(batch, max(r.data.sequence_length, 8192 if device == "cpu" else 32_768))
     o = r.optimizer
@@ -160,13 +190,28 @@ def plan(recipe: Recipe, corpora: list[Corpus], peak: float, measure: Measure, b
     r.run.checkpoint_every = r.run.checkpoint_every or max(10, min(steps // 8, int(600 * 0.4 * peak / (batch * flops))))
     r.run.evaluate_every = r.run.evaluate_every or max(10, steps // 8)
     r.model.num_hidden_layers = depth
-    for key in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim", "max_position_embeddings"):
+    for key in (
+        "hidden_size",
+        "intermediate_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "max_position_embeddings",
+    ):
         setattr(r.model, key, getattr(config, key))
     if batch % r.data.sequence_length or batch < r.data.sequence_length:
-        raise UserError(f"data.batch_tokens {batch} must be a multiple of data.sequence_length {r.data.sequence_length}")
+        raise UserError(
+            f"data.batch_tokens {batch} must be a multiple of data.sequence_length {r.data.sequence_length}"
+        )
     if r.data.sequence_length > config.max_position_embeddings:
-        raise UserError(f"data.sequence_length {r.data.sequence_length} is longer than model.max_position_embeddings {config.max_position_embeddings}")
-    why.append(f"{steps} steps, {count(tokens)} tokens = {tokens / config.matrix_parameters:.1f} a parameter, {tokens / available:.1f} passes over the corpus, {tokens * flops:.2g} FLOP")
+        raise UserError(
+            f"data.sequence_length {r.data.sequence_length} is longer than model.max_position_embeddings "
+            f"{config.max_position_embeddings}"
+        )
+    why.append(
+        f"{steps} steps, {count(tokens)} tokens = {tokens / config.matrix_parameters:.1f} a parameter, "
+        f"{tokens / available:.1f} passes over the corpus, {tokens * flops:.2g} FLOP"
+    )
     return r, config, why
 
 

@@ -105,8 +105,19 @@ CHOICES = {
     "run.logger": ("none", "tensorboard", "wandb", "trackio"),
     "optimizer.name": ("muon", "adamw"),
 }
-MAY_BE_ZERO = {"run.seed", "optimizer.momentum", "optimizer.beta1", "optimizer.weight_decay", "optimizer.clip", "optimizer.norm_lr",
-               "schedule.warmup_steps", "schedule.decay_share", "schedule.final_share", "safety.spike_sigmas", "safety.most_rollbacks"}  # fmt: skip
+MAY_BE_ZERO = {
+    "run.seed",
+    "optimizer.momentum",
+    "optimizer.beta1",
+    "optimizer.weight_decay",
+    "optimizer.clip",
+    "optimizer.norm_lr",
+    "schedule.warmup_steps",
+    "schedule.decay_share",
+    "schedule.final_share",
+    "safety.spike_sigmas",
+    "safety.most_rollbacks",
+}
 
 
 def _types() -> dict[str, Any]:
@@ -114,7 +125,11 @@ def _types() -> dict[str, Any]:
     out = {}
     for part in dataclasses.fields(Recipe):
         for key, hint in typing.get_type_hints(part.type).items():
-            options = [a for a in typing.get_args(hint) if a is not type(None)] if isinstance(hint, types.UnionType) else [hint]
+            options = (
+                [a for a in typing.get_args(hint) if a is not type(None)]
+                if isinstance(hint, types.UnionType)
+                else [hint]
+            )
             out[f"{part.name}.{key}"] = options[0]
     return out
 
@@ -154,7 +169,9 @@ def read_recipe(path: Path, recipe: Recipe) -> None:
             assign(recipe, part, values, str(path))
             continue
         if part not in {f.name for f in dataclasses.fields(Recipe)}:
-            raise UserError(f"{path}: unknown section '[{part}]'{nearest(part, [f.name for f in dataclasses.fields(Recipe)])}")
+            raise UserError(
+                f"{path}: unknown section '[{part}]'{nearest(part, [f.name for f in dataclasses.fields(Recipe)])}"
+            )
         for key, value in values.items():
             assign(recipe, f"{part}.{key}", value, str(path))
 

@@ -11,13 +11,22 @@ from craton.corpus.store import Corpus
 def corpus_facts(corpora: list[Corpus], weights: list[float]) -> list[dict[str, Any]]:
     return [
         {
-            "folder": str(c.folder), "weight": w, "digest": c.digest, "tokens": c.length("train"), "heldout_tokens": c.length("heldout"),
-            "documents": c.manifest["splits"]["train"]["documents"], "sources": c.manifest["sources"], "counts": c.manifest["counts"],
-            "dropped": {k: {"documents": v["documents"], "bytes": v["bytes"]} for k, v in c.manifest["dropped"].items()},
-            "tokenizer_sha256": c.manifest["files"]["tokenizer/tokenizer.json"]["sha256"], "vocab_size": c.manifest["vocab_size"],
+            "folder": str(c.folder),
+            "weight": w,
+            "digest": c.digest,
+            "tokens": c.length("train"),
+            "heldout_tokens": c.length("heldout"),
+            "documents": c.manifest["splits"]["train"]["documents"],
+            "sources": c.manifest["sources"],
+            "counts": c.manifest["counts"],
+            "dropped": {
+                k: {"documents": v["documents"], "bytes": v["bytes"]} for k, v in c.manifest["dropped"].items()
+            },
+            "tokenizer_sha256": c.manifest["files"]["tokenizer/tokenizer.json"]["sha256"],
+            "vocab_size": c.manifest["vocab_size"],
         }
         for c, w in zip(corpora, weights, strict=True)
-    ]  # fmt: skip
+    ]
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -36,12 +45,44 @@ def curve(rows: list[dict[str, Any]], points: int = 400) -> list[dict[str, float
     """Steps evenly thinned to at most `points`, evaluations always kept."""
     steps = [r for r in rows if "loss" in r]
     stride = max(1, len(steps) // points)
-    keys = ("step", "tokens", "seconds", "loss", "bits_per_byte", "tokens_per_second", "peak_share", "lr_share", "gradient_norm", "heldout_loss", "heldout_bits_per_byte")
-    return [{k: r[k] for k in keys if k in r} for i, r in enumerate(steps) if i % stride == 0 or "heldout_loss" in r or i == len(steps) - 1]
+    keys = (
+        "step",
+        "tokens",
+        "seconds",
+        "loss",
+        "bits_per_byte",
+        "tokens_per_second",
+        "peak_share",
+        "lr_share",
+        "gradient_norm",
+        "heldout_loss",
+        "heldout_bits_per_byte",
+    )
+    return [
+        {k: r[k] for k in keys if k in r}
+        for i, r in enumerate(steps)
+        if i % stride == 0 or "heldout_loss" in r or i == len(steps) - 1
+    ]
 
 
 def summary(out: Path) -> dict[str, Any]:
     """The numbers of a record that a script wants in its one JSON line."""
     record = read_json(out / "record.json")
-    keys = ("status", "objective", "steps", "tokens", "flops", "seconds", "parameters", "loss", "bits_per_byte", "heldout_loss", "heldout_bits_per_byte", "tokens_per_second", "peak_share", "rollbacks", "weights_sha256")
+    keys = (
+        "status",
+        "objective",
+        "steps",
+        "tokens",
+        "flops",
+        "seconds",
+        "parameters",
+        "loss",
+        "bits_per_byte",
+        "heldout_loss",
+        "heldout_bits_per_byte",
+        "tokens_per_second",
+        "peak_share",
+        "rollbacks",
+        "weights_sha256",
+    )
     return {"out": str(out), **{k: record[k] for k in keys if k in record}}

@@ -38,7 +38,9 @@ def parse_corpora(texts: list[str]) -> tuple[list[Path], list[float]]:
     return paths, weights
 
 
-def train(corpora: list[str], out: Path, recipe: Recipe, resume: bool = False, objective: Objective = next_token) -> dict[str, Any]:
+def train(
+    corpora: list[str], out: Path, recipe: Recipe, resume: bool = False, objective: Objective = next_token
+) -> dict[str, Any]:
     """Train into the model folder `out` and return the record's summary. Raises UserError, Interrupted."""
     began = time.monotonic()
     kernels.keep_freed_memory()
@@ -57,7 +59,11 @@ def _claim(out: Path, resume: bool) -> tuple[Any, bool]:
     if out.exists() and not out.is_dir():
         raise UserError(f"{out}: is a file; give a folder for --out")
     if out.exists() and any(out.iterdir()) and not resume:
-        hint = "add --resume to go on with it, or give another --out" if (out / "training").exists() else "give another --out"
+        hint = (
+            "add --resume to go on with it, or give another --out"
+            if (out / "training").exists()
+            else "give another --out"
+        )
         raise UserError(f"{out}: folder in use (not empty); {hint}")
     made = not out.exists()
     (out / "training").mkdir(parents=True, exist_ok=True)
@@ -70,7 +76,14 @@ def _claim(out: Path, resume: bool) -> tuple[Any, bool]:
 
 
 def _train(
-    names: list[str], out: Path, recipe: Recipe, resume: bool, objective: Objective, device: str, processes: Processes, began: float
+    names: list[str],
+    out: Path,
+    recipe: Recipe,
+    resume: bool,
+    objective: Objective,
+    device: str,
+    processes: Processes,
+    began: float,
 ) -> dict[str, Any]:
     paths, weights = parse_corpora(names)
     opened = [Corpus(p) for p in paths]
@@ -90,9 +103,17 @@ def _train(
 
 
 def _go(
-    opened: list[Corpus], weights: list[float], out: Path, recipe: Recipe, resume: bool, objective: Objective,
-    device: str, processes: Processes, began: float, made: bool,
-) -> dict[str, Any]:  # fmt: skip
+    opened: list[Corpus],
+    weights: list[float],
+    out: Path,
+    recipe: Recipe,
+    resume: bool,
+    objective: Objective,
+    device: str,
+    processes: Processes,
+    began: float,
+    made: bool,
+) -> dict[str, Any]:
     asked = {"recipe": as_dict(recipe), "corpora": [c.digest for c in opened], "weights": weights}
     stored = out / "training" / "recipe.json"
     plan_path = stored if stored.exists() else None
@@ -108,17 +129,29 @@ def _go(
         settled = processes.agree(settled)
         if isinstance(settled, str):
             raise UserError(settled)
-        resolved, config, why, peak = from_dict(settled["recipe"]), ModelConfig(**settled["model"]), settled["why"], settled["peak"]
+        resolved, config, why, peak = (
+            from_dict(settled["recipe"]),
+            ModelConfig(**settled["model"]),
+            settled["why"],
+            settled["peak"],
+        )
         run = Run(out, resolved, config, opened, weights, processes, peak, objective)
     except UserError:
         if made and processes.first and not any(p.name not in ("lock",) for p in (out / "training").iterdir()):
             _remove(out)
         raise
     if processes.first:
-        say(f"model    {count(config.parameters)} parameters: {config.num_hidden_layers} layers of {config.hidden_size}, {config.num_attention_heads}/{config.num_key_value_heads} heads, vocabulary {config.vocab_size}")
+        say(
+            f"model    {count(config.parameters)} parameters: {config.num_hidden_layers} layers of "
+            f"{config.hidden_size}, {config.num_attention_heads}/{config.num_key_value_heads} heads, vocabulary "
+            f"{config.vocab_size}"
+        )
         for line in why:
             say(f"plan     {line}")
-        say(f"machine  {machine.facts(device)['cpu']}, {torch.get_num_threads()} threads, {count(peak)}FLOP/s in a large product")
+        say(
+            f"machine  {machine.facts(device)['cpu']}, {torch.get_num_threads()} threads, {count(peak)}FLOP/s in a "
+            "large product"
+        )
     if (out / "training").exists() and any((out / "training").glob("step-*")):
         run.restore()
         if processes.first:
@@ -144,9 +177,16 @@ def _go(
 
 
 def _settle(
-    stored: Path | None, asked: dict[str, Any], recipe: Recipe, corpora: list[Corpus], weights: list[float],
-    out: Path, device: str, began: float, processes: Processes,
-) -> dict[str, Any]:  # fmt: skip
+    stored: Path | None,
+    asked: dict[str, Any],
+    recipe: Recipe,
+    corpora: list[Corpus],
+    weights: list[float],
+    out: Path,
+    device: str,
+    began: float,
+    processes: Processes,
+) -> dict[str, Any]:
     """The resolved recipe: planned now and stored, or the stored one on resume."""
     if stored is not None:
         settled: dict[str, Any] = read_json(stored)
@@ -154,15 +194,28 @@ def _settle(
             raise UserError(f"{stored}: altered or damaged; start again with another --out")
         for part, values in asked["recipe"].items():
             for key, value in values.items():
-                if value != (before := settled["asked"]["recipe"][part][key]) and value != getattr(getattr(Recipe(), part), key):
-                    raise UserError(f"{out}: the run was started with {part}.{key} = {before!r}, not {value!r}; --resume goes on with the same recipe")
+                if value != (before := settled["asked"]["recipe"][part][key]) and value != getattr(
+                    getattr(Recipe(), part), key
+                ):
+                    raise UserError(
+                        f"{out}: the run was started with {part}.{key} = {before!r}, not {value!r}; --resume goes on "
+                        "with the same recipe"
+                    )
         if settled["asked"]["corpora"] != asked["corpora"] or settled["asked"]["weights"] != weights:
             raise UserError(f"{out}: the run was started on another corpus; give the same one to --resume")
         return settled
     bf16 = recipe.run.precision == "bf16" or (recipe.run.precision is None and device == "cuda")
     peak = machine.gemm_peak(device, torch.bfloat16 if bf16 else torch.float32)
-    resolved, config, why = plan(recipe, corpora, peak * processes.world, lambda c, r: seconds_a_step(c, r, device), began, device)
-    settled = {"asked": asked, "recipe": as_dict(resolved), "model": dataclasses.asdict(config), "why": why, "peak": peak}
+    resolved, config, why = plan(
+        recipe, corpora, peak * processes.world, lambda c, r: seconds_a_step(c, r, device), began, device
+    )
+    settled = {
+        "asked": asked,
+        "recipe": as_dict(resolved),
+        "model": dataclasses.asdict(config),
+        "why": why,
+        "peak": peak,
+    }
     settled["digest"] = digest(settled)
     write_json(out / "training" / "recipe.json", settled)
     return settled
@@ -183,10 +236,22 @@ def _samples(out: Path, run: Run) -> list[dict[str, str]]:
             ids = corpus.read("heldout", int(row["start"]), min(24, int(row["tokens"])))
             prompts.append(model.tokenizer.decode(ids.tolist()))
     room = run.config.max_position_embeddings
-    return [{"prompt": p, "text": model.generate(p, min(160, room // 2), t, seed=i)} for i, p in enumerate(prompts[:4] or ["The"]) for t in (0.7,)]
+    return [
+        {"prompt": p, "text": model.generate(p, min(160, room // 2), t, seed=i)}
+        for i, p in enumerate(prompts[:4] or ["The"])
+        for t in (0.7,)
+    ]
 
 
-def _finish(run: Run, settled: dict[str, Any], corpora: list[Corpus], weights: list[float], status: str, joules: float | None, began: float) -> None:
+def _finish(
+    run: Run,
+    settled: dict[str, Any],
+    corpora: list[Corpus],
+    weights: list[float],
+    status: str,
+    joules: float | None,
+    began: float,
+) -> None:
     out, config = run.out, run.config
     rows = record.read_metrics(out / "metrics.jsonl")
     steps = [r for r in rows if "loss" in r]
@@ -207,7 +272,12 @@ def _finish(run: Run, settled: dict[str, Any], corpora: list[Corpus], weights: l
             "seconds": round(training_seconds, 2),
             "command_seconds": round(time.monotonic() - began, 2),
             "tokens_per_second": tokens / training_seconds,
-            "peak_share": tokens / training_seconds * 6 * config.matrix_parameters / settled["peak"] / run.processes.world,
+            "peak_share": tokens
+            / training_seconds
+            * 6
+            * config.matrix_parameters
+            / settled["peak"]
+            / run.processes.world,
             "gemm_peak_flops": settled["peak"],
             "energy_joules": joules,
             "cost": None,

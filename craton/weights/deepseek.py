@@ -42,22 +42,80 @@ def restore_v2(config: ModelConfig) -> dict[str, Any]:
 
 
 SAME = (
-    "kv_lora_rank", "q_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim", "moe_intermediate_size",
-    "num_experts_per_tok", "routed_scaling_factor", "norm_topk_prob", "n_group", "topk_group",
-)  # fmt: skip
-DEFAULTS = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "q_lora_rank": None, "n_group": None, "topk_group": None, "n_shared_experts": None}
-INERT = ("n_shared_experts", "first_k_dense_replace", "num_nextn_predict_layers", "qk_head_dim", "aux_loss_alpha", "seq_aux")
+    "kv_lora_rank",
+    "q_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+    "moe_intermediate_size",
+    "num_experts_per_tok",
+    "routed_scaling_factor",
+    "norm_topk_prob",
+    "n_group",
+    "topk_group",
+)
+DEFAULTS = {
+    "rms_norm_eps": 1e-6,
+    "tie_word_embeddings": False,
+    "q_lora_rank": None,
+    "n_group": None,
+    "topk_group": None,
+    "n_shared_experts": None,
+}
+INERT = (
+    "n_shared_experts",
+    "first_k_dense_replace",
+    "num_nextn_predict_layers",
+    "qk_head_dim",
+    "aux_loss_alpha",
+    "seq_aux",
+)
 FIXED: dict[str, tuple[Any, ...]] = {"hidden_act": ("silu",), "attention_bias": (False,), "moe_layer_freq": (1,)}
 
 V2 = Family(
-    "deepseek_v2", "DeepseekV2ForCausalLM", SAME, {"n_routed_experts": "num_experts"},
-    {**DEFAULTS, "routed_scaling_factor": 1.0, "norm_topk_prob": False, "max_position_embeddings": 2048, "first_k_dense_replace": 0},
-    {**FIXED, "norm_topk_prob": (False,), "scoring_func": ("softmax",), "topk_method": ("greedy", "group_limited_greedy"), "mlp_bias": (False,)},
-    {"qk_norm": "", "router": "softmax", "rope_interleave": True}, INERT, derive, restore_v2, experts_apart(), ("default", "yarn"),
-)  # fmt: skip
+    "deepseek_v2",
+    "DeepseekV2ForCausalLM",
+    SAME,
+    {"n_routed_experts": "num_experts"},
+    {
+        **DEFAULTS,
+        "routed_scaling_factor": 1.0,
+        "norm_topk_prob": False,
+        "max_position_embeddings": 2048,
+        "first_k_dense_replace": 0,
+    },
+    {
+        **FIXED,
+        "norm_topk_prob": (False,),
+        "scoring_func": ("softmax",),
+        "topk_method": ("greedy", "group_limited_greedy"),
+        "mlp_bias": (False,),
+    },
+    {"qk_norm": "", "router": "softmax", "rope_interleave": True},
+    INERT,
+    derive,
+    restore_v2,
+    experts_apart(),
+    ("default", "yarn"),
+)
 V3 = Family(
-    "deepseek_v3", "DeepseekV3ForCausalLM", SAME, {"n_routed_experts": "num_experts", "rope_interleave": "rope_interleave"},
-    {**DEFAULTS, "routed_scaling_factor": 2.5, "norm_topk_prob": True, "max_position_embeddings": 4096, "first_k_dense_replace": 3, "rope_interleave": True},
+    "deepseek_v3",
+    "DeepseekV3ForCausalLM",
+    SAME,
+    {"n_routed_experts": "num_experts", "rope_interleave": "rope_interleave"},
+    {
+        **DEFAULTS,
+        "routed_scaling_factor": 2.5,
+        "norm_topk_prob": True,
+        "max_position_embeddings": 4096,
+        "first_k_dense_replace": 3,
+        "rope_interleave": True,
+    },
     {**FIXED, "scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",)},
-    {"qk_norm": "", "router": "sigmoid"}, INERT, derive, restore, experts_apart(), ("default", "yarn"),
-)  # fmt: skip
+    {"qk_norm": "", "router": "sigmoid"},
+    INERT,
+    derive,
+    restore,
+    experts_apart(),
+    ("default", "yarn"),
+)

@@ -15,18 +15,61 @@ from craton.model.config import ModelConfig
 
 # Keys of every family with ModelConfig's own names.
 COMMON = (
-    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-    "head_dim", "max_position_embeddings", "rms_norm_eps", "tie_word_embeddings", "bos_token_id", "eos_token_id", "pad_token_id",
-)  # fmt: skip
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "max_position_embeddings",
+    "rms_norm_eps",
+    "tie_word_embeddings",
+    "bos_token_id",
+    "eos_token_id",
+    "pad_token_id",
+)
 # Keys that do not change what the network computes, or that are read elsewhere.
-INERT = frozenset((
-    "architectures", "model_type", "torch_dtype", "dtype", "transformers_version", "auto_map", "use_cache",
-    "initializer_range", "attention_dropout", "pretraining_tp", "rope_theta", "rope_scaling", "rope_parameters",
-    "quantization_config", "output_router_logits", "router_aux_loss_coef", "router_jitter_noise", "cache_implementation",
-    "unsloth_version", "unsloth_fixed", "return_dict", "output_hidden_states", "output_attentions", "id2label", "label2id",
-    "problem_type", "chunk_size_feed_forward", "is_encoder_decoder", "tokenizer_class", "use_return_dict", "name_or_path",
-    "rope_local_base_freq", "layer_types", "sliding_window_pattern", "transformers.js_config", "ep_size",
-))  # fmt: skip
+INERT = frozenset(
+    (
+        "architectures",
+        "model_type",
+        "torch_dtype",
+        "dtype",
+        "transformers_version",
+        "auto_map",
+        "use_cache",
+        "initializer_range",
+        "attention_dropout",
+        "pretraining_tp",
+        "rope_theta",
+        "rope_scaling",
+        "rope_parameters",
+        "quantization_config",
+        "output_router_logits",
+        "router_aux_loss_coef",
+        "router_jitter_noise",
+        "cache_implementation",
+        "unsloth_version",
+        "unsloth_fixed",
+        "return_dict",
+        "output_hidden_states",
+        "output_attentions",
+        "id2label",
+        "label2id",
+        "problem_type",
+        "chunk_size_feed_forward",
+        "is_encoder_decoder",
+        "tokenizer_class",
+        "use_return_dict",
+        "name_or_path",
+        "rope_local_base_freq",
+        "layer_types",
+        "sliding_window_pattern",
+        "transformers.js_config",
+        "ep_size",
+    )
+)
 
 Piece = tuple[str, Tensor, tuple[int, ...]]  # a tensor of the folder: its name, the part of ours it is, its shape there
 Pieces = Callable[[str, Tensor], Iterator[Piece]]
@@ -77,14 +120,25 @@ class Family:
         known = {*COMMON, *INERT, *self.same, *self.renamed, *self.defaults, *self.fixed, *self.inert}
         for key in raw:
             if key not in known and not key.startswith("_"):
-                raise ValueError(f"{key} is not known for {self.model_type}{nearest(key, known)}; a setting that is not understood could change every answer")
+                raise ValueError(
+                    f"{key} is not known for {self.model_type}{nearest(key, known)}; a setting that is not "
+                    "understood could change every answer"
+                )
         raw = {**self.defaults, **raw}
         for key, allowed in self.fixed.items():
             if key in raw and raw[key] not in allowed:
-                raise ValueError(f"{key} is {raw[key]!r}; {self.model_type} is supported with {' or '.join(map(repr, allowed))}")
+                raise ValueError(
+                    f"{key} is {raw[key]!r}; {self.model_type} is supported with {' or '.join(map(repr, allowed))}"
+                )
         for key in ("hidden_size", "num_attention_heads", "num_hidden_layers"):
-            if not isinstance(raw.get(key), int) or isinstance(raw[key], bool) or not 1 <= raw[key] <= (1024 if key == "num_hidden_layers" else 1 << 24):
-                raise ValueError(f"{key} is {raw.get(key)!r}, must be a whole number of at least 1 and no larger than any model's")
+            if (
+                not isinstance(raw.get(key), int)
+                or isinstance(raw[key], bool)
+                or not 1 <= raw[key] <= (1024 if key == "num_hidden_layers" else 1 << 24)
+            ):
+                raise ValueError(
+                    f"{key} is {raw.get(key)!r}, must be a whole number of at least 1 and no larger than any model's"
+                )
         values: dict[str, Any] = {key: raw[key] for key in (*COMMON, *self.same) if key in raw}
         values |= {ours: raw[key] for key, ours in self.renamed.items() if raw.get(key) is not None}
         if values.get("head_dim") is None:
@@ -114,12 +168,28 @@ class Family:
             if local.get("rope_type", "default") != "default":
                 raise ValueError("sliding layers with scaled rotary positions are not supported")
         if kind != "default":
-            needed = {"linear": ("factor",), "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), "yarn": ("factor", "original_max_position_embeddings")}[kind]
+            needed = {
+                "linear": ("factor",),
+                "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+                "yarn": ("factor", "original_max_position_embeddings"),
+            }[kind]
             for key in needed:
                 if not isinstance(rope.get(key), int | float) or isinstance(rope[key], bool) or rope[key] <= 0:
                     raise ValueError(f"{key} of rope_scaling is {rope.get(key)!r}, must be a number above 0")
-            optional = ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor", "truncate") if kind == "yarn" else ()
-            extra = set(rope) - {"rope_type", "type", "rope_theta", "partial_rotary_factor", *needed, *optional, "original_max_position_embeddings"}
+            optional = (
+                ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor", "truncate")
+                if kind == "yarn"
+                else ()
+            )
+            extra = set(rope) - {
+                "rope_type",
+                "type",
+                "rope_theta",
+                "partial_rotary_factor",
+                *needed,
+                *optional,
+                "original_max_position_embeddings",
+            }
             if extra:
                 raise ValueError(f"{sorted(extra)[0]} of rope_scaling is not known for rope_type {kind!r}")
             out["rope_scaling"] = {"rope_type": kind} | {k: rope[k] for k in (*needed, *optional) if k in rope}

@@ -36,10 +36,21 @@ from craton.weights.family import Family
 FAMILIES: dict[str, Family] = {
     f.model_type: f
     for f in (
-        llama.FAMILY, mistral.FAMILY, mixtral.FAMILY, qwen2.FAMILY, qwen3.FAMILY, qwen3_moe.FAMILY, deepseek.V2, deepseek.V3,
-        gemma.GEMMA2, gemma.GEMMA3, olmo2.FAMILY, smollm3.FAMILY, gpt_oss.FAMILY,
+        llama.FAMILY,
+        mistral.FAMILY,
+        mixtral.FAMILY,
+        qwen2.FAMILY,
+        qwen3.FAMILY,
+        qwen3_moe.FAMILY,
+        deepseek.V2,
+        deepseek.V3,
+        gemma.GEMMA2,
+        gemma.GEMMA3,
+        olmo2.FAMILY,
+        smollm3.FAMILY,
+        gpt_oss.FAMILY,
     )
-}  # fmt: skip
+}
 WITH_PICTURES = {"gemma3": "gemma3_text", "mistral3": "mistral"}  # their text parts are read
 SHARD_BYTES = 5 << 30
 
@@ -57,7 +68,11 @@ def _read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
         raise UserError(f"{path}: {count(path.stat().st_size)}B is no model configuration")
     raw = read_json(path)
     if isinstance(raw, dict) and raw.get("model_type") in WITH_PICTURES and isinstance(raw.get("text_config"), dict):
-        shared = {k: raw[k] for k in ("quantization_config", "eos_token_id", "bos_token_id", "tie_word_embeddings") if k in raw}
+        shared = {
+            k: raw[k]
+            for k in ("quantization_config", "eos_token_id", "bos_token_id", "tie_word_embeddings")
+            if k in raw
+        }
         raw = {**shared, **raw["text_config"], "model_type": WITH_PICTURES[raw["model_type"]], "_text_part": True}
     kind = raw.get("model_type") if isinstance(raw, dict) else None
     if not isinstance(kind, str) or kind not in FAMILIES:
@@ -80,7 +95,11 @@ def _with_ends(config: ModelConfig, folder: Path) -> ModelConfig:
     if not isinstance(more, list) or not all(isinstance(i, int) and 0 <= i < config.vocab_size for i in more):
         raise UserError(f"{path}: eos_token_id is {more!r}, which are not ids of this vocabulary")
     ends = tuple(dict.fromkeys([*config.eos_token_ids, *more]))
-    return config if set(ends) == set(config.eos_token_ids) else dataclasses.replace(config, eos_token_id=ends if len(ends) > 1 else ends[0])
+    return (
+        config
+        if set(ends) == set(config.eos_token_ids)
+        else dataclasses.replace(config, eos_token_id=ends if len(ends) > 1 else ends[0])
+    )
 
 
 def config_json(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
@@ -91,11 +110,16 @@ def config_json(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
         raise UserError(str(error)) from None
 
 
-def write_config(folder: Path, config: ModelConfig, dtype: str = "float32", quantization: dict[str, Any] | None = None) -> None:
+def write_config(
+    folder: Path, config: ModelConfig, dtype: str = "float32", quantization: dict[str, Any] | None = None
+) -> None:
     extra = {"quantization_config": quantization} if quantization else {}
     write_json(folder / "config.json", {**config_json(config, dtype), **extra})
     ids = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
-    write_json(folder / "generation_config.json", {k: list(v) if isinstance(v, tuple) else v for k, v in ids.items() if v is not None})
+    write_json(
+        folder / "generation_config.json",
+        {k: list(v) if isinstance(v, tuple) else v for k, v in ids.items() if v is not None},
+    )
 
 
 # ---- safetensors files ------------------------------------------------------------------------------------------
@@ -205,7 +229,8 @@ def write_shards(folder: Path, tensors: Iterator[tuple[str, Tensor]], total: int
 
 
 def write_network(folder: Path, network: Decoder, tokenizer: Path | None = None) -> None:
-    """A folder that holds the network, under its family's published names, and the tokenizer files of another folder."""
+    """A folder that holds the network, under its family's published names, and the tokenizer files of another
+    folder."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = released(network)
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
@@ -216,9 +241,19 @@ def write_network(folder: Path, network: Decoder, tokenizer: Path | None = None)
 
 
 TOKENIZER_FILES = (
-    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "tekken.json", "special_tokens_map.json",
-    "chat_template.jinja", "vocab.json", "merges.txt", "added_tokens.json", "spiece.model", "encoder.json", "vocab.bpe",
-)  # fmt: skip
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "tekken.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "spiece.model",
+    "encoder.json",
+    "vocab.bpe",
+)
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
@@ -246,7 +281,9 @@ class Stored:
             with open_tensors(folder / "model.safetensors") as f:
                 self.files = dict.fromkeys(f.keys(), "model.safetensors")
         elif found := next((p for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(pattern)), None):
-            raise UserError(f"{found}: weights in a pickle file; opening one can run code, so only safetensors are read")
+            raise UserError(
+                f"{found}: weights in a pickle file; opening one can run code, so only safetensors are read"
+            )
         else:
             raise UserError(f"{folder}: no model.safetensors and no model.safetensors.index.json there")
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -260,7 +297,9 @@ class Stored:
                 raise UserError(f"{folder / name}: tensor {key} is missing, which the index says is there")
         self.stored_name = dict(zip(self.files, self.files, strict=True))
         if text_part:  # of a model that also sees
-            self.stored_name = {_text_name(n): n for n in self.files if "vision_tower." not in n and "multi_modal_projector." not in n}
+            self.stored_name = {
+                _text_name(n): n for n in self.files if "vision_tower." not in n and "multi_modal_projector." not in n
+            }
             passed = len(self.files) - len(self.stored_name)
             self.files = {ours: self.files[n] for ours, n in self.stored_name.items()}
             self.shapes = {ours: self.shapes[n] for ours, n in self.stored_name.items()}
@@ -319,8 +358,14 @@ def _check(network: Decoder, shapes: dict[str, tuple[int, ...]], where: Path) ->
             if shapes[ext] != shape:
                 raise UserError(f"{where}: tensor {ext} has shape {shapes[ext]}, config.json says {shape}")
             surplus.discard(ext)
-    tail = tuple(f"model.layers.{i}." for i in range(network.config.num_hidden_layers, network.config.num_hidden_layers + 4))
-    passed = {n for n in surplus if n.endswith("rotary_emb.inv_freq") or (network.config.tie_word_embeddings and n == "lm_head.weight")}
+    tail = tuple(
+        f"model.layers.{i}." for i in range(network.config.num_hidden_layers, network.config.num_hidden_layers + 4)
+    )
+    passed = {
+        n
+        for n in surplus
+        if n.endswith("rotary_emb.inv_freq") or (network.config.tie_word_embeddings and n == "lm_head.weight")
+    }
     extra = {n for n in surplus if network.config.model_type == "deepseek_v3" and n.startswith(tail)}
     if extra:
         say(f"{where}: {len(extra)} tensors of the modules that predict several tokens are passed over")
@@ -329,7 +374,8 @@ def _check(network: Decoder, shapes: dict[str, tuple[int, ...]], where: Path) ->
 
 
 def fill(network: Decoder, get: Callable[[str], Tensor], where: Path) -> None:
-    """Put tensors into a network on the meta device; get(name) gives a published tensor. UserError for NaN or infinity."""
+    """Put tensors into a network on the meta device; get(name) gives a published tensor. UserError for NaN or
+    infinity."""
     made: dict[str, Tensor] = {}
     for name, tensor, parts in list(_wanted(network)):
         if len(parts) == 1 and parts[0][2] == tuple(tensor.shape) and parts[0][1].is_contiguous():
@@ -342,9 +388,16 @@ def fill(network: Decoder, get: Callable[[str], Tensor], where: Path) -> None:
                 view.copy_((first if i == 0 else get(ext)).view(view.shape))
             made[name] = whole
         if made[name].dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise UserError(f"{where}: tensor {name} is stored as {str(made[name].dtype).removeprefix('torch.')}; float32, bfloat16 and float16 are read")
+            raise UserError(
+                f"{where}: tensor {name} is stored as {str(made[name].dtype).removeprefix('torch.')}; float32, "
+                "bfloat16 and float16 are read"
+            )
         # One sum is finite only if all values are: half the cost of looking at each.
-        if made[name].is_floating_point() and not made[name].float().sum().isfinite() and not made[name].isfinite().all():
+        if (
+            made[name].is_floating_point()
+            and not made[name].float().sum().isfinite()
+            and not made[name].isfinite().all()
+        ):
             raise UserError(f"{where}: tensor {name} holds NaN or infinity; the file is damaged")
     if network.config.tie_word_embeddings:
         made["lm_head.weight"] = made["model.embed_tokens.weight"]
@@ -357,6 +410,7 @@ def check_fit(config: ModelConfig, tokenizer: Tokenizer, where: Path) -> None:
     """UserError if the tokenizer gives ids that the network has no row for."""
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(
-            f"{where}: the tokenizer has {tokenizer.vocab_size} ids but config.json's vocab_size is {config.vocab_size}; "
+            f"{where}: the tokenizer has {tokenizer.vocab_size} ids but config.json's vocab_size is "
+            f"{config.vocab_size}; "
             "use the tokenizer that the model was trained with"
         )

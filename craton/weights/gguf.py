@@ -25,13 +25,21 @@ from craton.text.tokenizer import Tokenizer
 ARCHITECTURES = {"llama": "llama", "mistral": "llama", "qwen2": "qwen2", "qwen3": "qwen3"}  # our family -> GGUF's
 _PLAIN = {Type.F32: torch.float32, Type.F16: torch.float16, Type.BF16: torch.bfloat16}
 _PACKED = {Type.Q8_0: 8, Type.Q4_0: 4}
-_LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+_LLAMA3 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+_TEKKEN = (
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+    r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+    r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
 _PATTERNS = {  # GGUF's names of pre-tokenizers
     "llama-bpe": _LLAMA3,
     "qwen2": _LLAMA3.replace("{1,3}", ""),
     "gpt-2": formats._GPT2,
-    "tekken": r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+",
-}  # fmt: skip
+    "tekken": _TEKKEN,
+}
 
 
 def _name(architecture: str, layers: int, ours: str) -> str:
@@ -74,7 +82,9 @@ def read(path: Path) -> tuple[Decoder, Tokenizer]:
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except Exception as error:  # the library asserts and indexes
-        raise UserError(f"{path}: damaged GGUF file ({str(error).splitlines()[0] if str(error) else type(error).__name__})") from None
+        raise UserError(
+            f"{path}: damaged GGUF file ({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+        ) from None
     tensors = {t.name: t for t in reader.tensors}
     size = path.stat().st_size
     for t in reader.tensors:
@@ -82,7 +92,10 @@ def read(path: Path) -> tuple[Decoder, Tokenizer]:
             raise UserError(f"{path}: truncated: tensor {t.name} ends after the file does")
     architecture: Any = fields.get("general.architecture")
     if architecture not in ARCHITECTURES.values():
-        raise UserError(f"{path}: architecture {architecture!r} is not read from GGUF; read: {', '.join(sorted(set(ARCHITECTURES.values())))}")
+        raise UserError(
+            f"{path}: architecture {architecture!r} is not read from GGUF; read: "
+            f"{', '.join(sorted(set(ARCHITECTURES.values())))}"
+        )
     try:
         config, spoken = _config(path, architecture, fields, tensors), _tokenizer(path, fields)
     except (KeyError, TypeError, ValueError, IndexError, ZeroDivisionError) as error:
@@ -104,14 +117,24 @@ def read(path: Path) -> tuple[Decoder, Tokenizer]:
         t = tensors[stored]
         shape = tuple(int(n) for n in reversed(t.shape))
         if shape != tuple(parameter.shape):
-            raise UserError(f"{path}: tensor {stored} has shape {shape}, the file's own settings say {tuple(parameter.shape)}")
+            raise UserError(
+                f"{path}: tensor {stored} has shape {shape}, the file's own settings say {tuple(parameter.shape)}"
+            )
         data, kind, heads = t.data, t.tensor_type, _heads(architecture, name, config)
         data = _paired(data, heads, True) if heads else data
         module = name.rpartition(".")[0]
         if kind in _PACKED and type(network.get_submodule(module)) is Linear and can_pack(*shape):
             bias = name.replace(".weight", ".bias")
-            held = tensors.get(_name(architecture, config.num_hidden_layers, bias)) if bias in dict(network.named_parameters()) else None
-            b = None if held is None else torch.from_numpy(np.array(_paired(held.data, heads, True) if heads else held.data)).float()
+            held = (
+                tensors.get(_name(architecture, config.num_hidden_layers, bias))
+                if bias in dict(network.named_parameters())
+                else None
+            )
+            b = (
+                None
+                if held is None
+                else torch.from_numpy(np.array(_paired(held.data, heads, True) if heads else held.data)).float()
+            )
             made.pop(bias, None)
             replace(network, module, PackedLinear(*_values(data, kind), _PACKED[kind], b))
         elif name.endswith(".bias") and isinstance(network.get_submodule(module), PackedLinear):
@@ -174,32 +197,59 @@ def _config(path: Path, architecture: str, fields: dict[str, Any], tensors: dict
     if get("rope.dimension_count", head_dim) != head_dim:
         raise UserError(f"{path}: rotary positions on a part of a head are not supported")
     if (kind := get("rope.scaling.type", "none")) not in ("none", "linear", "yarn"):
-        raise UserError(f"{path}: {architecture}.rope.scaling.type {kind!r} is not supported; supported: 'none', 'linear', 'yarn'")
+        raise UserError(
+            f"{path}: {architecture}.rope.scaling.type {kind!r} is not supported; supported: 'none', 'linear', 'yarn'"
+        )
     scaling: dict[str, Any] | None = None
     if kind == "linear":
         scaling = {"rope_type": "linear", "factor": get("rope.scaling.factor")}
     elif kind == "yarn":
-        scaling = {"rope_type": "yarn", "factor": get("rope.scaling.factor"), "original_max_position_embeddings": get("rope.scaling.original_context_length")}
-        scaling |= {beta: get(f"rope.scaling.yarn_{beta}") for beta in ("beta_fast", "beta_slow") if get(f"rope.scaling.yarn_{beta}", None)}
+        scaling = {
+            "rope_type": "yarn",
+            "factor": get("rope.scaling.factor"),
+            "original_max_position_embeddings": get("rope.scaling.original_context_length"),
+        }
+        scaling |= {
+            beta: get(f"rope.scaling.yarn_{beta}")
+            for beta in ("beta_fast", "beta_slow")
+            if get(f"rope.scaling.yarn_{beta}", None)
+        }
     elif "rope_freqs.weight" in tensors:
         given = torch.from_numpy(np.array(tensors["rope_freqs.weight"].data)).float()
         base = rope_frequencies(head_dim, theta, None, 0)[0]
         for original in (8192, 4096, 2048, 1024, 512, 256, 128, 64, 32, 16384):
-            scaling = {"rope_type": "llama3", "factor": float(given.max()), "low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": original}
+            scaling = {
+                "rope_type": "llama3",
+                "factor": float(given.max()),
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": original,
+            }
             if torch.allclose(base / rope_frequencies(head_dim, theta, scaling, 0)[0], given, rtol=1e-3):
                 break
         else:
             raise UserError(f"{path}: rope_freqs.weight is not the scaling of Llama 3.1; use the safetensors folder")
     try:
         return ModelConfig(
-            vocab_size=int(tensors["token_embd.weight"].shape[1]), hidden_size=get("embedding_length"), intermediate_size=get("feed_forward_length"),
-            num_hidden_layers=get("block_count"), num_attention_heads=heads, num_key_value_heads=get("attention.head_count_kv", heads), head_dim=head_dim,
-            max_position_embeddings=get("context_length"), rope_theta=theta, rms_norm_eps=get("attention.layer_norm_rms_epsilon"),
-            qk_norm="head" if architecture == "qwen3" else "", tie_word_embeddings="output.weight" not in tensors,
-            bos_token_id=fields.get("tokenizer.ggml.bos_token_id"), eos_token_id=fields.get("tokenizer.ggml.eos_token_id"),
-            model_type=architecture, rope_scaling=scaling, attention_bias=architecture == "qwen2" or "blk.0.attn_q.bias" in tensors,
+            vocab_size=int(tensors["token_embd.weight"].shape[1]),
+            hidden_size=get("embedding_length"),
+            intermediate_size=get("feed_forward_length"),
+            num_hidden_layers=get("block_count"),
+            num_attention_heads=heads,
+            num_key_value_heads=get("attention.head_count_kv", heads),
+            head_dim=head_dim,
+            max_position_embeddings=get("context_length"),
+            rope_theta=theta,
+            rms_norm_eps=get("attention.layer_norm_rms_epsilon"),
+            qk_norm="head" if architecture == "qwen3" else "",
+            tie_word_embeddings="output.weight" not in tensors,
+            bos_token_id=fields.get("tokenizer.ggml.bos_token_id"),
+            eos_token_id=fields.get("tokenizer.ggml.eos_token_id"),
+            model_type=architecture,
+            rope_scaling=scaling,
+            attention_bias=architecture == "qwen2" or "blk.0.attn_q.bias" in tensors,
             attention_out_bias="blk.0.attn_output.bias" in tensors,
-        )  # fmt: skip
+        )
     except (ValueError, KeyError) as error:
         raise UserError(f"{path}: {error}") from None
 
@@ -220,7 +270,12 @@ def _tokenizer(path: Path, fields: dict[str, Any]) -> tuple[Any, dict[str, Any]]
             raise UserError(f"{path}: pre-tokenizer {pre!r} is not known; known: {', '.join(_PATTERNS)}")
         merges = [tuple(m.split(" ", 1)) for m in fields.get("tokenizer.ggml.merges") or []]
         backend = Backend(models.BPE(vocab, merges, ignore_merges=pre in ("llama-bpe", "tekken")))
-        backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(Regex(pattern), "isolated"), pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
+        backend.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(pattern), "isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
         backend.decoder = decoders.ByteLevel()
     elif kind == "llama":
         scores = fields["tokenizer.ggml.scores"]
@@ -228,11 +283,22 @@ def _tokenizer(path: Path, fields: dict[str, Any]) -> tuple[Any, dict[str, Any]]
         unk = next((t for t, k in zip(tokens, types, strict=True) if k == 2), None)
         backend = Backend(formats.sentencepiece_bpe(vocab, known, unk, True))
         prefix = fields.get("tokenizer.ggml.add_space_prefix", True)
-        backend.normalizer = normalizers.Sequence([*([normalizers.Prepend(" ")] if prefix else []), normalizers.Replace(" ", "\u2581")])
-        backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), *([decoders.Strip(" ", 1, 0)] if prefix else [])])
+        backend.normalizer = normalizers.Sequence(
+            [*([normalizers.Prepend(" ")] if prefix else []), normalizers.Replace(" ", "\u2581")]
+        )
+        backend.decoder = decoders.Sequence(
+            [
+                decoders.Replace("\u2581", " "),
+                decoders.ByteFallback(),
+                decoders.Fuse(),
+                *([decoders.Strip(" ", 1, 0)] if prefix else []),
+            ]
+        )
     else:
         raise UserError(f"{path}: tokenizer model {kind!r} is not supported; supported: 'gpt2', 'llama'")
-    backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t, k in zip(tokens, types, strict=True) if k in (2, 3)])
+    backend.add_special_tokens(
+        [AddedToken(t, normalized=False, special=True) for t, k in zip(tokens, types, strict=True) if k in (2, 3)]
+    )
     backend.add_tokens([AddedToken(t, normalized=False) for t, k in zip(tokens, types, strict=True) if k == 4])
     config: dict[str, Any] = {"clean_up_tokenization_spaces": False}
     for name in ("bos", "eos"):
@@ -241,7 +307,9 @@ def _tokenizer(path: Path, fields: dict[str, Any]) -> tuple[Any, dict[str, Any]]
     begins = kind == "llama" or fields.get("tokenizer.ggml.pre") in ("llama-bpe", "tekken")
     if fields.get("tokenizer.ggml.add_bos_token", begins) and "bos_token" in config:
         bos = config["bos_token"]
-        backend.post_processor = processors.TemplateProcessing(single=f"{bos} $A", pair=f"{bos} $A {bos} $B:1", special_tokens=[(bos, vocab[bos])])
+        backend.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", pair=f"{bos} $A {bos} $B:1", special_tokens=[(bos, vocab[bos])]
+        )
     if template := fields.get("tokenizer.chat_template"):
         config["chat_template"] = template
     return backend, config
@@ -250,7 +318,14 @@ def _tokenizer(path: Path, fields: dict[str, Any]) -> tuple[Any, dict[str, Any]]
 # ---- writing ----------------------------------------------------------------------------------------------------
 
 
-def write(path: Path, network: Decoder, tokenizer: Tokenizer, name: str, kind: str = "f16", packed: dict[str, tuple[Tensor, Tensor, int]] | None = None) -> dict[str, Any]:
+def write(
+    path: Path,
+    network: Decoder,
+    tokenizer: Tokenizer,
+    name: str,
+    kind: str = "f16",
+    packed: dict[str, tuple[Tensor, Tensor, int]] | None = None,
+) -> dict[str, Any]:
     """A GGUF file of a network. kind: "f32", "f16" or "bf16", of the matrices; vectors are fp32. packed: for each
     projection that is stored in 4 or 8 bits, its values, scales and bits as they lie in the folder; it keeps them.
 
@@ -278,10 +353,19 @@ def write(path: Path, network: Decoder, tokenizer: Tokenizer, name: str, kind: s
         writer.add_layer_norm_rms_eps(c.rms_norm_eps)
         writer.add_rope_freq_base(c.rope_theta)
         writer.add_vocab_size(c.vocab_size)
-        writer.add_file_type({"f32": gguf.LlamaFileType.ALL_F32, "f16": gguf.LlamaFileType.MOSTLY_F16, "bf16": gguf.LlamaFileType.MOSTLY_BF16}[kind])
+        writer.add_file_type(
+            {
+                "f32": gguf.LlamaFileType.ALL_F32,
+                "f16": gguf.LlamaFileType.MOSTLY_F16,
+                "bf16": gguf.LlamaFileType.MOSTLY_BF16,
+            }[kind]
+        )
         scaling = c.rope_scaling
         if scaling and scaling["rope_type"] == "llama3":
-            factors = rope_frequencies(c.head_dim, c.rope_theta, None, 0)[0] / rope_frequencies(c.head_dim, c.rope_theta, scaling, 0)[0]
+            factors = (
+                rope_frequencies(c.head_dim, c.rope_theta, None, 0)[0]
+                / rope_frequencies(c.head_dim, c.rope_theta, scaling, 0)[0]
+            )
             writer.add_tensor("rope_freqs.weight", factors.numpy())
         elif scaling:
             if "attention_factor" in scaling or scaling.get("mscale") or not scaling.get("truncate", True):
@@ -290,7 +374,10 @@ def write(path: Path, network: Decoder, tokenizer: Tokenizer, name: str, kind: s
             writer.add_rope_scaling_factor(scaling["factor"])
             if scaling["rope_type"] == "yarn":
                 writer.add_rope_scaling_orig_ctx_len(scaling["original_max_position_embeddings"])
-                for beta, add in (("beta_fast", writer.add_rope_scaling_yarn_beta_fast), ("beta_slow", writer.add_rope_scaling_yarn_beta_slow)):
+                for beta, add in (
+                    ("beta_fast", writer.add_rope_scaling_yarn_beta_fast),
+                    ("beta_slow", writer.add_rope_scaling_yarn_beta_slow),
+                ):
                     if scaling.get(beta):
                         add(float(scaling[beta]))
         _write_tokenizer(writer, tokenizer, c)
@@ -308,7 +395,11 @@ def write(path: Path, network: Decoder, tokenizer: Tokenizer, name: str, kind: s
                 out = tensor.to(dtype)
                 if not out.isfinite().all():
                     raise UserError(f"tensor {ours} has values that fp16 cannot hold; use --type bf16")
-                raw = out.contiguous().view(torch.int16).numpy().view(np.uint8) if dtype == torch.bfloat16 else out.contiguous().numpy()
+                raw = (
+                    out.contiguous().view(torch.int16).numpy().view(np.uint8)
+                    if dtype == torch.bfloat16
+                    else out.contiguous().numpy()
+                )
                 writer.add_tensor(stored, raw, raw_dtype=Type.BF16 if dtype == torch.bfloat16 else None)
         for module, (values, scales, bits) in packed.items():
             heads = _heads(architecture, f"{module}.weight", c)
@@ -318,7 +409,11 @@ def write(path: Path, network: Decoder, tokenizer: Tokenizer, name: str, kind: s
             if bias is not None:
                 bias = _paired(bias, heads, False) if heads else bias
                 writer.add_tensor(_name(architecture, c.num_hidden_layers, f"{module}.bias"), bias.float().numpy())
-            writer.add_tensor(_name(architecture, c.num_hidden_layers, f"{module}.weight"), _blocks(values, scales, bits), raw_dtype=Type.Q8_0 if bits == 8 else Type.Q4_0)
+            writer.add_tensor(
+                _name(architecture, c.num_hidden_layers, f"{module}.weight"),
+                _blocks(values, scales, bits),
+                raw_dtype=Type.Q8_0 if bits == 8 else Type.Q4_0,
+            )
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file(progress=False)
@@ -344,7 +439,9 @@ def _write_tokenizer(writer: Any, tokenizer: Tokenizer, config: ModelConfig) -> 
     state = json.loads(tokenizer.backend.to_str())
     model, added = state["model"], {t["id"]: t for t in state["added_tokens"]}
     if model["type"] != "BPE":
-        raise UserError(f"tokenizers of type {model['type']} are not written as GGUF; byte-level BPE and SentencePiece BPE are")
+        raise UserError(
+            f"tokenizers of type {model['type']} are not written as GGUF; byte-level BPE and SentencePiece BPE are"
+        )
     tokens = [f"[PAD{i}]" for i in range(config.vocab_size)]
     types = [5] * config.vocab_size  # unused
     vocab = tokenizer.backend.get_vocab(with_added_tokens=True)
@@ -355,11 +452,16 @@ def _write_tokenizer(writer: Any, tokenizer: Tokenizer, config: ModelConfig) -> 
     level = "ByteLevel" in json.dumps(state["pre_tokenizer"])
     merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
     if level:
-        patterns = [p["pattern"]["Regex"] for p in (state["pre_tokenizer"].get("pretokenizers") or []) if p["type"] == "Split"]
+        patterns = [
+            p["pattern"]["Regex"] for p in (state["pre_tokenizer"].get("pretokenizers") or []) if p["type"] == "Split"
+        ]
         own = patterns[0] if len(patterns) == 1 else None
         pre = next((name for name, pattern in _PATTERNS.items() if pattern == own), None)
         if pre is None:
-            say("llama.cpp knows no pre-tokenizer like this model's: written as 'qwen2'; there, numbers of several digits are cut into other tokens")
+            say(
+                "llama.cpp knows no pre-tokenizer like this model's: written as 'qwen2'; there, numbers of several "
+                "digits are cut into other tokens"
+            )
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(pre or "qwen2")
         if pre is None and own:
@@ -377,7 +479,12 @@ def _write_tokenizer(writer: Any, tokenizer: Tokenizer, config: ModelConfig) -> 
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")
         writer.add_token_list(tokens)
-        writer.add_token_scores([-float(rank[t]) if t in rank else -1e6 if types[i] == 1 and len(t) == 1 else 0.0 for i, t in enumerate(tokens)])
+        writer.add_token_scores(
+            [
+                -float(rank[t]) if t in rank else -1e6 if types[i] == 1 and len(t) == 1 else 0.0
+                for i, t in enumerate(tokens)
+            ]
+        )
         writer.add_token_types(types)
         writer.add_add_space_prefix("Prepend" in json.dumps(state["normalizer"]))
     bos = config.bos_token_id if config.bos_token_id is not None else tokenizer.bos_id
@@ -390,5 +497,3 @@ def _write_tokenizer(writer: Any, tokenizer: Tokenizer, config: ModelConfig) -> 
     writer.add_add_bos_token(tokenizer.bos_id is not None and first[:1] == [tokenizer.bos_id])
     if isinstance(template := tokenizer.config.get("chat_template"), str):
         writer.add_chat_template(template)
-
-

@@ -1,4 +1,5 @@
-"""gpt-oss 20B and 120B: sinks in attention, alternating sliding layers, clamped experts with biases. arXiv 2508.10925."""
+"""gpt-oss 20B and 120B: sinks in attention, alternating sliding layers, clamped experts with biases. arXiv
+2508.10925."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -10,8 +11,14 @@ from craton.weights.family import Family, Piece
 
 
 def derive(raw: dict[str, Any]) -> dict[str, Any]:
-    types = raw.get("layer_types") or ["sliding_attention" if (i + 1) % 2 else "full_attention" for i in range(raw["num_hidden_layers"])]
-    return {"layer_types": types, "moe_intermediate_size": raw["intermediate_size"], "attention_out_bias": raw["attention_bias"]}
+    types = raw.get("layer_types") or [
+        "sliding_attention" if (i + 1) % 2 else "full_attention" for i in range(raw["num_hidden_layers"])
+    ]
+    return {
+        "layer_types": types,
+        "moe_intermediate_size": raw["intermediate_size"],
+        "attention_out_bias": raw["attention_bias"],
+    }
 
 
 def pieces(name: str, tensor: Tensor) -> Iterator[Piece]:
@@ -36,12 +43,26 @@ def restore(config: ModelConfig) -> dict[str, Any]:
 
 
 FAMILY = Family(
-    "gpt_oss", "GptOssForCausalLM",
+    "gpt_oss",
+    "GptOssForCausalLM",
     same=("sliding_window", "num_experts_per_tok", "swiglu_limit", "attention_bias"),
     renamed={"num_local_experts": "num_experts", "experts_per_token": "num_experts_per_tok"},
-    defaults={"rms_norm_eps": 1e-5, "tie_word_embeddings": False, "max_position_embeddings": 131072, "head_dim": 64, "num_key_value_heads": 8, "sliding_window": 128, "swiglu_limit": 7.0, "attention_bias": True},
+    defaults={
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 131072,
+        "head_dim": 64,
+        "num_key_value_heads": 8,
+        "sliding_window": 128,
+        "swiglu_limit": 7.0,
+        "attention_bias": True,
+    },
     fixed={"hidden_act": ("silu",), "swiglu_alpha": (1.702,)},
     inert=("initial_context_length",),
     always={"qk_norm": "", "attention_sinks": True, "router": "softmax_of_top", "norm_topk_prob": True},
-    derive=derive, restore=restore, pieces=pieces, ropes=("default", "yarn"), theta=150_000.0,
-)  # fmt: skip
+    derive=derive,
+    restore=restore,
+    pieces=pieces,
+    ropes=("default", "yarn"),
+    theta=150_000.0,
+)

@@ -20,11 +20,19 @@ def restore(config: ModelConfig) -> dict[str, Any]:
 
 
 FAMILY = Family(
-    "llama", "LlamaForCausalLM",
+    "llama",
+    "LlamaForCausalLM",
     same=("attention_bias", "mlp_bias"),
-    defaults={"attention_bias": False, "mlp_bias": False, "rms_norm_eps": 1e-6, "tie_word_embeddings": False, "max_position_embeddings": 2048},
+    defaults={
+        "attention_bias": False,
+        "mlp_bias": False,
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 2048,
+    },
     fixed={"hidden_act": ("silu",)},
     inert=("rope_interleaved",),
     always={"qk_norm": ""},
-    derive=derive, restore=restore,
-)  # fmt: skip
+    derive=derive,
+    restore=restore,
+)

@@ -3,9 +3,15 @@
 from craton.weights.family import Family
 
 FAMILY = Family(
-    "mistral", "MistralForCausalLM",
+    "mistral",
+    "MistralForCausalLM",
     same=("sliding_window",),
-    defaults={"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "max_position_embeddings": 131072, "num_key_value_heads": 8},
+    defaults={
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 131072,
+        "num_key_value_heads": 8,
+    },
     fixed={"hidden_act": ("silu",)},
     always={"qk_norm": ""},
-)  # fmt: skip
+)

@@ -58,9 +58,10 @@ def packable(network: nn.Module) -> dict[str, Linear]:
     """The projections that can be stored in few bits, by name. Routers, experts and the up-projection of latent
     attention, which is absorbed into others, stay as they are."""
     return {
-        name: layer for name, layer in network.named_modules()
+        name: layer
+        for name, layer in network.named_modules()
         if type(layer) is Linear and can_pack(*layer.weight.shape) and not name.endswith("kv_b_proj")
-    }  # fmt: skip
+    }
 
 
 def pack_network(network: Decoder, bits: int, head_bits: int | None = None) -> Decoder:
@@ -82,14 +83,21 @@ def quantise_folder(source: Path, out: Path, bits: int) -> dict[str, Any]:
     network = load_network(source)
     layers = packable(network)
     if any(isinstance(m, PackedLinear) for m in network.modules()) or not layers:
-        raise UserError(f"{source}: nothing to quantise: its projections are packed already, or none has rows in 16s and columns in 32s")
+        raise UserError(
+            f"{source}: nothing to quantise: its projections are packed already, or none has rows in 16s and columns "
+            "in 32s"
+        )
     widths = {name: 8 if name == "lm_head" else bits for name in layers}
     left_out = sorted({n for n, m in network.named_modules() if type(m) is Linear} - set(layers))
-    experts = sum(p.numel() for n, p in network.named_parameters() if "experts.gate_up_proj" in n or "experts.down_proj" in n)
+    experts = sum(
+        p.numel() for n, p in network.named_parameters() if "experts.gate_up_proj" in n or "experts.down_proj" in n
+    )
     if experts:
         say(f"{count(experts)} parameters of experts stay as they are: experts are not quantised")
     # A packed head is no longer the embedding.
-    config = dataclasses.replace(network.config, tie_word_embeddings=network.config.tie_word_embeddings and "lm_head" not in layers)
+    config = dataclasses.replace(
+        network.config, tie_word_embeddings=network.config.tie_word_embeddings and "lm_head" not in layers
+    )
     before = sum(p.nbytes for p in network.parameters())
     progress, done, total = Progress(), 0, sum(layer.weight.numel() for layer in layers.values())
     squares = [0.0, 0.0]
@@ -106,7 +114,9 @@ def quantise_folder(source: Path, out: Path, bits: int) -> dict[str, Any]:
             yield f"{name}.weight_shape", torch.tensor(list(layer.weight.shape))
             for part in range(0, layer.weight.shape[0], 4096):
                 w = layer.weight[part : part + 4096].detach().float()
-                squares[0] += float((unpacked(values[part : part + 4096], scales[part : part + 4096], widths[name]) - w).pow(2).sum())
+                squares[0] += float(
+                    (unpacked(values[part : part + 4096], scales[part : part + 4096], widths[name]) - w).pow(2).sum()
+                )
                 squares[1] += float(w.pow(2).sum())
             done += layer.weight.numel()
             progress.show(f"quantised {count(done)} of {count(total)} parameters")
@@ -123,5 +133,8 @@ def quantise_folder(source: Path, out: Path, bits: int) -> dict[str, Any]:
         raise
     after = sum(p.stat().st_size for p in out.glob("*.safetensors"))
     error = (squares[0] / max(squares[1], 1e-30)) ** 0.5
-    say(f"{out}: {count(total)} parameters in {bits} bits; {count(before)}B to {count(after)}B; relative error of the weights {error:.4f}")
+    say(
+        f"{out}: {count(total)} parameters in {bits} bits; {count(before)}B to {count(after)}B; relative error of "
+        f"the weights {error:.4f}"
+    )
     return {"out": str(out), "bits": bits, "bytes_before": before, "bytes_after": after, "weight_error": error}

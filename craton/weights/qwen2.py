@@ -10,7 +10,10 @@ def window(raw: dict[str, Any]) -> dict[str, Any]:
     """Layers from max_window_layers on slide, if any do."""
     if not raw.get("use_sliding_window"):
         return {"sliding_window": None, "layer_types": None}
-    types = raw.get("layer_types") or ["sliding_attention" if i >= raw["max_window_layers"] else "full_attention" for i in range(raw["num_hidden_layers"])]
+    types = raw.get("layer_types") or [
+        "sliding_attention" if i >= raw["max_window_layers"] else "full_attention"
+        for i in range(raw["num_hidden_layers"])
+    ]
     return {"sliding_window": raw["sliding_window"], "layer_types": types}
 
 
@@ -19,10 +22,19 @@ def restore(config: ModelConfig) -> dict[str, Any]:
 
 
 FAMILY = Family(
-    "qwen2", "Qwen2ForCausalLM",
-    defaults={"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "max_position_embeddings": 32768, "max_window_layers": 28, "sliding_window": 4096, "use_sliding_window": False},
+    "qwen2",
+    "Qwen2ForCausalLM",
+    defaults={
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 32768,
+        "max_window_layers": 28,
+        "sliding_window": 4096,
+        "use_sliding_window": False,
+    },
     fixed={"hidden_act": ("silu",)},
     inert=("use_mrope",),
     always={"qk_norm": "", "attention_bias": True},
-    derive=window, restore=restore,
-)  # fmt: skip
+    derive=window,
+    restore=restore,
+)

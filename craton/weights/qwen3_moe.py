@@ -17,12 +17,23 @@ def restore(config: ModelConfig) -> dict[str, Any]:
 
 
 FAMILY = Family(
-    "qwen3_moe", "Qwen3MoeForCausalLM",
+    "qwen3_moe",
+    "Qwen3MoeForCausalLM",
     same=("moe_intermediate_size", "num_experts_per_tok", "num_experts", "norm_topk_prob"),
     renamed={"num_local_experts": "num_experts"},
-    defaults={"rms_norm_eps": 1e-6, "tie_word_embeddings": False, "max_position_embeddings": 32768, "decoder_sparse_step": 1, "mlp_only_layers": None, "norm_topk_prob": False, "num_key_value_heads": 4},
+    defaults={
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+        "max_position_embeddings": 32768,
+        "decoder_sparse_step": 1,
+        "mlp_only_layers": None,
+        "norm_topk_prob": False,
+        "num_key_value_heads": 4,
+    },
     fixed={"hidden_act": ("silu",), "attention_bias": (False,), "use_sliding_window": (False,)},
     inert=("sliding_window", "max_window_layers"),
     always={"qk_norm": "head", "router": "softmax"},
-    derive=derive, restore=restore, pieces=experts_apart(),
-)  # fmt: skip
+    derive=derive,
+    restore=restore,
+    pieces=experts_apart(),
+)

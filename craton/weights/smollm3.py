@@ -17,10 +17,20 @@ def restore(config: ModelConfig) -> dict[str, Any]:
 
 
 FAMILY = Family(
-    "smollm3", "SmolLM3ForCausalLM",
-    defaults={"rms_norm_eps": 1e-6, "tie_word_embeddings": True, "max_position_embeddings": 32768, "no_rope_layers": None, "no_rope_layer_interval": 4, "num_key_value_heads": 4},
+    "smollm3",
+    "SmolLM3ForCausalLM",
+    defaults={
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 32768,
+        "no_rope_layers": None,
+        "no_rope_layer_interval": 4,
+        "num_key_value_heads": 4,
+    },
     fixed={"hidden_act": ("silu",), "attention_bias": (False,), "mlp_bias": (False,), "use_sliding_window": (False,)},
     inert=("sliding_window", "max_window_layers"),
     always={"qk_norm": ""},
-    derive=derive, restore=restore, theta=2e6,
-)  # fmt: skip
+    derive=derive,
+    restore=restore,
+    theta=2e6,
+)

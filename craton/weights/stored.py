@@ -32,7 +32,9 @@ def scheme(raw: Any, path: Path) -> Scheme:
     if method == "fp8":
         block = raw.get("weight_block_size")
         if not (isinstance(block, list) and len(block) == 2 and all(isinstance(b, int) and b > 0 for b in block)):
-            raise UserError(f"{path}: quantization_config.weight_block_size is {block!r}; only blocks of two sizes are supported")
+            raise UserError(
+                f"{path}: quantization_config.weight_block_size is {block!r}; only blocks of two sizes are supported"
+            )
         return Scheme("fp8", (block[0], block[1]))
     if method == "mxfp4":
         return Scheme("mxfp4")
@@ -41,12 +43,27 @@ def scheme(raw: Any, path: Path) -> Scheme:
         wrong = raw.get("format") != "pack-quantized" or not isinstance(groups, dict) or not groups
         for group in groups.values() if not wrong and isinstance(groups, dict) else ():
             weights = group.get("weights") if isinstance(group, dict) else None
-            wrong = wrong or not isinstance(weights, dict) or any(weights.get(k) != v for k, v in _WEIGHTS.items()) or weights.get("num_bits") not in (4, 8)
-            wrong = wrong or bool(group.get("input_activations")) or (isinstance(weights, dict) and weights.get("actorder") in ("group", "dynamic"))
+            wrong = (
+                wrong
+                or not isinstance(weights, dict)
+                or any(weights.get(k) != v for k, v in _WEIGHTS.items())
+                or weights.get("num_bits") not in (4, 8)
+            )
+            wrong = (
+                wrong
+                or bool(group.get("input_activations"))
+                or (isinstance(weights, dict) and weights.get("actorder") in ("group", "dynamic"))
+            )
         if wrong:
-            raise UserError(f"{path}: quantization_config: of compressed-tensors only symmetric pack-quantized weights of 4 or 8 bits in groups of 32 are supported")
+            raise UserError(
+                f"{path}: quantization_config: of compressed-tensors only symmetric pack-quantized weights of 4 or 8 "
+                "bits in groups of 32 are supported"
+            )
         return Scheme("packed")
-    raise UserError(f"{path}: quantization_config.quant_method {method!r} is not supported; supported: 'fp8' in blocks, 'mxfp4', 'compressed-tensors' with 4 or 8 bits in groups of 32")
+    raise UserError(
+        f"{path}: quantization_config.quant_method {method!r} is not supported; supported: 'fp8' in blocks, 'mxfp4', "
+        "'compressed-tensors' with 4 or 8 bits in groups of 32"
+    )
 
 
 _WEIGHTS = {"type": "int", "symmetric": True, "strategy": "group", "group_size": GROUP}
@@ -59,8 +76,19 @@ def describe(bits: dict[str, int], ignored: list[str]) -> dict[str, Any]:
         head = bits.get("lm_head") == width
         others = any(b == width for name, b in bits.items() if name != "lm_head")
         targets = (["Linear"] if others else []) + (["re:.*lm_head"] if head else [])
-        groups[f"group_{i}"] = {"targets": targets, "weights": {"num_bits": width, **_WEIGHTS}, "input_activations": None, "output_activations": None}
-    return {"quant_method": "compressed-tensors", "format": "pack-quantized", "quantization_status": "compressed", "config_groups": groups, "ignore": ignored}
+        groups[f"group_{i}"] = {
+            "targets": targets,
+            "weights": {"num_bits": width, **_WEIGHTS},
+            "input_activations": None,
+            "output_activations": None,
+        }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "pack-quantized",
+        "quantization_status": "compressed",
+        "config_groups": groups,
+        "ignore": ignored,
+    }
 
 
 def packed_names(tensors: Any) -> list[str]:
@@ -68,17 +96,29 @@ def packed_names(tensors: Any) -> list[str]:
 
 
 def read_packed(tensors: Any, name: str) -> tuple[Tensor, Tensor, int]:
-    """Values (rows, bytes), scales (rows, groups) and bits of a packed projection. UserError if its parts do not fit."""
+    """Values (rows, bytes), scales (rows, groups) and bits of a packed projection. UserError if its parts do not
+    fit."""
     for part in ("weight_scale", "weight_shape"):
         if f"{name}.{part}" not in tensors.files:
             raise UserError(f"{tensors.folder}: tensor {name}.{part} is missing")
     words, scales = tensors.get(f"{name}.weight_packed"), tensors.get(f"{name}.weight_scale")
     shape = tensors.get(f"{name}.weight_shape").tolist()
     bits = words.shape[1] // max(1, scales.shape[1]) if words.ndim == scales.ndim == 2 else 0
-    if words.dtype != torch.int32 or bits not in (4, 8) or shape != [words.shape[0], scales.shape[1] * GROUP] or scales.shape[0] != words.shape[0] or words.shape[1] != bits * scales.shape[1]:
-        raise UserError(f"{tensors.folder}: {name} is not packed in 4 or 8 bits in groups of {GROUP}: {tuple(words.shape)} values, {tuple(scales.shape)} scales")
+    if (
+        words.dtype != torch.int32
+        or bits not in (4, 8)
+        or shape != [words.shape[0], scales.shape[1] * GROUP]
+        or scales.shape[0] != words.shape[0]
+        or words.shape[1] != bits * scales.shape[1]
+    ):
+        raise UserError(
+            f"{tensors.folder}: {name} is not packed in 4 or 8 bits in groups of {GROUP}: {tuple(words.shape)} "
+            f"values, {tuple(scales.shape)} scales"
+        )
     if not scales.half().isfinite().all():
-        raise UserError(f"{tensors.folder}: {name}.weight_scale holds NaN or values that fp16 cannot hold; the file is damaged")
+        raise UserError(
+            f"{tensors.folder}: {name}.weight_scale holds NaN or values that fp16 cannot hold; the file is damaged"
+        )
     return words.view(torch.uint8), scales.half(), bits
 
 
@@ -87,20 +127,31 @@ def put_packed(network: Decoder, tensors: Any) -> None:
     for name in packed_names(tensors):
         layer = dict(network.named_modules()).get(name)
         if type(layer) is not Linear:
-            raise UserError(f"{tensors.folder}: unknown packed tensor {name}; is this the model that config.json describes?")
+            raise UserError(
+                f"{tensors.folder}: unknown packed tensor {name}; is this the model that config.json describes?"
+            )
         rows, cols = layer.weight.shape
         values, scales, bits = read_packed(tensors, name)
         if values.shape != (rows, cols * bits // 8):
-            raise UserError(f"{tensors.folder}: tensor {name} has shape {(values.shape[0], scales.shape[1] * GROUP)}, config.json says {(rows, cols)}")
+            raise UserError(
+                f"{tensors.folder}: tensor {name} has shape {(values.shape[0], scales.shape[1] * GROUP)}, "
+                f"config.json says {(rows, cols)}"
+            )
         if not can_pack(rows, cols):
-            raise UserError(f"{tensors.folder}: {name} has {rows} rows and {cols} columns; packed weights need rows in 16s and columns in 32s")
+            raise UserError(
+                f"{tensors.folder}: {name} has {rows} rows and {cols} columns; packed weights need rows in 16s and "
+                "columns in 32s"
+            )
         bias = None
         if layer.bias is not None:
             if tensors.shapes.get(f"{name}.bias") != (rows,):
                 raise UserError(f"{tensors.folder}: tensor {name}.bias is missing or not of shape ({rows},)")
             bias = tensors.get(f"{name}.bias")
             if not bias.is_floating_point() or not bias.isfinite().all():
-                raise UserError(f"{tensors.folder}: tensor {name}.bias holds NaN, infinity or no numbers at all; the file is damaged")
+                raise UserError(
+                    f"{tensors.folder}: tensor {name}.bias holds NaN, infinity or no numbers at all; the file is "
+                    "damaged"
+                )
         replace(network, name, PackedLinear(values, scales, bits, bias))
 
 
@@ -110,7 +161,9 @@ def prepare(scheme: Scheme, network: Decoder, shapes: dict[str, tuple[int, ...]]
     if scheme.kind == "packed":
         packed = {n.removesuffix(".weight_packed") for n in shapes if n.endswith(".weight_packed")}
         biased = {name for name, m in network.named_modules() if isinstance(m, PackedLinear) and m.bias is not None}
-        read = {f"{name}.{part}" for name in packed for part in ("weight_packed", "weight_scale", "weight_shape")} | {f"{name}.bias" for name in biased}
+        read = {f"{name}.{part}" for name in packed for part in ("weight_packed", "weight_scale", "weight_shape")} | {
+            f"{name}.bias" for name in biased
+        }
         return {n: s for n, s in shapes.items() if n not in read}
     if scheme.kind == "fp8":
         for name in shapes:
@@ -121,7 +174,10 @@ def prepare(scheme: Scheme, network: Decoder, shapes: dict[str, tuple[int, ...]]
             if name.endswith("_blocks"):
                 scales = name.removesuffix("_blocks") + "_scales"
                 if len(shape) != 4 or shape[3] != 16 or shapes.get(scales) != shape[:3]:
-                    raise UserError(f"{name} has shape {shape} and {scales} {shapes.get(scales)}; MXFP4 has (experts, rows, groups, 16) and the same without the 16")
+                    raise UserError(
+                        f"{name} has shape {shape} and {scales} {shapes.get(scales)}; MXFP4 has (experts, rows, "
+                        "groups, 16) and the same without the 16"
+                    )
                 e, rows, groups, half = shape
                 out[name.removesuffix("_blocks")] = (e, groups * half * 2, rows)
                 del out[name]
@@ -144,9 +200,16 @@ def get(scheme: Scheme, tensors: Any, name: str) -> Tensor:
 
 def from_fp8(weight: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
     """weight (rows, columns) in e4m3, scale (rows / block, columns / block) -> bf16. arXiv 2412.19437 section 3.3."""
-    wide = scale.float().repeat_interleave(block[0], 0)[: weight.shape[0]].repeat_interleave(block[1], 1)[:, : weight.shape[1]]
+    wide = (
+        scale.float()
+        .repeat_interleave(block[0], 0)[: weight.shape[0]]
+        .repeat_interleave(block[1], 1)[:, : weight.shape[1]]
+    )
     if wide.shape != weight.shape:
-        raise UserError(f"an FP8 weight of shape {tuple(weight.shape)} has scales of shape {tuple(scale.shape)}, too few for blocks of {block}")
+        raise UserError(
+            f"an FP8 weight of shape {tuple(weight.shape)} has scales of shape {tuple(scale.shape)}, too few for "
+            f"blocks of {block}"
+        )
     return (weight.float() * wide).bfloat16()
 
 

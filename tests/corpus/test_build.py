@@ -1,4 +1,5 @@
-"""Building corpora: planted copies and evaluation items are found, formats are read, faults are told, kills survived."""
+"""Building corpora: planted copies and evaluation items are found, formats are read, faults are told, kills
+survived."""
 
 import gzip
 import json
@@ -24,7 +25,13 @@ def write(path, texts):
 
 
 def options(*sources, **more):
-    return BuildOptions(list(sources), more.pop("skip", []), more.pop("decontaminate", []), vocab_size=more.pop("vocab_size", 400), **more)
+    return BuildOptions(
+        list(sources),
+        more.pop("skip", []),
+        more.pop("decontaminate", []),
+        vocab_size=more.pop("vocab_size", 400),
+        **more,
+    )
 
 
 def altered(text, seed):
@@ -55,10 +62,19 @@ def test_planted_copies_are_found(tmp_path):
 
 def test_planted_evaluation_items_are_found(tmp_path):
     items = [" ".join(prose(10_000 + i, 3).split()[: 13 + i % 20]) for i in range(200)]
-    (tmp_path / "eval.jsonl").write_text("".join(json.dumps({"question": q, "choices": ["yes", "no"]}) + "\n" for q in items))
+    (tmp_path / "eval.jsonl").write_text(
+        "".join(json.dumps({"question": q, "choices": ["yes", "no"]}) + "\n" for q in items)
+    )
     clean = [prose(i, 24) for i in range(500)]
     dirty = [prose(20_000 + i, 12) + f"\n{q.upper()}!\n" + prose(30_000 + i, 12) for i, q in enumerate(items)]
-    manifest = build(options(write(tmp_path / "a.jsonl", clean), write(tmp_path / "b.jsonl", dirty), decontaminate=[str(tmp_path / "eval.jsonl")]), tmp_path / "c")
+    manifest = build(
+        options(
+            write(tmp_path / "a.jsonl", clean),
+            write(tmp_path / "b.jsonl", dirty),
+            decontaminate=[str(tmp_path / "eval.jsonl")],
+        ),
+        tmp_path / "c",
+    )
     assert [s["documents"] for s in manifest["sources"]] == [500, 0]
     assert manifest["evaluation"]["items"] == 200 and manifest["dropped"]["contaminated"]["documents"] == 200
 
@@ -73,7 +89,10 @@ def test_formats_and_round_trip(tmp_path):
     texts = {k: prose(i, 12) for i, k in enumerate(("txt", "md", "html", "jsonl", "gz", "xz", "zst", "parquet"))}
     (src / "a.txt").write_text(texts["txt"])
     (src / "sub" / "b.md").write_text(texts["md"])
-    (src / "c.html").write_text(f"<html><body><nav>Home About</nav><article><p>{texts['html'].replace(chr(10), '</p><p>')}</p></article></body></html>")
+    (src / "c.html").write_text(
+        "<html><body><nav>Home "
+        f"About</nav><article><p>{texts['html'].replace(chr(10), '</p><p>')}</p></article></body></html>"
+    )
     (src / "code.py").write_text("def f(x):\n    return x + 1\n" * 3)
     line = {k: (json.dumps({"text": texts[k]}) + "\n").encode() for k in ("jsonl", "gz", "xz", "zst")}
     (src / "d.jsonl").write_bytes(line["jsonl"])
@@ -90,7 +109,15 @@ def test_formats_and_round_trip(tmp_path):
             ids = corpus.read(split, int(row["start"]), int(row["tokens"]))
             assert ids[0] == corpus.manifest["document_id"]
             found[corpus.name_of(row).split("/")[-1].split(":")[0]] = corpus.tokenizer.decode(ids.tolist())
-    names = {"txt": "a.txt", "md": "b.md", "jsonl": "d.jsonl", "gz": "e.jsonl.gz", "xz": "f.jsonl.xz", "zst": "g.jsonl.zst", "parquet": "h.parquet"}
+    names = {
+        "txt": "a.txt",
+        "md": "b.md",
+        "jsonl": "d.jsonl",
+        "gz": "e.jsonl.gz",
+        "xz": "f.jsonl.xz",
+        "zst": "g.jsonl.zst",
+        "parquet": "h.parquet",
+    }
     assert all(found[name] == texts[key] for key, name in names.items())
     assert found["c.html"].split() == texts["html"].split() and "code.py" in found
     assert manifest["passed_over"]["files"] == 1 and manifest["counts"]["code"] == 1
@@ -101,7 +128,10 @@ def test_truncated_archives_are_refused(tmp_path, suffix):
     import zstandard
 
     compress = {"gz": gzip.compress, "xz": lzma.compress, "zst": zstandard.ZstdCompressor().compress}[suffix]
-    half = [compress("".join(json.dumps({"text": prose(i)}) + "\n" for i in r).encode()) for r in (range(200), range(200, 400))]
+    half = [
+        compress("".join(json.dumps({"text": prose(i)}) + "\n" for i in r).encode())
+        for r in (range(200), range(200, 400))
+    ]
     path = tmp_path / f"a.jsonl.{suffix}"
     path.write_bytes(half[0] + half[1])  # two frames, as pzstd and cat make
     assert build(options(str(path)), tmp_path / "whole")["sources"][0]["documents"] == 400
@@ -131,9 +161,23 @@ def test_killed_builds_go_on_and_end_the_same(tmp_path):
     source = write(tmp_path / "a.jsonl", [prose(i, 60) for i in range(4000)])
     whole = build(options(source), tmp_path / "whole")
     out, r = tmp_path / "killed", random.Random(0)
-    command = [sys.executable, "-m", "craton", "corpus", "build", source, "--out", str(out), "--vocab-size", "400", "--json"]
+    command = [
+        sys.executable,
+        "-m",
+        "craton",
+        "corpus",
+        "build",
+        source,
+        "--out",
+        str(out),
+        "--vocab-size",
+        "400",
+        "--json",
+    ]
     for _ in range(6):
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
+        process = subprocess.Popen(
+            command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
+        )
         time.sleep(r.uniform(0.2, 2.0))
         if process.poll() is None:
             os.killpg(process.pid, signal.SIGKILL)
@@ -151,7 +195,10 @@ BAD = {
     "binary file": lambda p: ([str(make(p / "t" / "x.txt", bytes(range(256)) * 50))], "binary file"),
     "broken line": lambda p: ([str(make(p / "t" / "x.jsonl", b'{"text": "a"}\n{"text": \n'))], "x.jsonl:2"),
     "no text field": lambda p: ([str(make(p / "t" / "x.jsonl", b'{"body": "a"}\n'))], "x.jsonl:1: no text"),
-    "cut archive": lambda p: ([str(make(p / "t" / "x.jsonl.xz", lzma.compress(b'{"text": "a"}\n' * 999)[:-20]))], "x.jsonl.xz"),
+    "cut archive": lambda p: (
+        [str(make(p / "t" / "x.jsonl.xz", lzma.compress(b'{"text": "a"}\n' * 999)[:-20]))],
+        "x.jsonl.xz",
+    ),
     "nothing left": lambda p: ([str(make(p / "t" / "x.txt", b"too short"))], "no document is left"),
     "no parquet": lambda p: ([str(make(p / "t" / "x.parquet", b"PAR1"))], "parquet"),
 }
@@ -198,7 +245,9 @@ def test_folders_in_use(tmp_path):
 def test_given_tokenizer(tmp_path, corpus):
     source = write(tmp_path / "a.jsonl", [prose(i) for i in range(50)])
     build(BuildOptions([source], [], [], tokenizer=str(corpus / "tokenizer")), tmp_path / "c")
-    assert (tmp_path / "c" / "tokenizer" / "tokenizer.json").read_bytes() == (corpus / "tokenizer" / "tokenizer.json").read_bytes()
+    assert (tmp_path / "c" / "tokenizer" / "tokenizer.json").read_bytes() == (
+        corpus / "tokenizer" / "tokenizer.json"
+    ).read_bytes()
 
 
 def test_every_injected_fault_is_refused(tmp_path):
@@ -221,5 +270,3 @@ def test_every_injected_fault_is_refused(tmp_path):
         path.write_bytes(whole)
     assert accepted == 0
     Corpus(out)
-
-

@@ -22,7 +22,9 @@ def test_hard_wrapped_prose_passes():
     import textwrap
 
     for seed in range(50):
-        assert why("\n\n".join(textwrap.fill(prose(seed * 100 + i, 6).replace("\n", " "), 70) for i in range(6))) is None
+        assert (
+            why("\n\n".join(textwrap.fill(prose(seed * 100 + i, 6).replace("\n", " "), 70) for i in range(6))) is None
+        )
 
 
 CASES = {
@@ -50,7 +52,12 @@ def test_each_rule_fires(rule):
 def test_rules_for_web_pages_only():
     text = prose(10) + "\nvar x = {};"
     assert why(text, html=True) == "c4_curly_bracket" and why(text) is None
-    assert quality.strip_html_lines("Accept the cookie policy to go on.\nA line that stays here.\nHome\nEnable javascript to see this.") == "A line that stays here."
+    assert (
+        quality.strip_html_lines(
+            "Accept the cookie policy to go on.\nA line that stays here.\nHome\nEnable javascript to see this."
+        )
+        == "A line that stays here."
+    )
 
 
 def test_english_rule_can_be_left_out():
@@ -78,6 +85,8 @@ def test_repair():
 
 
 def test_personal_data():
-    text, n = quality.mask_personal("Write to jane.doe@corp.example.org or 8.8.8.8, phone (415) 555-2671; 127.0.0.1 and 1.2.3 stay.")
+    text, n = quality.mask_personal(
+        "Write to jane.doe@corp.example.org or 8.8.8.8, phone (415) 555-2671; 127.0.0.1 and 1.2.3 stay."
+    )
     assert n == 3 and "jane" not in text and "8.8.8.8" not in text and "2671" not in text
     assert "127.0.0.1 and 1.2.3 stay" in text

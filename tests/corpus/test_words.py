@@ -8,7 +8,15 @@ from craton.corpus.words import Words, ngrams
 
 
 @settings(deadline=None, max_examples=200)
-@given(st.text(alphabet=st.characters(codec="utf-8", exclude_characters="\x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000" + "".join(map(chr, range(0x2000, 0x200B))))))
+@given(
+    st.text(
+        alphabet=st.characters(
+            codec="utf-8",
+            exclude_characters="\x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000"
+            + "".join(map(chr, range(0x2000, 0x200B))),
+        )
+    )
+)
 def test_words_are_those_of_split(text):
     words = Words(text)
     expected = text.split()

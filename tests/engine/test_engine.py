@@ -32,15 +32,27 @@ def network(config=CONFIG, seed=0, bits=None):
 
 def leaked(engine):
     """Blocks that nobody gave back, and accounting that does not add up."""
-    return engine.pool.total - engine.pool.free, sum(engine.pool.holders), engine.running, list(engine.waiting), engine.requests
+    return (
+        engine.pool.total - engine.pool.free,
+        sum(engine.pool.holders),
+        engine.running,
+        list(engine.waiting),
+        engine.requests,
+    )
 
 
 CLEAN = (0, 0, [], [], {})
 
 
-@pytest.mark.parametrize(("bits", "options"), [
-    (None, {}), (4, {}), (None, {"speculate": "lookup"}), (8, {"draft": True}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("bits", "options"),
+    [
+        (None, {}),
+        (4, {}),
+        (None, {"speculate": "lookup"}),
+        (8, {"draft": True}),
+    ],
+)
 def test_thousand_requests(bits, options):
     """Lengths, arrivals, neighbours, cancellations, a small cache: each greedy answer is its answer alone."""
     r = random.Random(1)
@@ -48,14 +60,18 @@ def test_thousand_requests(bits, options):
     if options.get("draft"):
         draft = network(bits=4)  # nearly the same model: some guesses come true
         options = {"draft": draft}
-    engine = Engine(net, cache_bytes=24 * 16 * 2 * 2 * 2 * 16 * 4 * (2 if "draft" in options else 1), step_tokens=64, **options)
+    engine = Engine(
+        net, cache_bytes=24 * 16 * 2 * 2 * 2 * 16 * 4 * (2 if "draft" in options else 1), step_tokens=64, **options
+    )
     stems = [[r.randrange(512) for _ in range(40)] for _ in range(4)]
     asked, answers, cancelled = {}, {}, set()
     count = 300 if options or bits else 1000
     while len(asked) < count or engine.busy:
         if len(asked) < count and r.random() < 0.6:
             for _ in range(r.randrange(1, 6)):
-                prompt = r.choice(stems)[: r.randrange(1, 41)] * r.choice((1, 1, 2)) + [r.randrange(512) for _ in range(r.randrange(0, 12))]
+                prompt = r.choice(stems)[: r.randrange(1, 41)] * r.choice((1, 1, 2)) + [
+                    r.randrange(512) for _ in range(r.randrange(0, 12))
+                ]
                 s = Sampling(r.choice((r.randrange(1, 24), r.randrange(40, 120))), 0.0)
                 asked[engine.add(prompt, s)] = prompt, s
         if r.random() < 0.1 and engine.requests:
@@ -146,9 +162,17 @@ def test_filters_against_transformers():
     torch.manual_seed(0)
     for trial in range(60):
         logits = torch.randn(2000) * (1 + trial % 5)
-        s = Sampling(temperature=[0.3, 1.0, 1.7][trial % 3], top_k=[0, 5, 1500][trial % 3], top_p=[1.0, 0.9, 0.5, 0.999][trial % 4], min_p=[0.0, 0.02][trial % 2], repetition_penalty=[1.0, 1.3][trial % 2])
+        s = Sampling(
+            temperature=[0.3, 1.0, 1.7][trial % 3],
+            top_k=[0, 5, 1500][trial % 3],
+            top_p=[1.0, 0.9, 0.5, 0.999][trial % 4],
+            min_p=[0.0, 0.02][trial % 2],
+            repetition_penalty=[1.0, 1.3][trial % 2],
+        )
         prompt, answer = [3, 5], [8, 8, 2]
-        theirs = LogitsProcessorList([RepetitionPenaltyLogitsProcessor(s.repetition_penalty), TemperatureLogitsWarper(s.temperature)])
+        theirs = LogitsProcessorList(
+            [RepetitionPenaltyLogitsProcessor(s.repetition_penalty), TemperatureLogitsWarper(s.temperature)]
+        )
         if s.top_k:
             theirs.append(TopKLogitsWarper(s.top_k))
         theirs.append(TopPLogitsWarper(s.top_p))
@@ -179,7 +203,9 @@ def test_uniform(seed, index, position):
 
 
 def test_uniform_is_uniform():
-    values = torch.tensor([uniform(s, i, p) for s in range(20) for i in range(20) for p in range(100)], dtype=torch.double)
+    values = torch.tensor(
+        [uniform(s, i, p) for s in range(20) for i in range(20) for p in range(100)], dtype=torch.double
+    )
     counts = torch.histc(values, 100, 0, 1)
     assert ((counts - 400) ** 2 / 400).sum() < 99 + 4 * 198**0.5
     assert abs(torch.corrcoef(torch.stack([values[:-1], values[1:]]))[0, 1]) < 0.02
@@ -192,13 +218,19 @@ def test_logprobs_equal_the_training_forward(family, tmp_path):
     engine = Engine(net, step_tokens=16)
     r = random.Random(0)
     prompts = [[r.randrange(3, 128) for _ in range(n)] for n in (5, 33, 60)]
-    for prompt, (answer,) in zip(prompts, engine.generate(prompts, Sampling(12, 0.8, seed=1, logprobs=4, prompt_logprobs=2, ignore_eos=True)), strict=True):
+    for prompt, (answer,) in zip(
+        prompts,
+        engine.generate(prompts, Sampling(12, 0.8, seed=1, logprobs=4, prompt_logprobs=2, ignore_eos=True)),
+        strict=True,
+    ):
         ids = torch.tensor([prompt + answer.token_ids])
         with torch.no_grad():
             logp = net(ids).log_softmax(-1)[0]
         for i, score in enumerate(answer.logprobs):
             row = logp[len(prompt) + i - 1]
-            assert score.logprob == pytest.approx(float(row[score.token]), abs=1e-4) and score.token == answer.token_ids[i]
+            assert (
+                score.logprob == pytest.approx(float(row[score.token]), abs=1e-4) and score.token == answer.token_ids[i]
+            )
             assert [v for _, v in score.top] == pytest.approx(row.topk(4).values.tolist(), abs=1e-4)
         assert answer.prompt_logprobs[0] is None and len(answer.prompt_logprobs) == len(prompt)
         for i, score in enumerate(answer.prompt_logprobs[1:], 1):
@@ -246,7 +278,19 @@ def test_requests_that_are_refused(prompt, options, message):
 
 @pytest.mark.parametrize(
     "options",
-    [{"temperature": -1}, {"top_p": 0}, {"top_p": 1.5}, {"n": 0}, {"min_p": 2}, {"logprobs": -1}, {"max_tokens": -1}, {"repetition_penalty": 0}, {"stop": ("",)}, {"regex": "a", "choice": ("b",)}, {"temperature": float("nan")}],
+    [
+        {"temperature": -1},
+        {"top_p": 0},
+        {"top_p": 1.5},
+        {"n": 0},
+        {"min_p": 2},
+        {"logprobs": -1},
+        {"max_tokens": -1},
+        {"repetition_penalty": 0},
+        {"stop": ("",)},
+        {"regex": "a", "choice": ("b",)},
+        {"temperature": float("nan")},
+    ],
 )
 def test_sampling_that_is_refused(options):
     with pytest.raises(UserError):
@@ -262,7 +306,10 @@ def test_ends(model_folder):
     at = whole.text[10:20]
     cut = model.complete("def ", Sampling(60, 0.0, ignore_eos=True, stop=("never there", at)))
     assert cut.text == whole.text[: whole.text.index(at)] and cut.finish_reason == "stop" and cut.stop_reason == at
-    pieces = [e.text for e in model.engine.stream(model.tokenizer.encode("def "), Sampling(60, 0.0, ignore_eos=True, stop=(at,)))]
+    pieces = [
+        e.text
+        for e in model.engine.stream(model.tokenizer.encode("def "), Sampling(60, 0.0, ignore_eos=True, stop=(at,)))
+    ]
     assert "".join(pieces) == cut.text
     token = whole.token_ids[7]
     stopped = model.complete("def ", Sampling(60, 0.0, ignore_eos=True, stop_token_ids=(token,)))
@@ -282,7 +329,9 @@ def spoken(tmp_path):
     words = [f"<0x{b:02X}>" for b in range(256)] + ["\u2581", "\u2581world", "\u2581hello", "a", "b", "!"]
     backend = Backend(models.BPE({w: i for i, w in enumerate(words)}, [], byte_fallback=True))
     backend.normalizer = normalizers.Sequence([normalizers.Prepend(" "), normalizers.Replace(" ", "\u2581")])
-    backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
     config = ModelConfig(len(words), 64, 96, 1, 4, 2, 16, model_type="llama", qk_norm="")
     return Engine(network(config), Tokenizer(backend, {}))
 
@@ -330,7 +379,11 @@ def test_stop_texts_with_guesses(model_folder):
     whole = model.complete("def ", Sampling(60, 0.0, ignore_eos=True)).text
     s = Sampling(60, 0.0, ignore_eos=True, stop=(whole[9:13],), logprobs=0)
     with_guesses, without = guessing.generate([prompt], s)[0][0], model.complete("def ", s)
-    assert with_guesses.token_ids == without.token_ids and with_guesses.text == without.text and len(with_guesses.logprobs) == len(without.logprobs)
+    assert (
+        with_guesses.token_ids == without.token_ids
+        and with_guesses.text == without.text
+        and len(with_guesses.logprobs) == len(without.logprobs)
+    )
     assert guessing.counters.accepted_tokens > 0
     late = model.complete("def ", Sampling(60, 0.0, ignore_eos=True, stop=(whole[9:13],), min_tokens=40))
     assert len(late.token_ids) >= 40
@@ -347,7 +400,10 @@ def test_scores_beside_guesses_and_embeddings(monkeypatch):
     texts = [[r.randrange(512) for _ in range(90)] for _ in range(4)]
     repeats = [([1, 2, 3] * 9)[: 20 + i] for i in range(6)]
     busy, alone = Engine(net, speculate="lookup", step_tokens=24), Engine(net)
-    want = (alone.embed(texts), [alone.generate([t], Sampling(0, prompt_logprobs=0))[0][0].prompt_logprobs for t in texts])
+    want = (
+        alone.embed(texts),
+        [alone.generate([t], Sampling(0, prompt_logprobs=0))[0][0].prompt_logprobs for t in texts],
+    )
     embeds = [busy.add(t, Sampling(0), embed=True) for t in texts]
     scored = [busy.add(t, Sampling(0, prompt_logprobs=0)) for t in texts]
     for t in repeats:

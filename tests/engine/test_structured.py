@@ -21,7 +21,9 @@ def engine(model_folder):
     """Random weights with a trained tokenizer."""
     tokenizer = craton.load(str(model_folder)).tokenizer
     torch.manual_seed(0)
-    config = ModelConfig(tokenizer.vocab_size, 64, 96, 1, 4, 2, 16, max_position_embeddings=2048, eos_token_id=tokenizer.eos_id)
+    config = ModelConfig(
+        tokenizer.vocab_size, 64, 96, 1, 4, 2, 16, max_position_embeddings=2048, eos_token_id=tokenizer.eos_id
+    )
     network = Decoder(config)
     for p in network.parameters():
         p.data.copy_(torch.randn_like(p) * 0.1 if p.ndim > 1 else torch.ones_like(p))
@@ -29,17 +31,27 @@ def engine(model_folder):
 
 
 def random_schema(r, depth=0):
-    kinds = ["string", "integer", "number", "boolean", "null", "enum", "const"] + ["object", "array", "anyOf"] * (depth < 3)
+    kinds = ["string", "integer", "number", "boolean", "null", "enum", "const"] + ["object", "array", "anyOf"] * (
+        depth < 3
+    )
     kind = r.choice(kinds)
     if kind == "object":
         names = r.sample(["name", "age", "äöü", "a b", 'q"uote', "tags", "x", "y1", "zip-code"], r.randrange(0, 5))
-        schema = {"type": "object", "properties": {n: random_schema(r, depth + 1) for n in names}, "additionalProperties": False}
+        schema = {
+            "type": "object",
+            "properties": {n: random_schema(r, depth + 1) for n in names},
+            "additionalProperties": False,
+        }
         if names and r.random() < 0.7:
             schema["required"] = r.sample(names, r.randrange(0, len(names) + 1))
         return schema
     if kind == "array":
         low = r.randrange(0, 3)
-        return {"type": "array", "items": random_schema(r, depth + 1), **r.choice(({}, {"minItems": low}, {"minItems": low, "maxItems": low + r.randrange(0, 4)}))}
+        return {
+            "type": "array",
+            "items": random_schema(r, depth + 1),
+            **r.choice(({}, {"minItems": low}, {"minItems": low, "maxItems": low + r.randrange(0, 4)})),
+        }
     if kind == "anyOf":
         return {"anyOf": [random_schema(r, depth + 1) for _ in range(r.randrange(1, 4))]}
     if kind == "enum":
@@ -47,10 +59,27 @@ def random_schema(r, depth=0):
     if kind == "const":
         return {"const": r.choice(["x", 7, None, [1, 2]])}
     if kind == "string":
-        return {"type": "string", **r.choice(({}, {"maxLength": r.randrange(0, 20)}, {"minLength": r.randrange(0, 5)}, {"pattern": "^[a-z]{2,5}-[0-9]+$"}, {"format": "date"}, {"format": "uuid"}))}
+        return {
+            "type": "string",
+            **r.choice(
+                (
+                    {},
+                    {"maxLength": r.randrange(0, 20)},
+                    {"minLength": r.randrange(0, 5)},
+                    {"pattern": "^[a-z]{2,5}-[0-9]+$"},
+                    {"format": "date"},
+                    {"format": "uuid"},
+                )
+            ),
+        }
     if kind in ("integer", "number"):
         low = r.randrange(-50, 50)
-        return {"type": kind, **r.choice(({}, {"minimum": low}, {"minimum": low, "maximum": low + r.randrange(0, 99)}, {"exclusiveMinimum": low}))}
+        return {
+            "type": kind,
+            **r.choice(
+                ({}, {"minimum": low}, {"minimum": low, "maximum": low + r.randrange(0, 99)}, {"exclusiveMinimum": low})
+            ),
+        }
     return {"type": kind}
 
 
@@ -70,15 +99,29 @@ def test_random_schemas(engine, temperature):
 def test_regex_choice_and_grammar(engine):
     for i in range(30):
         s = dict(max_tokens=100, temperature=1.0, seed=i)
-        assert re.fullmatch(r"[A-F]{3,6}(-[0-9]{2})*", engine.generate([[50, 60]], Sampling(**s, regex=r"[A-F]{3,6}(-[0-9]{2})*"))[0][0].text)
-        assert engine.generate([[50, 60]], Sampling(**s, choice=("yes", "no", 'it "depends"')))[0][0].text in ("yes", "no", 'it "depends"')
+        assert re.fullmatch(
+            r"[A-F]{3,6}(-[0-9]{2})*",
+            engine.generate([[50, 60]], Sampling(**s, regex=r"[A-F]{3,6}(-[0-9]{2})*"))[0][0].text,
+        )
+        assert engine.generate([[50, 60]], Sampling(**s, choice=("yes", "no", 'it "depends"')))[0][0].text in (
+            "yes",
+            "no",
+            'it "depends"',
+        )
         text = engine.generate([[50, 60]], Sampling(**s, grammar='start: "(" start ")" | "x"'))[0][0].text
         assert re.fullmatch(r"\(*x\)*", text) and text.count("(") == text.count(")")
 
 
 def test_neighbours_are_free(engine):
     """A request with a schema beside one without: neither changes the other."""
-    free, bound = Sampling(30, 0.0, ignore_eos=True), Sampling(60, 0.0, json_schema='{"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": false}')
+    free, bound = (
+        Sampling(30, 0.0, ignore_eos=True),
+        Sampling(
+            60,
+            0.0,
+            json_schema='{"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"], "additionalProperties": false}',
+        ),
+    )
     alone = [engine.generate([[40, 41]], s)[0][0].token_ids for s in (free, bound)]
     both = [a[0].token_ids for a in engine.generate([[40, 41], [40, 41]], [free, bound])]
     assert both == alone and json.loads(engine.tokenizer.decode(both[1]))["a"] is not None
@@ -95,14 +138,19 @@ def test_neighbours_are_free(engine):
         ({"json_schema": '{"enum": []}'}, "json_schema"),
         ({"json_schema": "false"}, "json_schema"),
         ({"json_schema": '{"type": "strung"}'}, "json_schema"),
-        ({"json_schema": '{"type": "array", "uniqueItems": true, "items": {"type": "integer"}, "contains": {"type": "string"}}'}, "json_schema"),
+        (
+            {
+                "json_schema": '{"type": "array", "uniqueItems": true, "items": {"type": "integer"}, "contains": {"type": "string"}}'
+            },
+            "json_schema",
+        ),
         ({"json_schema": '{"a": "' + "x" * 300_000 + '"}'}, "json_schema has"),
         ({"json_schema": '{"$ref": "https://example.com/schema.json"}'}, "json_schema"),
         ({"json_schema": "[" * 100_000}, "json_schema"),
         ({"regex": "("}, "regex"),
         ({"grammar": "start: nothing"}, "grammar"),
     ],
-)  # fmt: skip
+)
 def test_what_cannot_be_met_is_refused(engine, options, message):
     with pytest.raises(UserError, match=message):
         engine.add([5], Sampling(**options))

@@ -18,7 +18,9 @@ SHAPES = [
 
 def pair(config):
     torch.manual_seed(0)
-    theirs = Qwen3ForCausalLM(Qwen3Config(**{k: v for k, v in qwen3.FAMILY.write(config).items() if k not in ("architectures", "model_type")})).float()
+    theirs = Qwen3ForCausalLM(
+        Qwen3Config(**{k: v for k, v in qwen3.FAMILY.write(config).items() if k not in ("architectures", "model_type")})
+    ).float()
     for p in theirs.parameters():
         p.data += torch.randn_like(p) * 0.05
     ours = Decoder(config)
@@ -46,7 +48,9 @@ def test_cached_steps_equal_one_forward(config):
     with torch.no_grad():
         whole = network(ids)
         cache = PagedCache(config, 4)
-        pieces = [network(ids[:, a:b], single_step(cache, a, b - a)) for a, b in ((0, 20), (20, 21), (21, 33), (33, 50))]
+        pieces = [
+            network(ids[:, a:b], single_step(cache, a, b - a)) for a, b in ((0, 20), (20, 21), (21, 33), (33, 50))
+        ]
     torch.testing.assert_close(torch.cat(pieces, 1), whole, atol=1e-5, rtol=1e-4)
 
 
@@ -54,7 +58,9 @@ def test_cached_steps_equal_one_forward(config):
 def test_parameter_counts(config):
     network = Decoder(config)
     assert config.parameters == sum(p.numel() for p in network.parameters())
-    assert config.matrix_parameters == sum(p.numel() for n, p in network.named_parameters() if p.ndim == 2 and "embed" not in n) + (config.vocab_size * config.hidden_size if config.tie_word_embeddings else 0)
+    assert config.matrix_parameters == sum(
+        p.numel() for n, p in network.named_parameters() if p.ndim == 2 and "embed" not in n
+    ) + (config.vocab_size * config.hidden_size if config.tie_word_embeddings else 0)
 
 
 def test_documents_do_not_see_each_other():

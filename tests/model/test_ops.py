@@ -14,12 +14,20 @@ def agree(function, inputs, tolerance=2e-5):
     """Outputs and gradients of function(*inputs) in fp32 kernels and in fp64 PyTorch."""
     results = []
     for dtype in (torch.float32, torch.float64):
-        args = [x.detach().to(dtype, copy=True).requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs]
+        args = [
+            x.detach().to(dtype, copy=True).requires_grad_()
+            if isinstance(x, torch.Tensor) and x.is_floating_point()
+            else x
+            for x in inputs
+        ]
         out = function(*args)
         out = out if isinstance(out, tuple) else (out,)
         torch.manual_seed(1)
         sum((o * torch.randn(o.shape, dtype=torch.float64).to(dtype)).sum() for o in out if o.requires_grad).backward()
-        results.append([o.detach().double() for o in out] + [a.grad.double() for a in args if isinstance(a, torch.Tensor) and a.grad is not None])
+        results.append(
+            [o.detach().double() for o in out]
+            + [a.grad.double() for a in args if isinstance(a, torch.Tensor) and a.grad is not None]
+        )
     assert len(results[0]) == len(results[1])
     for a, b in zip(*results, strict=True):
         scale = b.abs().max().clamp_min(0.1)
@@ -35,7 +43,14 @@ def test_add_rms_norm(rows, n, delta):
 
 
 @settings(deadline=None, max_examples=25)
-@given(batch=st.integers(1, 3), time=st.integers(1, 30), kv=st.integers(1, 3), group=st.integers(1, 3), d=st.sampled_from([16, 32, 64, 128]), norm=st.booleans())
+@given(
+    batch=st.integers(1, 3),
+    time=st.integers(1, 30),
+    kv=st.integers(1, 3),
+    group=st.integers(1, 3),
+    d=st.sampled_from([16, 32, 64, 128]),
+    norm=st.booleans(),
+)
 def test_split_norm_rope(batch, time, kv, group, d, norm):
     torch.manual_seed(time)
     cos, sin = ops.rope_table(torch.arange(time), d, 10_000.0)
@@ -64,9 +79,14 @@ def test_weight_gradient(m, n, k):
 
 @settings(deadline=None, max_examples=30)
 @given(
-    batch=st.integers(1, 3), time=st.integers(2, 200), kv=st.integers(1, 3), group=st.integers(1, 3),
-    d=st.sampled_from([16, 32, 48, 64]), documents=st.integers(0, 4), scale=st.sampled_from([1.0, 30.0]),
-)  # fmt: skip
+    batch=st.integers(1, 3),
+    time=st.integers(2, 200),
+    kv=st.integers(1, 3),
+    group=st.integers(1, 3),
+    d=st.sampled_from([16, 32, 48, 64]),
+    documents=st.integers(0, 4),
+    scale=st.sampled_from([1.0, 30.0]),
+)
 def test_attention(batch, time, kv, group, d, documents, scale):
     torch.manual_seed(time * 7 + d)
     start = None
@@ -76,7 +96,11 @@ def test_attention(batch, time, kv, group, d, documents, scale):
             for at in torch.randint(1, time, (documents,)).sort().values:
                 begins[b, at:] = at
         start = begins
-    q, k, v = torch.randn(batch, time, kv * group, d) * scale, torch.randn(batch, time, kv, d), torch.randn(batch, time, kv, d)
+    q, k, v = (
+        torch.randn(batch, time, kv * group, d) * scale,
+        torch.randn(batch, time, kv, d),
+        torch.randn(batch, time, kv, d),
+    )
     agree(lambda q, k, v: ops.attention(q, k, v, start), [q, k, v], 1e-4 if scale == 1 else 3e-3)
 
 
@@ -87,7 +111,10 @@ def test_linear_cross_entropy(rows, n, k):
     target = torch.randint(n, (rows,))
     weight = torch.rand(rows)
     weight[0] = 0
-    agree(lambda x, w: ops.linear_cross_entropy(x, w, target, weight.to(x.dtype))[0], [torch.randn(rows, k), torch.randn(n, k)])
+    agree(
+        lambda x, w: ops.linear_cross_entropy(x, w, target, weight.to(x.dtype))[0],
+        [torch.randn(rows, k), torch.randn(n, k)],
+    )
     nll = ops.linear_cross_entropy(torch.randn(rows, k), torch.randn(n, k), target, weight)[1]
     assert nll.shape == (rows,) and (nll >= 0).all()
 

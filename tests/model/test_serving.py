@@ -37,7 +37,12 @@ def test_packed_linear(bits, rows, cols, tokens):
 
 
 @settings(deadline=None, max_examples=40)
-@given(rows=st.integers(1, 50), cols=st.integers(1, 90), tokens=st.integers(1, 40), dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
+@given(
+    rows=st.integers(1, 50),
+    cols=st.integers(1, 90),
+    tokens=st.integers(1, 40),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+)
 def test_linear_row_by_row(rows, cols, tokens, dtype):
     torch.manual_seed(rows * 100 + cols)
     x, w = torch.randn(tokens, cols), torch.randn(rows, cols)
@@ -60,12 +65,28 @@ def test_row_by_row_logits(name, tmp_path):
             outputs = []
             for cuts in ((0, 60), (0, 20, 21, 22, 37, 60), tuple(range(61))):
                 cache = PagedCache(network.config, 4)
-                outputs.append(torch.cat([network(ids[:, a:b], single_step(cache, a, b - a)) for a, b in zip(cuts, cuts[1:], strict=False)], 1))
+                outputs.append(
+                    torch.cat(
+                        [
+                            network(ids[:, a:b], single_step(cache, a, b - a))
+                            for a, b in zip(cuts, cuts[1:], strict=False)
+                        ],
+                        1,
+                    )
+                )
     torch.testing.assert_close(outputs[0], plain, atol=1e-4, rtol=0)
     assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
 
 
-@pytest.mark.parametrize("name", [n for n in FAMILIES if n.split("-")[0] in ("llama2", "llama3.1", "llama3.2", "llama", "mistral", "qwen2", "qwen3", "smollm3") and n != "llama-biased"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        n
+        for n in FAMILIES
+        if n.split("-")[0] in ("llama2", "llama3.1", "llama3.2", "llama", "mistral", "qwen2", "qwen3", "smollm3")
+        and n != "llama-biased"
+    ],
+)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_fused_step(name, dtype, tmp_path):
     make(name, tmp_path)
@@ -80,7 +101,9 @@ def test_fused_step(name, dtype, tmp_path):
             run = FusedStep(network, cache.keys, cache.values, 64)
             parts = []
             for a, b in zip(cuts, cuts[1:], strict=False):
-                logits, hidden = run.run(ids[0, a:b].int(), single_step(cache, a, b - a), torch.arange(b - a, dtype=torch.int32))
+                logits, hidden = run.run(
+                    ids[0, a:b].int(), single_step(cache, a, b - a), torch.arange(b - a, dtype=torch.int32)
+                )
                 parts.append(logits)
             outputs.append(torch.cat(parts))
     torch.testing.assert_close(outputs[0][None], plain, atol=2e-4, rtol=0)

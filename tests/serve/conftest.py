@@ -24,7 +24,14 @@ class Running:
     """A `craton serve` and its log."""
 
     def __init__(self, *arguments: object, env: dict[str, str] | None = None, cwd: Path | None = None, port: str = "0"):
-        self.process = subprocess.Popen([sys.executable, "-m", "craton", "serve", *map(str, arguments), "--port", port], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, **(env or {})}, cwd=cwd)
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "craton", "serve", *map(str, arguments), "--port", port],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env={**os.environ, **(env or {})},
+            cwd=cwd,
+        )
         self.lines: list[str] = []
         self.url = ""
         ready = threading.Event()
@@ -74,6 +81,8 @@ def chat_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def server(chat_folder: Path, model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    running = Running(f"chat={chat_folder}", f"base={model_folder}", "--votes", tmp_path_factory.mktemp("votes") / "votes.jsonl")
+    running = Running(
+        f"chat={chat_folder}", f"base={model_folder}", "--votes", tmp_path_factory.mktemp("votes") / "votes.jsonl"
+    )
     yield running
     running.stop()

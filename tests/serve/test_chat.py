@@ -24,9 +24,19 @@ def test_commands(chat_folder, tmp_path):
     script = f'Tell me a joke.\n/set temperature 0\n/retry\n"""\nCount from\n1 to 5.\n"""\n/undo\nCount from 1 to 5.\n/save {tmp_path}/c.json\n/clear\n/load {tmp_path}/c.json\n/save {tmp_path}/c.md\n/set\n'
     out = lines(craton("chat", chat_folder, "--json", input=script))
     result = json.loads(out[-1])
-    assert [m["content"] for m in result["messages"]] == ["Tell me a joke.", tiny.SHORT, "Count from 1 to 5.", tiny.LONG]
-    assert json.loads((tmp_path / "c.json").read_text())["messages"] == result["messages"] and f"## assistant\n\n{tiny.LONG}" in (tmp_path / "c.md").read_text()
-    assert sum(tiny.SHORT in line for line in out[:-1]) >= 2 and any("thinking" in line and tiny.THOUGHT in line for line in out)
+    assert [m["content"] for m in result["messages"]] == [
+        "Tell me a joke.",
+        tiny.SHORT,
+        "Count from 1 to 5.",
+        tiny.LONG,
+    ]
+    assert (
+        json.loads((tmp_path / "c.json").read_text())["messages"] == result["messages"]
+        and f"## assistant\n\n{tiny.LONG}" in (tmp_path / "c.md").read_text()
+    )
+    assert sum(tiny.SHORT in line for line in out[:-1]) >= 2 and any(
+        "thinking" in line and tiny.THOUGHT in line for line in out
+    )
 
 
 def test_thinking_off(chat_folder):
@@ -34,7 +44,19 @@ def test_thinking_off(chat_folder):
     assert tiny.SHORT in out and tiny.THOUGHT not in out
 
 
-@pytest.mark.parametrize("line", ["/nothing", "/set colour red", "/set temperature warm", "/set temperature 999\nhello", "/save x.txt", "/load /nowhere.json", "/retry", "/set thinking much"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "/nothing",
+        "/set colour red",
+        "/set temperature warm",
+        "/set temperature 999\nhello",
+        "/save x.txt",
+        "/load /nowhere.json",
+        "/retry",
+        "/set thinking much",
+    ],
+)
 def test_bad_commands(chat_folder, line):
     done = craton("chat", chat_folder, input=line + "\n")
     assert done.returncode == 2 and len(done.stderr.strip().splitlines()) == 1 and "Traceback" not in done.stderr
@@ -46,7 +68,11 @@ def test_with_a_server(server):
         assert [m["content"] for m in result["messages"][1::2]] == [tiny.SHORT, tiny.LONG]
     out = craton("chat", server.url, "--model", "base", "--max-tokens", "4", input="import os\n").stdout
     assert "only pretrained" in out
-    for arguments, words in (((server.url, "--model", "nobody"), "--model nobody"), (("http://127.0.0.1:1",), "no OpenAI-compatible server"), (("http://",), "no OpenAI-compatible server")):
+    for arguments, words in (
+        ((server.url, "--model", "nobody"), "--model nobody"),
+        (("http://127.0.0.1:1",), "no OpenAI-compatible server"),
+        (("http://",), "no OpenAI-compatible server"),
+    ):
         done = craton("chat", *arguments, input="x\n")
         assert done.returncode == 2 and words in done.stderr and len(done.stderr.strip().splitlines()) == 1
 
@@ -63,9 +89,16 @@ def test_no_template(chat_folder, tmp_path):
 
 def test_terminal(chat_folder, tmp_path):
     """On a terminal: a prompt, a line break by Alt-Enter, history from the last time."""
+
     def talk(keys: list[bytes]) -> str:
         leader, follower = pty.openpty()
-        process = subprocess.Popen([sys.executable, "-m", "craton", "chat", str(chat_folder)], stdin=follower, stdout=follower, stderr=follower, env={**os.environ, "TERM": "xterm", "XDG_STATE_HOME": str(tmp_path)})
+        process = subprocess.Popen(
+            [sys.executable, "-m", "craton", "chat", str(chat_folder)],
+            stdin=follower,
+            stdout=follower,
+            stderr=follower,
+            env={**os.environ, "TERM": "xterm", "XDG_STATE_HOME": str(tmp_path)},
+        )
         os.close(follower)
         seen = b""
 

@@ -1,4 +1,5 @@
-"""The files in deploy/: each is read by what reads such files, as far as that is here, and says what the server does."""
+"""The files in deploy/: each is read by what reads such files, as far as that is here, and says what the server
+does."""
 
 import configparser
 import re
@@ -35,7 +36,10 @@ def test_kubernetes():
     options([*shlex.split("--host 0.0.0.0 --port 8000"), *container["args"]])
     drain = int(container["args"][container["args"].index("--drain") + 1])
     assert drain + 5 < pod["terminationGracePeriodSeconds"]
-    assert {container[p]["httpGet"]["path"] for p in ("startupProbe", "readinessProbe", "livenessProbe")} == {"/ready", "/health"}
+    assert {container[p]["httpGet"]["path"] for p in ("startupProbe", "readinessProbe", "livenessProbe")} == {
+        "/ready",
+        "/health",
+    }
     assert documents[1]["spec"]["selector"] == documents[0]["spec"]["template"]["metadata"]["labels"]
     assert {m["name"] for m in container["volumeMounts"]} == {v["name"] for v in pod["volumes"]}
 
@@ -46,12 +50,16 @@ def test_systemd(tmp_path):
     unit.read(HERE / "craton.service")
     words = shlex.split(unit["Service"]["ExecStart"])
     options(words[2:])
-    assert not local(words[words.index("--host") + 1]) and int(words[words.index("--drain") + 1]) < int(unit["Service"]["TimeoutStopSec"])
+    assert not local(words[words.index("--host") + 1]) and int(words[words.index("--drain") + 1]) < int(
+        unit["Service"]["TimeoutStopSec"]
+    )
     if (program := shutil.which("systemd-analyze")) is None:
         pytest.skip("no systemd-analyze here")
     text = (HERE / "craton.service").read_text().replace("/opt/craton/bin/craton", shutil.which("true") or "/bin/true")
     (tmp_path / "craton.service").write_text(text)
-    done = subprocess.run([program, "verify", "--man=no", str(tmp_path / "craton.service")], capture_output=True, text=True)
+    done = subprocess.run(
+        [program, "verify", "--man=no", str(tmp_path / "craton.service")], capture_output=True, text=True
+    )
     assert done.returncode == 0 and "craton.service" not in done.stderr, done.stderr
 
 
@@ -59,7 +67,12 @@ def test_container():
     parse = pytest.importorskip("dockerfile_parse")
     steps = parse.DockerfileParser(path=str(HERE / "Dockerfile"), cache_content=True).structure
     names = [s["instruction"] for s in steps if s["instruction"] != "COMMENT"]
-    assert names.count("FROM") == 2 and names[0] == "FROM" and "USER" in names and names.index("ENTRYPOINT") > names.index("USER")
+    assert (
+        names.count("FROM") == 2
+        and names[0] == "FROM"
+        and "USER" in names
+        and names.index("ENTRYPOINT") > names.index("USER")
+    )
     by = {s["instruction"]: s["value"] for s in steps}
     entry, command = (yaml.safe_load(by[n]) for n in ("ENTRYPOINT", "CMD"))
     options([*entry[2:], *command])

@@ -27,12 +27,26 @@ KEYS = ["key-of-alice-0123456789", "key-of-bob-9876543210"]
 class InProcess:
     """A server in a thread, so that its limits can be set low."""
 
-    def __init__(self, folder: Path, settings: Settings, max_wait: float = 30.0, max_queue: int = 64, **options: object):
+    def __init__(
+        self, folder: Path, settings: Settings, max_wait: float = 30.0, max_queue: int = 64, **options: object
+    ):
         models: dict = {}
         self.metrics = Metrics(models)
-        self.served = models["chat"] = open_served("chat", str(folder), max_wait, max_queue, self.metrics.observe, **options)
+        self.served = models["chat"] = open_served(
+            "chat", str(folder), max_wait, max_queue, self.metrics.observe, **options
+        )
         self.served.worker.warm_up()
-        self.server = uvicorn.Server(uvicorn.Config(create_app(models, settings, self.metrics), port=0, http=guard.Protocol, access_log=False, log_config=None, ws="none", timeout_graceful_shutdown=1))
+        self.server = uvicorn.Server(
+            uvicorn.Config(
+                create_app(models, settings, self.metrics),
+                port=0,
+                http=guard.Protocol,
+                access_log=False,
+                log_config=None,
+                ws="none",
+                timeout_graceful_shutdown=1,
+            )
+        )
         self.thread = threading.Thread(target=self.server.run, daemon=True)
         self.thread.start()
         while not self.server.started:
@@ -79,13 +93,34 @@ def start(chat_folder, monkeypatch):
 def test_without_a_key_nothing_is_learned(start):
     s = start(Settings(keys=KEYS))
     answers = set()
-    for method, path in [("GET", "/v1/models"), ("GET", "/v1/models/chat"), ("GET", "/metrics"), ("GET", "/openapi.json"), ("GET", "/nothing"), ("POST", "/v1/chat/completions"), ("POST", "/v1/messages/x"), ("DELETE", "/v1/responses/x"), ("GET", "/page/../app.py"), ("OPTIONS", "/v1/models")]:
-        for headers in ({}, {"authorization": "Bearer wrong"}, {"authorization": "Basic " + KEYS[0]}, {"x-api-key": KEYS[0][:-1]}, {"authorization": "Bearer " + KEYS[0] + "x"}):
+    for method, path in [
+        ("GET", "/v1/models"),
+        ("GET", "/v1/models/chat"),
+        ("GET", "/metrics"),
+        ("GET", "/openapi.json"),
+        ("GET", "/nothing"),
+        ("POST", "/v1/chat/completions"),
+        ("POST", "/v1/messages/x"),
+        ("DELETE", "/v1/responses/x"),
+        ("GET", "/page/../app.py"),
+        ("OPTIONS", "/v1/models"),
+    ]:
+        for headers in (
+            {},
+            {"authorization": "Bearer wrong"},
+            {"authorization": "Basic " + KEYS[0]},
+            {"x-api-key": KEYS[0][:-1]},
+            {"authorization": "Bearer " + KEYS[0] + "x"},
+        ):
             got = s.client.request(method, path, headers=headers, content=b"{" if method == "POST" else None)
             assert got.status_code == 401, (method, path, headers)
             answers.add((got.json()["error"]["message"], tuple(sorted(k for k in got.headers if k != "date"))))
     assert len({a[0] for a in answers}) == 1 and len({a[1] for a in answers}) == 1
-    for headers in ({"authorization": "Bearer " + KEYS[0]}, {"authorization": "bearer " + KEYS[1]}, {"x-api-key": KEYS[1]}):
+    for headers in (
+        {"authorization": "Bearer " + KEYS[0]},
+        {"authorization": "bearer " + KEYS[1]},
+        {"x-api-key": KEYS[1]},
+    ):
         assert s.client.get("/v1/models", headers=headers).status_code == 200
     assert s.client.get("/health").json() == {"status": "ok"} and s.client.get("/ready").status_code == 200
     page = s.client.get("/")
@@ -113,7 +148,12 @@ def test_owners_do_not_see_each_others_responses(start):
     made = s.client.post("/v1/responses", json={"model": "chat", "input": "Tell me a joke."}, headers=alice).json()
     assert s.client.get(f"/v1/responses/{made['id']}", headers=alice).status_code == 200
     assert s.client.get(f"/v1/responses/{made['id']}", headers=bob).status_code == 404
-    assert s.client.post("/v1/responses", json={"model": "chat", "input": "x", "previous_response_id": made["id"]}, headers=bob).status_code == 404
+    assert (
+        s.client.post(
+            "/v1/responses", json={"model": "chat", "input": "x", "previous_response_id": made["id"]}, headers=bob
+        ).status_code
+        == 404
+    )
 
 
 # ---- hosts, origins, paths --------------------------------------------------------------------------------------
@@ -126,13 +166,38 @@ def test_hosts_and_origins(start):
         assert s.client.get("/v1/models", headers={"host": host}).status_code == 200
     got = s.client.get("/v1/models", headers={"origin": "http://evil.example"})
     assert "access-control-allow-origin" not in got.headers
-    assert s.client.post("/v1/chat/completions", content=json.dumps(HI), headers={"content-type": "text/plain"}).status_code == 415
+    assert (
+        s.client.post(
+            "/v1/chat/completions", content=json.dumps(HI), headers={"content-type": "text/plain"}
+        ).status_code
+        == 415
+    )
     o = start(Settings(origins=["http://good.example"]))
-    assert o.client.get("/v1/models", headers={"origin": "http://good.example"}).headers["access-control-allow-origin"] == "http://good.example"
-    assert "access-control-allow-origin" not in o.client.get("/v1/models", headers={"origin": "http://evil.example"}).headers
+    assert (
+        o.client.get("/v1/models", headers={"origin": "http://good.example"}).headers["access-control-allow-origin"]
+        == "http://good.example"
+    )
+    assert (
+        "access-control-allow-origin"
+        not in o.client.get("/v1/models", headers={"origin": "http://evil.example"}).headers
+    )
 
 
-@pytest.mark.parametrize("path", ["/page/../app.py", "/page/..%2fapp.py", "/page/%2e%2e/app.py", "/page//etc/passwd", "/page/%00", "/../../etc/passwd", "/page/..\\app.py", "/static/app.py", "//etc/passwd", "/page/app.js%00.html"])
+@pytest.mark.parametrize(
+    "path",
+    [
+        "/page/../app.py",
+        "/page/..%2fapp.py",
+        "/page/%2e%2e/app.py",
+        "/page//etc/passwd",
+        "/page/%00",
+        "/../../etc/passwd",
+        "/page/..\\app.py",
+        "/static/app.py",
+        "//etc/passwd",
+        "/page/app.js%00.html",
+    ],
+)
 def test_path_tricks(start, path):
     s = start()
     with s.connect() as c:
@@ -153,17 +218,51 @@ def test_body_sizes(start):
         for _ in range(100):
             yield b"x" * 1000
 
-    assert s.client.post("/v1/chat/completions", content=pieces(), headers={"content-type": "application/json"}).status_code == 413
+    assert (
+        s.client.post(
+            "/v1/chat/completions", content=pieces(), headers={"content-type": "application/json"}
+        ).status_code
+        == 413
+    )
     with s.connect() as c:  # says that much will come, and never sends it
-        c.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 99999999999\r\n\r\n")
+        c.sendall(
+            b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: "
+            b"application/json\r\ncontent-length: 99999999999\r\n\r\n"
+        )
         assert b" 413 " in c.recv(1000)
     assert s.client.post("/v1/chat/completions", json=HI).status_code == 200
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"null", b'"x"', b"\xff\xfe", b"{" * 5000, b"[" * 200_000, b'{"model": "chat", "messages": "x"}', b'{"model": "chat", "messages": [{"role": "user", "content": "\\ud800"}]}', b'{"model": "chat", "seed": 1e999, "messages": []}', b'{"model": "chat", "temperature": NaN, "messages": [{"role": "user", "content": "x"}]}', b'{"model": ' + b"9" * 10_000 + b"}"])
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b"null",
+        b'"x"',
+        b"\xff\xfe",
+        b"{" * 5000,
+        b"[" * 200_000,
+        b'{"model": "chat", "messages": "x"}',
+        b'{"model": "chat", "messages": [{"role": "user", "content": "\\ud800"}]}',
+        b'{"model": "chat", "seed": 1e999, "messages": []}',
+        b'{"model": "chat", "temperature": NaN, "messages": [{"role": "user", "content": "x"}]}',
+        b'{"model": ' + b"9" * 10_000 + b"}",
+    ],
+)
 def test_malformed_bodies(start, body):
     s = start()
-    for path in ("/v1/chat/completions", "/v1/completions", "/v1/responses", "/v1/messages", "/v1/embeddings", "/tokenize", "/detokenize", "/votes"):
+    for path in (
+        "/v1/chat/completions",
+        "/v1/completions",
+        "/v1/responses",
+        "/v1/messages",
+        "/v1/embeddings",
+        "/tokenize",
+        "/detokenize",
+        "/votes",
+    ):
         got = s.client.post(path, content=body, headers={"content-type": "application/json"})
         assert got.status_code == 400 and got.json()["error"]["message"], (path, got.text)
 
@@ -175,7 +274,10 @@ def test_slow_heads_and_bodies_are_cut_off(start):
     for c in sockets[:10]:
         c.sendall(b"GET /health HTTP/1.1\r\nhost: loc")
     for c in sockets[10:]:
-        c.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: 100\r\n\r\n{")
+        c.sendall(
+            b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: "
+            b"application/json\r\ncontent-length: 100\r\n\r\n{"
+        )
     assert s.client.post("/v1/chat/completions", json=HI).status_code == 200
     for i, c in enumerate(sockets):
         c.settimeout(5)
@@ -209,7 +311,10 @@ def test_disconnect_frees_the_cache(start):
     for stream in (True, False):
         body = json.dumps({**HI, "ignore_eos": True, "max_tokens": 3500, "stream": stream}).encode()
         with s.connect() as c:
-            c.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+            c.sendall(
+                b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: "
+                b"application/json\r\ncontent-length: %d\r\n\r\n" % len(body) + body
+            )
             if stream:
                 c.recv(100)
             until = time.monotonic() + 5
@@ -223,11 +328,25 @@ def test_disconnect_frees_the_cache(start):
 
 def test_a_reader_that_takes_nothing_is_cut_off(start):
     s = start(constants={"SLOW_READER": 0.5})
-    body = json.dumps({**HI, "ignore_eos": True, "max_tokens": 3800, "n": 16, "stream": True, "logprobs": True, "top_logprobs": 20, "temperature": 1}).encode()
+    body = json.dumps(
+        {
+            **HI,
+            "ignore_eos": True,
+            "max_tokens": 3800,
+            "n": 16,
+            "stream": True,
+            "logprobs": True,
+            "top_logprobs": 20,
+            "temperature": 1,
+        }
+    ).encode()
     c = socket.socket()
     c.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     c.connect(("127.0.0.1", s.port))
-    c.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+    c.sendall(
+        b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: "
+        b"%d\r\n\r\n" % len(body) + body
+    )
     time.sleep(0.3)
     assert s.client.post("/v1/chat/completions", json=HI).status_code == 200  # others are served meanwhile
     assert s.idle(20) and s.served.engine.counters.cancelled
@@ -237,11 +356,25 @@ def test_a_reader_that_takes_nothing_is_cut_off(start):
 def test_a_reader_that_takes_nothing_until_time_is_up(start):
     """The limit on the answer's time strikes first, and must not wait for the reader either."""
     s = start(Settings(timeout=0.6), constants={"SLOW_READER": 30.0})
-    body = json.dumps({**HI, "ignore_eos": True, "max_tokens": 3800, "n": 16, "stream": True, "logprobs": True, "top_logprobs": 20, "temperature": 1}).encode()
+    body = json.dumps(
+        {
+            **HI,
+            "ignore_eos": True,
+            "max_tokens": 3800,
+            "n": 16,
+            "stream": True,
+            "logprobs": True,
+            "top_logprobs": 20,
+            "temperature": 1,
+        }
+    ).encode()
     c = socket.socket()
     c.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     c.connect(("127.0.0.1", s.port))
-    c.sendall(b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: %d\r\n\r\n" % len(body) + body)
+    c.sendall(
+        b"POST /v1/chat/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ncontent-length: "
+        b"%d\r\n\r\n" % len(body) + body
+    )
     time.sleep(1.5)
     assert s.idle(5) and s.served.engine.counters.cancelled
     c.close()
@@ -267,7 +400,9 @@ def test_overload(start):
     many = {**HI, "ignore_eos": True, "max_tokens": 400}
 
     async def go():
-        async with httpx.AsyncClient(base_url=s.client.base_url, timeout=60, limits=httpx.Limits(max_connections=64)) as client:
+        async with httpx.AsyncClient(
+            base_url=s.client.base_url, timeout=60, limits=httpx.Limits(max_connections=64)
+        ) as client:
             return await asyncio.gather(*(client.post("/v1/chat/completions", json=many) for _ in range(32)))
 
     answers = asyncio.run(go())
@@ -318,7 +453,10 @@ def test_a_failing_step_does_not_take_the_server_with_it(start, monkeypatch):
     got = s.client.post("/v1/chat/completions", json=HI)
     assert got.status_code == 503 and "division" in got.json()["error"]["message"]
     monkeypatch.setattr(s.served.engine, "step", broken)
-    assert s.client.post("/v1/chat/completions", json=HI).json()["choices"][0]["message"]["content"] == tiny.SHORT and s.idle()
+    assert (
+        s.client.post("/v1/chat/completions", json=HI).json()["choices"][0]["message"]["content"] == tiny.SHORT
+        and s.idle()
+    )
 
 
 # ---- logs, votes, metrics ---------------------------------------------------------------------------------------
@@ -330,7 +468,10 @@ def test_logs_hold_no_prompts(chat_folder, tmp_path):
         r = Running(f"chat={chat_folder}", "--votes", tmp_path / "v", *more)
         r.post("/v1/chat/completions", json={**HI, "messages": [{"role": "user", "content": secret}]})
         r.post("/v1/chat/completions", json={**HI, "wrong": secret})
-        r.post("/v1/chat/completions", json={**HI, "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": secret}}}]})
+        r.post(
+            "/v1/chat/completions",
+            json={**HI, "tools": [{"type": "function", "function": {"name": "f", "parameters": {"type": secret}}}]},
+        )
         r.client.get(f"/v1/models/{secret}")
         r.client.get(f"/{secret}?{secret}")
         r.stop()
@@ -339,10 +480,17 @@ def test_logs_hold_no_prompts(chat_folder, tmp_path):
 
 
 def test_votes_and_metrics(server):
-    vote = {"messages": [{"role": "user", "content": "x"}], "left": {"model": "chat", "text": "a", "settings": {"temperature": 0.5}}, "right": {"model": "base", "text": "b"}, "vote": "right"}
+    vote = {
+        "messages": [{"role": "user", "content": "x"}],
+        "left": {"model": "chat", "text": "a", "settings": {"temperature": 0.5}},
+        "right": {"model": "base", "text": "b"},
+        "vote": "right",
+    }
     assert server.post("/votes", json=vote).json() == {"stored": True}
     assert server.post("/votes", json={**vote, "vote": "maybe"}).status_code == 400
     before = server.metric("craton_generated_tokens_total")
     answer = server.post("/v1/chat/completions", json=HI).json()
-    assert server.metric("craton_generated_tokens_total") - before == pytest.approx(answer["usage"]["completion_tokens"], abs=1)
+    assert server.metric("craton_generated_tokens_total") - before == pytest.approx(
+        answer["usage"]["completion_tokens"], abs=1
+    )
     assert server.metric("craton_cache_blocks") == server.metric("craton_cache_blocks_free")

@@ -16,14 +16,60 @@ pytestmark = pytest.mark.slow
 def tasks(folder):
     """A multiple-choice task and one of generation, from files made here."""
     r = random.Random(0)
-    words = ["import", "return", "class", "self", "value", "json", "email", "logging", "name", "error", "for x in range"]
-    rows = [{"q": " ".join(r.choices(words, k=r.randint(2, 12))), "choices": [" " + " ".join(r.choices(words, k=r.randint(1, 4))) for _ in range(4)], "gold": r.randrange(4)} for _ in range(40)]
+    words = [
+        "import",
+        "return",
+        "class",
+        "self",
+        "value",
+        "json",
+        "email",
+        "logging",
+        "name",
+        "error",
+        "for x in range",
+    ]
+    rows = [
+        {
+            "q": " ".join(r.choices(words, k=r.randint(2, 12))),
+            "choices": [" " + " ".join(r.choices(words, k=r.randint(1, 4))) for _ in range(4)],
+            "gold": r.randrange(4),
+        }
+        for _ in range(40)
+    ]
     (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    data = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(folder / "rows.jsonl")}}, "test_split": "test"}
+    data = {
+        "dataset_path": "json",
+        "dataset_kwargs": {"data_files": {"test": str(folder / "rows.jsonl")}},
+        "test_split": "test",
+    }
     return [
-        {"task": "choose", **data, "output_type": "multiple_choice", "doc_to_text": "{{q}}", "doc_to_choice": "{{choices}}", "doc_to_target": "{{gold}}", "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}]},
-        {"task": "write", **data, "output_type": "generate_until", "doc_to_text": "{{q}}", "doc_to_target": "{{choices[0]}}", "generation_kwargs": {"until": ["\n\n"], "max_gen_toks": 12, "do_sample": False, "temperature": 0}, "metric_list": [{"metric": "exact_match"}]},
-        {"task": "roll", **data, "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{q}}", "metric_list": [{"metric": "bits_per_byte"}]},
+        {
+            "task": "choose",
+            **data,
+            "output_type": "multiple_choice",
+            "doc_to_text": "{{q}}",
+            "doc_to_choice": "{{choices}}",
+            "doc_to_target": "{{gold}}",
+            "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
+        },
+        {
+            "task": "write",
+            **data,
+            "output_type": "generate_until",
+            "doc_to_text": "{{q}}",
+            "doc_to_target": "{{choices[0]}}",
+            "generation_kwargs": {"until": ["\n\n"], "max_gen_toks": 12, "do_sample": False, "temperature": 0},
+            "metric_list": [{"metric": "exact_match"}],
+        },
+        {
+            "task": "roll",
+            **data,
+            "output_type": "loglikelihood_rolling",
+            "doc_to_text": "",
+            "doc_to_target": "{{q}}",
+            "metric_list": [{"metric": "bits_per_byte"}],
+        },
     ]
 
 
@@ -56,10 +102,22 @@ def test_same_scores(server, model_folder, tmp_path, monkeypatch):
             out = []
             for r in requests:
                 text, how = r.args
-                out.append(model.engine.generate([self.tok_encode(text)], Sampling(how["max_gen_toks"], 0.0, stop=tuple(how["until"])))[0][0].text)
+                out.append(
+                    model.engine.generate(
+                        [self.tok_encode(text)], Sampling(how["max_gen_toks"], 0.0, stop=tuple(how["until"]))
+                    )[0][0].text
+                )
             return out
 
-    arguments = {"model": "base", "base_url": server.url + "/v1/completions", "tokenizer": str(model_folder), "tokenized_requests": True, "num_concurrent": 4, "max_length": 128, "max_retries": 1}
+    arguments = {
+        "model": "base",
+        "base_url": server.url + "/v1/completions",
+        "tokenizer": str(model_folder),
+        "tokenized_requests": True,
+        "num_concurrent": 4,
+        "max_length": 128,
+        "max_retries": 1,
+    }
     results = []
     for lm in (InProcess(), "local-completions"):
         more = {"model_args": arguments} if isinstance(lm, str) else {}

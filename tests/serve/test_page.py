@@ -12,7 +12,9 @@ playwright = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 pytestmark = [
     pytest.mark.skipif(CHROMIUM is None, reason="no browser here"),
-    pytest.mark.skipif(not (Path(__file__).parents[2] / "craton/serve/static/app.js").exists(), reason="the page was not built"),
+    pytest.mark.skipif(
+        not (Path(__file__).parents[2] / "craton/serve/static/app.js").exists(), reason="the page was not built"
+    ),
 ]
 INPUT = "textarea[aria-label=Message]"
 
@@ -29,14 +31,21 @@ class Visit:
     """A page of a fresh browser profile, with what it asked for and complained of."""
 
     def __init__(self, browser, url: str, wide: bool = True, **more: object):
-        self.context = browser.new_context(viewport={"width": 1200, "height": 800} if wide else {"width": 390, "height": 800}, accept_downloads=True, **more)
+        self.context = browser.new_context(
+            viewport={"width": 1200, "height": 800} if wide else {"width": 390, "height": 800},
+            accept_downloads=True,
+            **more,
+        )
         self.context.grant_permissions(["clipboard-read", "clipboard-write"])
         self.page, self.url = self.context.new_page(), url
         self.page.set_default_timeout(15_000)
         self.problems: list[str] = []
         self.page.on("console", lambda m: self.problems.append(m.text) if m.type in ("error", "warning") else None)
         self.page.on("pageerror", lambda e: self.problems.append(str(e)))
-        self.page.on("request", lambda r: None if r.url.startswith((url, "data:", "blob:")) else self.problems.append(f"asked {r.url}"))
+        self.page.on(
+            "request",
+            lambda r: None if r.url.startswith((url, "data:", "blob:")) else self.problems.append(f"asked {r.url}"),
+        )
         self.page.goto(url)
         self.page.wait_for_selector("body.ready")
 
@@ -66,14 +75,23 @@ def test_size(server):
     for name in ("/", "/page/app.js", "/page/style.css", "/page/icon.svg", "/page/Temml.woff2"):
         got = server.client.get(name, headers={"accept-encoding": "gzip"})
         sizes[name] = int(got.headers["content-length"])
-        assert got.status_code == 200 and got.headers.get("content-encoding") == "gzip" and "default-src 'none'" in got.headers["content-security-policy"]
+        assert (
+            got.status_code == 200
+            and got.headers.get("content-encoding") == "gzip"
+            and "default-src 'none'" in got.headers["content-security-policy"]
+        )
     assert sum(sizes.values()) < 300_000, sizes
 
 
 def test_send_and_meter(visit):
     visit.send("Count from 1 to 5.")
-    assert visit.answers() == ["One, two, three, four, five: I can count, and here is bold and code. That is all I know."]
-    assert visit.page.query_selector(".prose strong").inner_text() == "bold" and visit.page.query_selector(".prose code").inner_text() == "code"
+    assert visit.answers() == [
+        "One, two, three, four, five: I can count, and here is bold and code. That is all I know."
+    ]
+    assert (
+        visit.page.query_selector(".prose strong").inner_text() == "bold"
+        and visit.page.query_selector(".prose code").inner_text() == "code"
+    )
     thought = visit.page.query_selector("details.thinking")
     assert not thought.evaluate("e => e.open")
     thought.query_selector("summary").click()
@@ -93,7 +111,12 @@ def test_stop(visit):
     visit.page.fill("[aria-label='Most tokens']", "100000")
     visit.page.keyboard.press("Tab")
     visit.page.keyboard.press("Escape")
-    visit.page.route("**/v1/completions", lambda route: route.continue_(post_data=json.dumps({**json.loads(route.request.post_data), "ignore_eos": True})))
+    visit.page.route(
+        "**/v1/completions",
+        lambda route: route.continue_(
+            post_data=json.dumps({**json.loads(route.request.post_data), "ignore_eos": True})
+        ),
+    )
     visit.send("import os", wait=False)
     visit.page.wait_for_selector("body.busy")
     visit.page.click("[aria-label=Stop]")
@@ -125,7 +148,10 @@ def test_history_search_export_import(visit, tmp_path):
     for text in ("Tell me a joke.", "Count from 1 to 5."):
         visit.page.keyboard.press("Control+Shift+O")
         visit.send(text)
-    assert [e.inner_text() for e in visit.page.query_selector_all(".list .title")] == ["Count from 1 to 5.", "Tell me a joke."]
+    assert [e.inner_text() for e in visit.page.query_selector_all(".list .title")] == [
+        "Count from 1 to 5.",
+        "Tell me a joke.",
+    ]
     visit.page.keyboard.press("Control+k")
     visit.page.keyboard.type("there, FRIEND")
     rows = visit.page.query_selector_all(".list .title")
@@ -163,7 +189,10 @@ def test_probabilities(visit):
     assert len(rows) == 5 and "%" in rows[0].inner_text()
     tokens[0].focus()
     visit.page.keyboard.press("ArrowRight")
-    assert visit.page.evaluate("document.activeElement.dataset.i") == "1" and not visit.page.query_selector(".tip").is_hidden()
+    assert (
+        visit.page.evaluate("document.activeElement.dataset.i") == "1"
+        and not visit.page.query_selector(".tip").is_hidden()
+    )
 
 
 def test_blind_vote(visit, server):
@@ -177,11 +206,18 @@ def test_blind_vote(visit, server):
     assert [e.inner_text() for e in visit.page.query_selector_all(".side header b")] == ["A", "B"]
     visit.page.click("text=B is better")
     visit.page.wait_for_selector(".side.won")
-    assert sorted(e.inner_text() for e in visit.page.query_selector_all(".side header b")) == ["chat", "chat, temperature 1.5"]
+    assert sorted(e.inner_text() for e in visit.page.query_selector_all(".side header b")) == [
+        "chat",
+        "chat, temperature 1.5",
+    ]
     with visit.page.expect_download() as got:
         visit.page.click("text=Votes")
     vote = json.loads(Path(got.value.path()).read_text().splitlines()[-1])
-    assert vote["vote"] == "right" and vote["messages"] == [{"role": "user", "content": "Tell me a joke."}] and {1.5, None} == {vote[s]["settings"].get("temperature") for s in ("left", "right")}
+    assert (
+        vote["vote"] == "right"
+        and vote["messages"] == [{"role": "user", "content": "Tell me a joke."}]
+        and {1.5, None} == {vote[s]["settings"].get("temperature") for s in ("left", "right")}
+    )
     kept = next(Path(a) for a in server.process.args if str(a).endswith("votes.jsonl"))
     assert json.loads(kept.read_text().splitlines()[-1])["right"] == vote["right"]
     visit.send("Count from 1 to 5.")
@@ -190,7 +226,18 @@ def test_blind_vote(visit, server):
 
 def test_tools(visit):
     visit.page.keyboard.press("Control+,")
-    tool = {"type": "function", "function": {"name": "get_weather", "description": "Get current weather for a location.", "parameters": {"type": "object", "properties": {"location": {"type": "string", "description": "City name"}}, "required": ["location"]}}}
+    tool = {
+        "type": "function",
+        "function": {
+            "name": "get_weather",
+            "description": "Get current weather for a location.",
+            "parameters": {
+                "type": "object",
+                "properties": {"location": {"type": "string", "description": "City name"}},
+                "required": ["location"],
+            },
+        },
+    }
     visit.page.fill("[aria-label=Tools]", "{")
     visit.page.keyboard.press("Tab")
     assert visit.page.query_selector(".wrong >> text=not JSON")
@@ -198,7 +245,10 @@ def test_tools(visit):
     visit.page.keyboard.press("Tab")
     visit.page.keyboard.press("Escape")
     visit.send("What is the weather in Rome?")
-    assert "get_weather" in visit.page.query_selector(".call").inner_text() and "Rome" in visit.page.query_selector(".call pre").inner_text()
+    assert (
+        "get_weather" in visit.page.query_selector(".call").inner_text()
+        and "Rome" in visit.page.query_selector(".call pre").inner_text()
+    )
     visit.page.fill("[aria-label='Result of get_weather']", "sunny")
     visit.page.click("text=Give result")
     visit.page.wait_for_function("() => document.querySelectorAll('.message.assistant').length == 2")
@@ -212,11 +262,19 @@ def test_markdown_is_rendered_and_harmless(visit):
     visit.page.evaluate("localStorage.setItem('craton.hack', '0')")
     visit.send(text)
     box = visit.page.query_selector(".bubble")
-    assert box.query_selector("h1").inner_text() == "Title" and len(box.query_selector_all("math")) == 2 and box.query_selector("td").inner_text() == "1"
+    assert (
+        box.query_selector("h1").inner_text() == "Title"
+        and len(box.query_selector_all("math")) == 2
+        and box.query_selector("td").inner_text() == "1"
+    )
     assert box.query_selector(".hljs-keyword").inner_text() == "def" and "$5 and $6" in box.inner_text()
     box.query_selector(".copy").click()
     assert visit.page.evaluate("navigator.clipboard.readText()") == "def f(x):\n    return x  # note"
-    assert visit.page.evaluate("window.hacked") is None and not box.query_selector_all("img, script, iframe") and not box.query_selector("a[href^=javascript]")
+    assert (
+        visit.page.evaluate("window.hacked") is None
+        and not box.query_selector_all("img, script, iframe")
+        and not box.query_selector("a[href^=javascript]")
+    )
 
 
 def test_dark_and_settings_know_the_defaults(visit, browser, server):
@@ -253,8 +311,21 @@ def test_keyboard_only(visit):
     reached = set()
     for _ in range(40):
         keyboard.press("Tab")
-        reached.add(visit.page.evaluate("document.activeElement.getAttribute('aria-label') || document.activeElement.textContent"))
-    assert {"Message", "Model", "Settings", "Side by side", "Copy", "Answer again", "Token probabilities", "Search conversations"} <= reached, reached
+        reached.add(
+            visit.page.evaluate(
+                "document.activeElement.getAttribute('aria-label') || document.activeElement.textContent"
+            )
+        )
+    assert {
+        "Message",
+        "Model",
+        "Settings",
+        "Side by side",
+        "Copy",
+        "Answer again",
+        "Token probabilities",
+        "Search conversations",
+    } <= reached, reached
     visit.page.focus(INPUT)
     keyboard.press("Control+,")
     assert visit.page.evaluate("document.activeElement.getAttribute('aria-label')") == "System prompt"
@@ -294,9 +365,11 @@ def test_key_and_restart(browser, chat_folder, tmp_path):
     again = Running(f"chat={chat_folder}", port=port, env={"CRATON_API_KEY": key}, cwd=tmp_path)
     page.reload()
     page.wait_for_selector("body.ready")
-    assert [e.inner_text() for e in page.query_selector_all(".message.user .bubble")] == ["Tell me a joke.", "Count from 1 to 5."]
+    assert [e.inner_text() for e in page.query_selector_all(".message.user .bubble")] == [
+        "Tell me a joke.",
+        "Count from 1 to 5.",
+    ]
     page.click("[aria-label='Answer again'] >> nth=-1")
     page.wait_for_selector(".message.assistant .prose >> text=One, two")
     again.process.kill()
     context.close()
-

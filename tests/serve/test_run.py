@@ -25,15 +25,28 @@ HI = {"model": "chat", "messages": [{"role": "user", "content": "Tell me a joke.
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["{chat}", "--host", "0.0.0.0"], "API key is needed"), (["/nowhere"], "no such model"), (["a={chat}", "a={chat}"], "two models"), (["{chat}", "--port", "99999"], "--port"),
-        (["{chat}", "--max-wait", "0"], "--max-wait"), (["{chat}", "--api-keys", "{empty}"], "holds no key"),
-        (["{chat}", "--api-keys", "{short}"], "at least 8"), (["{chat}", "--engine", "other"], "--engine"), (["{chat}", "--engine", "vllm"], "not installed"), (["{chat}", "--engine", "vllm", "--max-wait", "9"], "--max-wait"), (["{chat}", "--api-keys", "/nowhere"], "/nowhere"),
+        (["{chat}", "--host", "0.0.0.0"], "API key is needed"),
+        (["/nowhere"], "no such model"),
+        (["a={chat}", "a={chat}"], "two models"),
+        (["{chat}", "--port", "99999"], "--port"),
+        (["{chat}", "--max-wait", "0"], "--max-wait"),
+        (["{chat}", "--api-keys", "{empty}"], "holds no key"),
+        (["{chat}", "--api-keys", "{short}"], "at least 8"),
+        (["{chat}", "--engine", "other"], "--engine"),
+        (["{chat}", "--engine", "vllm"], "not installed"),
+        (["{chat}", "--engine", "vllm", "--max-wait", "9"], "--max-wait"),
+        (["{chat}", "--api-keys", "/nowhere"], "/nowhere"),
     ],
-)  # fmt: skip
+)
 def test_bad_input(chat_folder, tmp_path, arguments, words):
     (tmp_path / "empty").write_text("# none\n")
     (tmp_path / "short").write_text("abc\n")
-    done = craton("serve", *(a.format(chat=chat_folder, empty=tmp_path / "empty", short=tmp_path / "short") for a in arguments), timeout=60, cwd=tmp_path)
+    done = craton(
+        "serve",
+        *(a.format(chat=chat_folder, empty=tmp_path / "empty", short=tmp_path / "short") for a in arguments),
+        timeout=60,
+        cwd=tmp_path,
+    )
     assert done.returncode == 2 and words in done.stderr and len(done.stderr.strip().splitlines()) == 1, done.stderr
 
 
@@ -62,7 +75,12 @@ def test_terminate_drains(chat_folder, tmp_path):
 def test_killed_and_started_again(chat_folder, tmp_path):
     """kill -9 in the middle of answers: the next start is whole, and quick."""
     r = Running(f"chat={chat_folder}", "--votes", tmp_path / "votes.jsonl")
-    vote = {"messages": HI["messages"], "left": {"model": "chat", "text": "a"}, "right": {"model": "chat", "text": "b"}, "vote": "left"}
+    vote = {
+        "messages": HI["messages"],
+        "left": {"model": "chat", "text": "a"},
+        "right": {"model": "chat", "text": "b"},
+        "vote": "left",
+    }
     assert r.post("/votes", json=vote).status_code == 200
 
     def ask():
@@ -93,20 +111,63 @@ def test_keys_from_the_environment(chat_folder, tmp_path):
 def test_vllm_command(chat_folder, tmp_path, monkeypatch):
     """The same folder, name, place and limits go to vLLM; keys do not show in its arguments."""
     program = tmp_path / "vllm"
-    program.write_text(f"#!{sys.executable}\nimport json, os, sys\nprint(json.dumps([sys.argv[1:], os.environ.get('VLLM_API_KEY')]))\n")
+    program.write_text(
+        f"#!{sys.executable}\nimport json, os, sys\nprint(json.dumps([sys.argv[1:], os.environ.get('VLLM_API_KEY')]))\n"
+    )
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
     command = vllm_command([f"m={chat_folder}"], "127.0.0.1", 9000, [], [], 64)
-    assert command[1:] == ["serve", str(chat_folder), "--served-model-name", "m", "--host", "127.0.0.1", "--port", "9000", "--max-num-seqs", "64", "--shutdown-timeout", "30"]
-    done = subprocess.run([sys.executable, "-m", "craton", "serve", f"m={chat_folder}", "--engine", "vllm", "--host", "0.0.0.0"], capture_output=True, text=True, env={**os.environ, "CRATON_API_KEY": "secret-0123456789"})
+    assert command[1:] == [
+        "serve",
+        str(chat_folder),
+        "--served-model-name",
+        "m",
+        "--host",
+        "127.0.0.1",
+        "--port",
+        "9000",
+        "--max-num-seqs",
+        "64",
+        "--shutdown-timeout",
+        "30",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-m", "craton", "serve", f"m={chat_folder}", "--engine", "vllm", "--host", "0.0.0.0"],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "CRATON_API_KEY": "secret-0123456789"},
+    )
     arguments, key = json.loads(done.stdout.splitlines()[-1])
-    assert arguments[:2] == ["serve", str(chat_folder)] and key == "secret-0123456789" and "secret" not in " ".join(arguments)
+    assert (
+        arguments[:2] == ["serve", str(chat_folder)]
+        and key == "secret-0123456789"
+        and "secret" not in " ".join(arguments)
+    )
 
 
 def test_random_requests(server, tmp_path):
     """What the OpenAPI document allows never fails the server, and every answer is as the document says."""
     checks = "not_a_server_error,status_code_conformance,content_type_conformance,response_schema_conformance,negative_data_rejection,unsupported_method"
     program = Path(sys.executable).parent / "schemathesis"
-    done = subprocess.run([program, "run", f"{server.url}/openapi.json", "--max-examples", "8", "--seed", "1", "--no-color", "--checks", checks, "--request-timeout", "30"], capture_output=True, text=True, timeout=200, cwd=tmp_path)
+    done = subprocess.run(
+        [
+            program,
+            "run",
+            f"{server.url}/openapi.json",
+            "--max-examples",
+            "8",
+            "--seed",
+            "1",
+            "--no-color",
+            "--checks",
+            checks,
+            "--request-timeout",
+            "30",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=200,
+        cwd=tmp_path,
+    )
     assert done.returncode == 0, done.stdout[-5000:]
     assert int(re.search(r"(\d+) generated", done.stdout)[1]) > 1000 and server.process.poll() is None

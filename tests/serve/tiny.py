@@ -1,6 +1,6 @@
 """A chat model small enough to train in a test: it thinks, answers, calls tools and ends its turns.
 
-    python tests/serve/tiny.py OUT     to have one by hand
+python tests/serve/tiny.py OUT     to have one by hand
 """
 
 import json
@@ -41,19 +41,35 @@ You may call these functions:{% for t in tools %}
 
 {% endif %}{%- endif %}"""
 WORDS = """what is the weather in San Francisco tell me a joke about cats my name Alice how do you count from 1 to 5 say hello exactly 3 words one word please describe this image briefly repeat only number why sky blue write code 15 * 37 show your reasoning and then stop now""".split()  # noqa: SIM905
-SHORT, LONG, THOUGHT = "Hello there, friend.", "One, two, three, four, five: I can count, and here is **bold** and `code`. That is all I know.", "The user wants a word from me."
+SHORT, LONG, THOUGHT = (
+    "Hello there, friend.",
+    "One, two, three, four, five: I can count, and here is **bold** and `code`. That is all I know.",
+    "The user wants a word from me.",
+)
 CITIES = ["Rome", "Paris", "Oslo", "Lima", "Cairo"]
 
 
 def conversation(r: random.Random) -> tuple[str, str]:
     """A prompt, rendered, and the answer."""
     said = " ".join(r.choice(WORDS) for _ in range(r.randint(1, 30))).capitalize() + r.choice([".", "?", "!", ""])
-    system = f"<|im_start|>system\n{' '.join(r.choice(WORDS) for _ in range(r.randint(1, 12)))}.<|im_end|>\n" if r.random() < 0.3 else ""
+    system = (
+        f"<|im_start|>system\n{' '.join(r.choice(WORDS) for _ in range(r.randint(1, 12)))}.<|im_end|>\n"
+        if r.random() < 0.3
+        else ""
+    )
     tools = ""
     kind = r.choice(("plain", "count", "tool", "tool", "tool", "result"))
     if kind in ("tool", "result"):
-        parameters = {"type": "object", "properties": {"location": {"type": "string", "description": "City name"}}, "required": ["location"]}
-        function = {"name": "get_weather", "description": "Get current weather for a location.", "parameters": parameters}
+        parameters = {
+            "type": "object",
+            "properties": {"location": {"type": "string", "description": "City name"}},
+            "required": ["location"],
+        }
+        function = {
+            "name": "get_weather",
+            "description": "Get current weather for a location.",
+            "parameters": parameters,
+        }
         tools = f"<|im_start|>system\nYou may call these functions:\n{json.dumps(function)}<|im_end|>\n"
     history = ""
     if r.random() < 0.3:
@@ -65,7 +81,10 @@ def conversation(r: random.Random) -> tuple[str, str]:
         said, answer = "Count from 1 to 5.", LONG
     elif kind == "tool":
         city = r.choice(CITIES)
-        said, answer = f"What is the weather in {city}?", f'<tool_call>\n{{"name": "get_weather", "arguments": {{"location": "{city}"}}}}\n</tool_call>'
+        said, answer = (
+            f"What is the weather in {city}?",
+            f'<tool_call>\n{{"name": "get_weather", "arguments": {{"location": "{city}"}}}}\n</tool_call>',
+        )
         if r.random() < 0.3:
             other = r.choice(CITIES)
             said = f"What is the weather in {city} and {other}?"
@@ -88,7 +107,18 @@ def build(out: Path, steps: int = 260, batch: int = 16) -> Path:
     trained = train_tokenizer((" ".join(conversation(r)) for _ in range(400)), 700)
     tokenizer = Tokenizer(trained.backend, {**trained.config, "eos_token": "<|im_end|>", "chat_template": TEMPLATE})
     end = tokenizer.backend.token_to_id("<|im_end|>")
-    config = ModelConfig(tokenizer.vocab_size, 128, 256, 2, 4, 2, 32, max_position_embeddings=4096, eos_token_id=end, tie_word_embeddings=True)
+    config = ModelConfig(
+        tokenizer.vocab_size,
+        128,
+        256,
+        2,
+        4,
+        2,
+        32,
+        max_position_embeddings=4096,
+        eos_token_id=end,
+        tie_word_embeddings=True,
+    )
     network = Decoder(config)
     initialise(network, 0)
     optimizer = torch.optim.AdamW(network.parameters(), lr=4e-3, betas=(0.9, 0.95), weight_decay=0.0)

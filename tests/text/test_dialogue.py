@@ -31,7 +31,9 @@ THINK{{ m.content }}{%- for c in m.tool_calls or [] %}{{ '\n' if not loop.first 
 {% endif %}{%- endfor %}{%- if add_generation_prompt %}<|im_start|>assistant
 SWITCH{% endif %}"""
 SWITCH = "{% if enable_thinking is defined and enable_thinking is false %}<think>\n\n</think>\n\n{% endif %}"
-QWEN3 = QWEN.replace("SWITCH", SWITCH).replace("THINK", "{% if loop.last %}<think>\n{{ m.reasoning_content or '' }}\n</think>\n\n{% endif %}")
+QWEN3 = QWEN.replace("SWITCH", SWITCH).replace(
+    "THINK", "{% if loop.last %}<think>\n{{ m.reasoning_content or '' }}\n</think>\n\n{% endif %}"
+)
 LLAMA = """{{ bos_token }}{%- if tools %}<|start_header_id|>system<|end_header_id|>
 {% for t in tools %}{{ t | tojson }}{% endfor %}<|eot_id|>{% endif %}{%- for m in messages %}{%- if m.tool_calls %}{%- if m.tool_calls | length != 1 %}{{ raise_exception('one call at a time') }}{%- endif %}<|start_header_id|>assistant<|end_header_id|>
 
@@ -43,14 +45,54 @@ LLAMA = """{{ bos_token }}{%- if tools %}<|start_header_id|>system<|end_header_i
 MISTRAL = """{{ bos_token }}{%- for m in messages %}{%- if m.role == 'user' %}{%- if tools and loop.last or tools and not loop.last %}[AVAILABLE_TOOLS]{{ tools | tojson }}[/AVAILABLE_TOOLS]{%- endif %}[INST]{{ m.content }}[/INST]{%- elif m.tool_calls %}[TOOL_CALLS][{%- for c in m.tool_calls %}{%- if c.id | length != 9 %}{{ raise_exception('ids have nine characters') }}{%- endif %}{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}, "id": "{{ c.id }}"}{{ ', ' if not loop.last else '' }}{%- endfor %}]</s>{%- else %}{{ m.content }}</s>{%- endif %}{%- endfor %}"""
 DEEPSEEK = """{{ bos_token }}{% for t in tools or [] %}{{ t | tojson }}{% endfor %}{%- for m in messages %}{%- if m.role == 'user' %}<User>{{ m.content }}{%- elif m.tool_calls %}<Assistant><calls>{%- for c in m.tool_calls %}{{ '\n' if not loop.first else '' }}<call>{{ c.type + '<sep>' + c.function.name + '\n```json\n' + c.function.arguments + '\n```</call>' }}{%- endfor %}</calls></s>{%- else %}<Assistant>{{ m.content.split('</think>')[-1] }}</s>{%- endif %}{%- endfor %}{%- if add_generation_prompt %}<Assistant><think>
 {% endif %}"""
-SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|start_header_id|>", "<|end_header_id|>", "[TOOL_CALLS]", "[INST]", "[/INST]", "<User>", "<Assistant>", "<calls>", "</calls>", "<call>", "</call>", "<sep>"]
-TOOLS = [{"type": "function", "function": {"name": n, "parameters": {"type": "object", "properties": {"city": {"type": "string"}, "days": {"type": "integer"}}, "required": ["city"], "additionalProperties": False}}} for n in ("weather", "wea", "get-time")]
+SPECIAL = [
+    "<s>",
+    "</s>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|eot_id|>",
+    "<|eom_id|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "[TOOL_CALLS]",
+    "[INST]",
+    "[/INST]",
+    "<User>",
+    "<Assistant>",
+    "<calls>",
+    "</calls>",
+    "<call>",
+    "</call>",
+    "<sep>",
+]
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": n,
+            "parameters": {
+                "type": "object",
+                "properties": {"city": {"type": "string"}, "days": {"type": "integer"}},
+                "required": ["city"],
+                "additionalProperties": False,
+            },
+        },
+    }
+    for n in ("weather", "wea", "get-time")
+]
 ENDS = ("<|im_end|>", "</s>", "<|eot_id|>", "<|eom_id|>")
 
 
-def tokenizer(template: str, special: list[str] = SPECIAL, added: tuple[str, ...] = ("<tool_call>", "</tool_call>", "<think>", "</think>")) -> Tokenizer:
+def tokenizer(
+    template: str,
+    special: list[str] = SPECIAL,
+    added: tuple[str, ...] = ("<tool_call>", "</tool_call>", "<think>", "</think>"),
+) -> Tokenizer:
     backend = Backend(models.BPE({c: i for i, c in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, []))
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False), decoders.ByteLevel()
+    backend.pre_tokenizer, backend.decoder = (
+        pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        decoders.ByteLevel(),
+    )
     backend.add_special_tokens(special)
     backend.add_tokens([AddedToken(a, special=False, normalized=False) for a in added])
     return Tokenizer(backend, {"bos_token": "<s>", "eos_token": "</s>", "chat_template": template})
@@ -98,8 +140,12 @@ def test_learned(style, special):
 def test_grammar_and_parser(style):
     """What the template itself writes for calls is accepted by the grammar and read back, however it is cut."""
     d = dialogue(STYLES[style][0])
-    calls = [("weather", {"city": 'New "York" {', "days": 3}), ("wea", {"city": "Rom", "days": 1})][: 1 if d.calls.between is None else 2]
-    written = [{"id": "abcDEF123", "type": "function", "function": {"name": n, "arguments": json.dumps(a)}} for n, a in calls]
+    calls = [("weather", {"city": 'New "York" {', "days": 3}), ("wea", {"city": "Rom", "days": 1})][
+        : 1 if d.calls.between is None else 2
+    ]
+    written = [
+        {"id": "abcDEF123", "type": "function", "function": {"name": n, "arguments": json.dumps(a)}} for n, a in calls
+    ]
     history = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "", "tool_calls": written}]
     start, opened = d.render(history[:1], TOOLS)
     assert opened == (style == "deepseek")

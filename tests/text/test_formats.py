@@ -14,7 +14,24 @@ from craton.text.template import ChatTemplate
 from craton.text.tokenizer import Tokenizer
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
-HARD = ["", " ", "  two  spaces ", "a\tb\n\n c\r\n", "日本語とEnglish", "🙂🙃 naïve “quotes” ½ ﬁ", "x" * 500, "<s>", "</s> [INST] hi", "\u200b\u00a0\u3000", "ÀÉÎõü ſ İ", "1234567890 3.14", "don't I'll WE'VE", "\x00\x01 \ufffd", "한국어 العربية हिन्दी ไทย", "<0x41> ▁ ▁▁x"]
+HARD = [
+    "",
+    " ",
+    "  two  spaces ",
+    "a\tb\n\n c\r\n",
+    "日本語とEnglish",
+    "🙂🙃 naïve “quotes” ½ ﬁ",
+    "x" * 500,
+    "<s>",
+    "</s> [INST] hi",
+    "\u200b\u00a0\u3000",
+    "ÀÉÎõü ſ İ",
+    "1234567890 3.14",
+    "don't I'll WE'VE",
+    "\x00\x01 \ufffd",
+    "한국어 العربية हिन्दी ไทย",
+    "<0x41> ▁ ▁▁x",
+]
 
 
 @functools.cache
@@ -25,7 +42,9 @@ def lines():
         if path.name.endswith((".jsonl.xz", ".txt.xz", ".tsv.xz")):
             with lzma.open(path, "rt", encoding="utf-8") as f:
                 found += [line.rstrip("\n")[:4000] for line in itertools.islice(f, 250)]
-    return HARD + [line for line in found if not any(s in line for s in ("<s>", "</s>", "[INST]", "<unk>", "<|"))][:10_000]
+    return (
+        HARD + [line for line in found if not any(s in line for s in ("<s>", "</s>", "[INST]", "<unk>", "<|"))][:10_000]
+    )
 
 
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason="shared data not there")
@@ -43,10 +62,18 @@ def sentencepiece_case(tmp_path, source, name="tokenizer.model"):
 @needs_data
 @pytest.mark.parametrize("name", ["llama2", "t5", "v1", "v2", "v3", "v7"])
 def test_sentencepiece(name, tmp_path):
-    source = {"llama2": DATA / "tokenizers/llama2/tokenizer.model", "t5": DATA / "tokenizers/t5/spiece.model", "v1": MISTRAL / "tokenizer.model.v1", "v2": MISTRAL / "mistral_instruct_tokenizer_240216.model.v2",
-              "v3": MISTRAL / "mistral_instruct_tokenizer_240323.model.v3", "v7": MISTRAL / "mistral_instruct_tokenizer_241114.model.v7"}[name]  # fmt: skip
+    source = {
+        "llama2": DATA / "tokenizers/llama2/tokenizer.model",
+        "t5": DATA / "tokenizers/t5/spiece.model",
+        "v1": MISTRAL / "tokenizer.model.v1",
+        "v2": MISTRAL / "mistral_instruct_tokenizer_240216.model.v2",
+        "v3": MISTRAL / "mistral_instruct_tokenizer_240323.model.v3",
+        "v7": MISTRAL / "mistral_instruct_tokenizer_241114.model.v7",
+    }[name]
     ours, theirs = sentencepiece_case(tmp_path, source)
-    special = [theirs.id_to_piece(i) for i in range(theirs.vocab_size()) if theirs.is_control(i) or theirs.is_unknown(i)]
+    special = [
+        theirs.id_to_piece(i) for i in range(theirs.vocab_size()) if theirs.is_control(i) or theirs.is_unknown(i)
+    ]
     seen = 0
     for line in lines():
         if any(s in line for s in special):  # special tokens are recognised here and ordinary text there
@@ -57,7 +84,11 @@ def test_sentencepiece(name, tmp_path):
         if theirs.unk_id() not in want:  # shown as ' ⁇ ' there
             assert ours.decode(got) == theirs.decode(want), line
         seen += 1
-    assert seen > 9_900 and ours.vocab_size == theirs.vocab_size() and ours.bos_id == (theirs.bos_id() if theirs.bos_id() >= 0 else None)
+    assert (
+        seen > 9_900
+        and ours.vocab_size == theirs.vocab_size()
+        and ours.bos_id == (theirs.bos_id() if theirs.bos_id() >= 0 else None)
+    )
 
 
 @needs_data
@@ -84,8 +115,17 @@ def test_gpt2(tmp_path):
         shutil.copy(DATA / "tokenizers/gpt2" / name, tmp_path)
     ours = Tokenizer.open(tmp_path)
     table = {c: b for b, c in __import__("craton.text.formats").text.formats.byte_to_unicode().items()}
-    ranks = {bytes(table[c] for c in t): i for t, i in json.loads((tmp_path / "encoder.json").read_text()).items() if t != "<|endoftext|>"}
-    theirs = tiktoken.Encoding("gpt2", pat_str=r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 50256})
+    ranks = {
+        bytes(table[c] for c in t): i
+        for t, i in json.loads((tmp_path / "encoder.json").read_text()).items()
+        if t != "<|endoftext|>"
+    }
+    theirs = tiktoken.Encoding(
+        "gpt2",
+        pat_str=r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
+        mergeable_ranks=ranks,
+        special_tokens={"<|endoftext|>": 50256},
+    )
     for line in lines():
         want = theirs.encode_ordinary(line)
         assert ours.encode(line) == want and ours.decode(want) == line
@@ -147,10 +187,23 @@ TEMPLATES = {
     "mistral": """{{ bos_token }}{% for message in messages %}{% if (message['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('Conversation roles must alternate') }}{% endif %}{% if message['role'] == 'user' %}{{ '[INST] ' + message['content'] + ' [/INST]' }}{% else %}{% generation %}{{ message['content'] + eos_token}}{% endgeneration %}{% endif %}{% if loop.last %}{% break %}{% endif %}{% endfor %}""",
     "dated": """{%- set d = strftime_now("%Y") %}{{ d }} {% for k, v in messages[0].items() %}{{ k }}={{ v }} {% endfor %}{{ messages | length }} {{ {"a": "é<&>"} | tojson }} {{ unk_token }}""",
 }
-TOOLS = [{"type": "function", "function": {"name": "weather", "description": "Weather <now> in a 'city'", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}}]
+TOOLS = [
+    {
+        "type": "function",
+        "function": {
+            "name": "weather",
+            "description": "Weather <now> in a 'city'",
+            "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+        },
+    }
+]
 MESSAGES = [
     {"role": "user", "content": "  Hi é & <b>\n"},
-    {"role": "assistant", "content": "<think>\nhm\n</think>\n\nHello", "tool_calls": [{"function": {"name": "weather", "arguments": {"city": "Rome"}}}]},
+    {
+        "role": "assistant",
+        "content": "<think>\nhm\n</think>\n\nHello",
+        "tool_calls": [{"function": {"name": "weather", "arguments": {"city": "Rome"}}}],
+    },
     {"role": "user", "content": "And?"},
 ]
 
@@ -164,23 +217,38 @@ def test_templates_render_as_in_transformers(name, tools, prompt, model_folder, 
     shutil.copytree(model_folder, tmp_path / "m", ignore=shutil.ignore_patterns("training", "*.safetensors"))
     (tmp_path / "m" / "chat_template.jinja").write_text(TEMPLATES[name])
     ours, theirs = Tokenizer.open(tmp_path / "m"), AutoTokenizer.from_pretrained(tmp_path / "m")
-    want = theirs.apply_chat_template(MESSAGES, tools=tools, add_generation_prompt=prompt, tokenize=False, enable_thinking=False)
+    want = theirs.apply_chat_template(
+        MESSAGES, tools=tools, add_generation_prompt=prompt, tokenize=False, enable_thinking=False
+    )
     assert ours.render_chat(MESSAGES, tools, prompt, enable_thinking=False) == want
-    ids = theirs.apply_chat_template(MESSAGES, tools=tools, add_generation_prompt=prompt, tokenize=True, return_dict=False, enable_thinking=False)
+    ids = theirs.apply_chat_template(
+        MESSAGES, tools=tools, add_generation_prompt=prompt, tokenize=True, return_dict=False, enable_thinking=False
+    )
     assert ours.encode_chat(MESSAGES, tools, prompt, enable_thinking=False) == ids
 
 
 def test_several_templates(model_folder, tmp_path):
     shutil.copytree(model_folder, tmp_path / "m", ignore=shutil.ignore_patterns("training", "*.safetensors"))
     path = tmp_path / "m" / "tokenizer_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": [{"name": "tool_use", "template": "T"}, {"name": "default", "template": "D{{ messages[0].content }}"}]}))
+    path.write_text(
+        json.dumps(
+            json.loads(path.read_text())
+            | {
+                "chat_template": [
+                    {"name": "tool_use", "template": "T"},
+                    {"name": "default", "template": "D{{ messages[0].content }}"},
+                ]
+            }
+        )
+    )
     assert Tokenizer.open(tmp_path / "m").render_chat([{"role": "user", "content": "x"}]) == "Dx"
 
 
 HOSTILE = {
     "loop": "{% for i in range(100000) %}{% for j in range(100000) %}{% endfor %}{% endfor %}",
     "multiply": "{{ 'a' * 10**10 }}",
-    "double": "{% set ns = namespace(s='a') %}{% for i in range(60) %}{% set ns.s = ns.s + ns.s %}{% endfor %}{{ ns.s }}",
+    "double": "{% set ns = namespace(s='a') %}{% for i in range(60) %}{% set ns.s = ns.s + ns.s %}{% endfor %}{{ "
+    "ns.s }}",
     "list": "{{ ([0] * 10**9) | length }}",
     "center": "{{ 'a' | center(10**10) }}",
     "format": "{{ '%10000000000d' % 1 }}",
@@ -189,7 +257,8 @@ HOSTILE = {
     "import": "{% import 'os' as os %}{{ os.system('touch pwned') }}",
     "syntax": "{% for %}",
     "undefined": "{{ nothing.at.all }}",
-    "long": "{% for i in range(100000) %}{{ 'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa' * 100 }}{% endfor %}",
+    "long": "{% for i in range(100000) %}{{ 'aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa' * 100 "
+    "}}{% endfor %}",
 }
 
 
@@ -207,7 +276,15 @@ def test_hostile_templates(name, monkeypatch, tmp_path):
     assert chat.render([{"role": "user", "content": "x"}]) == "x"
 
 
-@pytest.mark.parametrize("template", ["{{ raise_exception.__globals__ }}", "{{ messages | attr('__class__') }}", "{{ self._TemplateReference__context }}", "{{ cycler.__init__ }}"])
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ raise_exception.__globals__ }}",
+        "{{ messages | attr('__class__') }}",
+        "{{ self._TemplateReference__context }}",
+        "{{ cycler.__init__ }}",
+    ],
+)
 def test_internals_are_out_of_reach(template):
     try:
         text = ChatTemplate(template, {}).render([])

@@ -52,8 +52,14 @@ def test_folder_opens_in_transformers(tokenizer, tmp_path):
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     text = "def f(x):\n    return x ** 2  # 12345 naïve\n"
     assert theirs(text)["input_ids"] == tokenizer.encode(text) and tokenizer.encode(text)[0] == tokenizer.document_id
-    messages = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}, {"role": "user", "content": "?"}]
-    assert theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == tokenizer.render_chat(messages)
+    messages = [
+        {"role": "user", "content": "hi"},
+        {"role": "assistant", "content": "yes"},
+        {"role": "user", "content": "?"},
+    ]
+    assert theirs.apply_chat_template(messages, tokenize=False, add_generation_prompt=True) == tokenizer.render_chat(
+        messages
+    )
 
 
 def test_a_tokenizer_of_another_kind_uses_the_library(tmp_path):
@@ -62,7 +68,12 @@ def test_a_tokenizer_of_another_kind_uses_the_library(tmp_path):
 
     backend = Backend(models.Unigram())
     backend.pre_tokenizer = pre_tokenizers.Metaspace()
-    backend.train_from_iterator(["some words are here " * 50], trainers.UnigramTrainer(vocab_size=40, special_tokens=["</s>", "<unk>"], unk_token="<unk>", show_progress=False))
+    backend.train_from_iterator(
+        ["some words are here " * 50],
+        trainers.UnigramTrainer(
+            vocab_size=40, special_tokens=["</s>", "<unk>"], unk_token="<unk>", show_progress=False
+        ),
+    )
     other = Tokenizer(backend, {"eos_token": "</s>"})
     assert other._fast is None
     assert next(other.encode_documents(["some words"])) == backend.encode("some words").ids

@@ -23,7 +23,9 @@ def test_every_parameter_is_in_one_group():
     for name in ("muon", "adamw"):
         network = Decoder(ModelConfig(50, 32, 64, 2, 2, 1, 16))
         initialise(network, 0)
-        optimizers = Optimizers(network, name, {"matrix": 0.02, "embedding": 0.1, "head": 0.01, "norm": 0.01}, 0.95, (0.8, 0.95), 0.1)
+        optimizers = Optimizers(
+            network, name, {"matrix": 0.02, "embedding": 0.1, "head": 0.01, "norm": 0.01}, 0.95, (0.8, 0.95), 0.1
+        )
         held = [p for part in optimizers.parts for g in part.param_groups for p in g["params"]]
         assert len(held) == len(set(held)) == len(list(network.parameters()))
         before = {n: p.clone() for n, p in network.named_parameters()}
@@ -31,6 +33,10 @@ def test_every_parameter_is_in_one_group():
             p.grad = torch.randn_like(p)
         optimizers.step(1.0)
         assert all(not torch.equal(before[n], p) for n, p in network.named_parameters())
-        again = Optimizers(network, name, {"matrix": 0.02, "embedding": 0.1, "head": 0.01, "norm": 0.01}, 0.95, (0.8, 0.95), 0.1)
+        again = Optimizers(
+            network, name, {"matrix": 0.02, "embedding": 0.1, "head": 0.01, "norm": 0.01}, 0.95, (0.8, 0.95), 0.1
+        )
         again.load(optimizers.state())
-        assert {k: v.tolist() for k, v in again.state().items()} == {k: v.tolist() for k, v in optimizers.state().items()}
+        assert {k: v.tolist() for k, v in again.state().items()} == {
+            k: v.tolist() for k, v in optimizers.state().items()
+        }

@@ -33,7 +33,13 @@ def test_bad_settings(setting, message):
 
 def test_good_settings(tmp_path):
     recipe = Recipe()
-    for text in ("optimizer.matrix_lr=1", "run.precision=bf16", 'optimizer.name="adamw"', "data.document_mask=false", "run.seed=0"):
+    for text in (
+        "optimizer.matrix_lr=1",
+        "run.precision=bf16",
+        'optimizer.name="adamw"',
+        "data.document_mask=false",
+        "run.seed=0",
+    ):
         parse_setting(recipe, text)
     assert recipe.optimizer.matrix_lr == 1.0 and recipe.run.precision == "bf16" and recipe.data.document_mask is False
     (tmp_path / "r.toml").write_text('[run]\nsteps = 7\n[optimizer]\nname = "muon"\n')
@@ -42,7 +48,15 @@ def test_good_settings(tmp_path):
     assert as_dict(from_dict(as_dict(recipe))) == as_dict(recipe)
 
 
-@pytest.mark.parametrize(("text", "message"), [("[runn]\nsteps = 1", "'run'"), ("[run]\nstep = 1", "'run.steps'"), ("steps = 1", "'run.steps'"), ("[run", "not valid TOML")])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[runn]\nsteps = 1", "'run'"),
+        ("[run]\nstep = 1", "'run.steps'"),
+        ("steps = 1", "'run.steps'"),
+        ("[run", "not valid TOML"),
+    ],
+)
 def test_bad_recipes(tmp_path, text, message):
     (tmp_path / "r.toml").write_text(text)
     with pytest.raises(UserError, match=message):
@@ -52,7 +66,11 @@ def test_bad_recipes(tmp_path, text, message):
 
 
 def test_budgets():
-    assert parse_budget("90s") == ("seconds", 90) and parse_budget("10m") == ("seconds", 600) and parse_budget("1.5h") == ("seconds", 5400)
+    assert (
+        parse_budget("90s") == ("seconds", 90)
+        and parse_budget("10m") == ("seconds", 600)
+        and parse_budget("1.5h") == ("seconds", 5400)
+    )
     assert parse_budget("1e16flop") == ("flop", 1e16) and parse_budget("2E15 FLOPs") == ("flop", 2e15)
     for bad in ("", "10", "m", "-3m", "0m", "1e400flop", "ten minutes", "20usd"):
         with pytest.raises(UserError, match="--budget"):
@@ -61,7 +79,14 @@ def test_budgets():
 
 def planned(recipe, corpus, rate=1e11):
     opened = Corpus(corpus)
-    return plan(recipe, [opened], 1e12, lambda c, r: r.data.batch_tokens * c.flops_per_token(r.data.sequence_length) / rate, time.monotonic(), "cpu")
+    return plan(
+        recipe,
+        [opened],
+        1e12,
+        lambda c, r: r.data.batch_tokens * c.flops_per_token(r.data.sequence_length) / rate,
+        time.monotonic(),
+        "cpu",
+    )
 
 
 def test_the_dial_fills_everything(corpus):
@@ -94,7 +119,9 @@ def test_depth_and_steps_fix_size_and_length(corpus):
     assign(recipe, "run.steps", 50, "--steps")
     resolved, config, _ = planned(recipe, corpus)
     assert config.num_hidden_layers == 3 and config.hidden_size == 192 and resolved.run.steps == 50
-    again, _, _ = plan(recipe, [Corpus(corpus)], 5e13, lambda c, r: 1 / 0, 0.0, "cpu")  # nothing measured: the same everywhere
+    again, _, _ = plan(
+        recipe, [Corpus(corpus)], 5e13, lambda c, r: 1 / 0, 0.0, "cpu"
+    )  # nothing measured: the same everywhere
     assert as_dict(again) == as_dict(resolved)
 
 
@@ -107,7 +134,11 @@ def test_too_small_a_budget(corpus):
 
 
 def test_sizes_that_do_not_fit(corpus):
-    for settings, message in (({"model__num_attention_heads": 3, "model__num_key_value_heads": 2}, "multiple"), ({"data__batch_tokens": 200}, "multiple of data.sequence_length"), ({"model__max_position_embeddings": 64}, "max_position")):
+    for settings, message in (
+        ({"model__num_attention_heads": 3, "model__num_key_value_heads": 2}, "multiple"),
+        ({"data__batch_tokens": 200}, "multiple of data.sequence_length"),
+        ({"model__max_position_embeddings": 64}, "max_position"),
+    ):
         with pytest.raises(UserError, match=message):
             planned(small(**settings), corpus)
 

@@ -35,13 +35,36 @@ def losses(folder: Path) -> list[float]:
     return [r["loss"] for r in read_metrics(folder / "metrics.jsonl") if "loss" in r]
 
 
-SETTINGS = ("--depth", 1, "--set", "model.hidden_size=64", "--set", "data.sequence_length=128", "--set", "data.batch_tokens=512",
-            "--set", "run.evaluate_tokens=2048", "--steps", 60, "--checkpoint-every", 7)  # fmt: skip
+SETTINGS = (
+    "--depth",
+    1,
+    "--set",
+    "model.hidden_size=64",
+    "--set",
+    "data.sequence_length=128",
+    "--set",
+    "data.batch_tokens=512",
+    "--set",
+    "run.evaluate_tokens=2048",
+    "--steps",
+    60,
+    "--checkpoint-every",
+    7,
+)
 
 
 def test_the_folder_is_a_model_everywhere(model_folder):
     names = {p.name for p in model_folder.iterdir()}
-    assert names >= {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "record.json", "metrics.jsonl", "training"}
+    assert names >= {
+        "config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "generation_config.json",
+        "record.json",
+        "metrics.jsonl",
+        "training",
+    }
     ours = package.load(str(model_folder))
     theirs, tokenizer = AutoModelForCausalLM.from_pretrained(model_folder), AutoTokenizer.from_pretrained(model_folder)
     text = "def parse(self, text):\n    "
@@ -82,7 +105,9 @@ def patterned(tmp_path: Path, shuffled: bool) -> Path:
         lines.append(json.dumps({"text": " ".join(words)}))
     source = tmp_path / f"{shuffled}.jsonl"
     source.write_text("\n".join(lines))
-    build(BuildOptions([str(source)], ["quality", "near", "exact"], [], vocab_size=420), tmp_path / f"corpus-{shuffled}")
+    build(
+        BuildOptions([str(source)], ["quality", "near", "exact"], [], vocab_size=420), tmp_path / f"corpus-{shuffled}"
+    )
     return tmp_path / f"corpus-{shuffled}"
 
 
@@ -133,7 +158,9 @@ def test_killed_runs_end_with_the_same_weights(corpus, tmp_path):
     subprocess.run([*base, "--out", str(tmp_path / "whole")], check=True, capture_output=True)
     out, r, kills = tmp_path / "killed", random.Random(1), 0
     for _ in range(3):
-        process = subprocess.Popen([*base, "--out", str(out), "--resume"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(
+            [*base, "--out", str(out), "--resume"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        )
         time.sleep(r.uniform(2.0, 4.0))
         kills += process.poll() is None
         process.kill()
@@ -147,9 +174,25 @@ def test_two_processes_give_the_losses_of_one(corpus, tmp_path):
     one = craton("train", corpus, "--out", tmp_path / "one", *SETTINGS)
     assert one.returncode == 0, one.stderr
     two = subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "craton", "train", str(corpus), "--out", str(tmp_path / "two"), *map(str, SETTINGS)],
-        capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            "2",
+            "-m",
+            "craton",
+            "train",
+            str(corpus),
+            "--out",
+            str(tmp_path / "two"),
+            *map(str, SETTINGS),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert two.returncode == 0, two.stderr[-3000:]
     a, b = losses(tmp_path / "one"), losses(tmp_path / "two")
     assert len(a) == len(b) == 60 and max(abs(x - y) for x, y in zip(a[:50], b[:50], strict=True)) < 1e-5
@@ -221,7 +264,11 @@ def test_resume_takes_the_newest_valid_checkpoint(corpus, tmp_path, model_folder
     file = newest / "optimizer.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
     done = craton("train", corpus, "--out", out, "--resume")
-    assert done.returncode == 0 and f"{newest.name}: damaged, not used" in done.stdout and "resumed at step 20" in done.stdout
+    assert (
+        done.returncode == 0
+        and f"{newest.name}: damaged, not used" in done.stdout
+        and "resumed at step 20" in done.stdout
+    )
     assert sha(out) == sha(model_folder)
     for path in (out / "training").glob("step-*"):
         (path / "state.json").unlink()
@@ -250,7 +297,9 @@ except UserError as error:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "cannot write the checkpoint" in done.stdout and "last one is intact" in done.stdout
-    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"] and checkpoint.verify(tmp_path / "step-00000001") is None
+    assert [p.name for p in tmp_path.iterdir()] == ["step-00000001"] and checkpoint.verify(
+        tmp_path / "step-00000001"
+    ) is None
 
 
 def test_only_the_last_checkpoints_are_kept(model_folder):
@@ -281,7 +330,10 @@ BAD = {
     "small budget": (["{corpus}", "--out", "{tmp}/m", "--budget", "1s"], "too small for any model"),
     "bad budget": (["{corpus}", "--out", "{tmp}/m", "--budget", "soon"], "--budget soon"),
     "in use": (["{corpus}", "--out", "{corpus}", "--steps", "5"], "folder in use"),
-    "misfit": (["{corpus}", "--out", "{tmp}/m", "--steps", "5", "--set", "data.batch_tokens=100"], "multiple of data.sequence_length"),
+    "misfit": (
+        ["{corpus}", "--out", "{tmp}/m", "--steps", "5", "--set", "data.batch_tokens=100"],
+        "multiple of data.sequence_length",
+    ),
 }
 
 

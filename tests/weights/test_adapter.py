@@ -17,7 +17,14 @@ transformers = pytest.importorskip("transformers")
 @pytest.fixture(scope="module")
 def base(tmp_path_factory):
     torch.manual_seed(0)
-    config = transformers.LlamaConfig(vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
+    config = transformers.LlamaConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+    )
     out = tmp_path_factory.mktemp("base")
     transformers.LlamaForCausalLM(config).save_pretrained(out)
     return out
@@ -26,13 +33,30 @@ def base(tmp_path_factory):
 def adapter(base, out, seed=0, **more):
     torch.manual_seed(seed)
     model = transformers.AutoModelForCausalLM.from_pretrained(base)
-    config = peft.LoraConfig(**{"r": 4, "lora_alpha": 24, "target_modules": ["q_proj", "down_proj"], "init_lora_weights": False, "task_type": "CAUSAL_LM", **more})
+    config = peft.LoraConfig(
+        **{
+            "r": 4,
+            "lora_alpha": 24,
+            "target_modules": ["q_proj", "down_proj"],
+            "init_lora_weights": False,
+            "task_type": "CAUSAL_LM",
+            **more,
+        }
+    )
     tuned = peft.get_peft_model(model, config).eval()
     tuned.save_pretrained(out)
     return tuned
 
 
-@pytest.mark.parametrize("more", [{}, {"use_rslora": True}, {"rank_pattern": {"down_proj": 2}, "alpha_pattern": {r"model.layers.0.self_attn.q_proj": 7}}, {"target_modules": "all-linear"}])
+@pytest.mark.parametrize(
+    "more",
+    [
+        {},
+        {"use_rslora": True},
+        {"rank_pattern": {"down_proj": 2}, "alpha_pattern": {r"model.layers.0.self_attn.q_proj": 7}},
+        {"target_modules": "all-linear"},
+    ],
+)
 def test_same_as_peft(base, tmp_path, more):
     tuned, network = adapter(base, tmp_path, **more), load_network(base)
     ids = torch.arange(40)[None] % 64
@@ -45,7 +69,14 @@ def test_same_as_peft(base, tmp_path, more):
 
 @pytest.mark.parametrize(
     ("config", "words"),
-    [({"peft_type": "IA3"}, "only LORA"), ({"use_dora": True}, "use_dora"), ({"bias": "all"}, "bias"), ({"r": 3}, "rank 4"), ({"modules_to_save": ["lm_head"]}, "modules_to_save"), ({"lora_alpha": None}, "lora_alpha")],
+    [
+        ({"peft_type": "IA3"}, "only LORA"),
+        ({"use_dora": True}, "use_dora"),
+        ({"bias": "all"}, "bias"),
+        ({"r": 3}, "rank 4"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"lora_alpha": None}, "lora_alpha"),
+    ],
 )
 def test_refused(base, tmp_path, config, words):
     adapter(base, tmp_path)

@@ -25,7 +25,9 @@ def test_family(name, tmp_path):
         cache = PagedCache(ours.config, 4)
         pieces = [ours(ids[:1, a:b], single_step(cache, a, b - a)) for a, b in ((0, 20), (20, 21), (21, 37), (37, 60))]
         torch.testing.assert_close(torch.cat(pieces, 1), whole[:1], atol=1e-4, rtol=0)
-        made = theirs.generate(ids[:1, :9], max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0)[0, 9:].tolist()
+        made = theirs.generate(ids[:1, :9], max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0)[
+            0, 9:
+        ].tolist()
         cache, at, token, mine = PagedCache(ours.config, 5), 0, ids[:1, :9], []
         for _ in range(64):
             logits = ours(token, single_step(cache, at, token.shape[1]))

@@ -20,7 +20,20 @@ from tests.weights.families import make
 @pytest.mark.parametrize("tied", [False, True])
 def test_folders_of_transformers(tmp_path, tied):
     torch.manual_seed(0)
-    theirs = Qwen3ForCausalLM(Qwen3Config(vocab_size=300, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2, head_dim=32, tie_word_embeddings=tied, rope_theta=5e5, max_position_embeddings=99))
+    theirs = Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=300,
+            hidden_size=64,
+            intermediate_size=96,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=32,
+            tie_word_embeddings=tied,
+            rope_theta=5e5,
+            max_position_embeddings=99,
+        )
+    )
     theirs.save_pretrained(tmp_path, max_shard_size="60KB")
     assert (tmp_path / "model.safetensors.index.json").exists()
     ours = load_network(tmp_path)
@@ -32,14 +45,18 @@ def test_folders_of_transformers(tmp_path, tied):
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_round_trip_through_transformers(tmp_path, tied):
-    config = ModelConfig(300, 64, 96, 2, 4, 2, 16, tie_word_embeddings=tied, bos_token_id=0, eos_token_id=0, rope_theta=12345.0)
+    config = ModelConfig(
+        300, 64, 96, 2, 4, 2, 16, tie_word_embeddings=tied, bos_token_id=0, eos_token_id=0, rope_theta=12345.0
+    )
     network = Decoder(config)
     initialise(network, 3)
     write_config(tmp_path, config)
     write_tensors(tmp_path / "model.safetensors", released(network))
     assert read_config(tmp_path) == config
     again = load_network(tmp_path)
-    assert all(torch.equal(a, b) for a, b in zip(network.state_dict().values(), again.state_dict().values(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(network.state_dict().values(), again.state_dict().values(), strict=True)
+    )
     theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
     ids = torch.randint(300, (1, 40))
     with torch.no_grad():
@@ -67,7 +84,19 @@ def damaged(tmp_path):
         ({"hidden_size": 128}, "shape"),
         ({"rope_scaling": {"rope_type": "dynamic"}}, "dynamic"),
         ({"rope_scaling": {"rope_type": "yarn"}}, "factor of rope_scaling"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4, "original_max_position_embeddings": 99, "wavy": 1}}, "wavy"),
+        (
+            {
+                "rope_scaling": {
+                    "rope_type": "llama3",
+                    "factor": 8,
+                    "low_freq_factor": 1,
+                    "high_freq_factor": 4,
+                    "original_max_position_embeddings": 99,
+                    "wavy": 1,
+                }
+            },
+            "wavy",
+        ),
         ({"rope_scaling": [1]}, "rope_scaling"),
         ({"vocab_size": "many"}, "vocab_size is 'many'"),
         ({"num_hidden_layers": 10**9}, "num_hidden_layers"),
@@ -145,25 +174,116 @@ def test_nan_weights_are_refused(tmp_path):
 
 
 PUBLISHED = {
-    "deepseek-ai/DeepSeek-V3": (671_026_404_352, dict(
-        model_type="deepseek_v3", vocab_size=129280, hidden_size=7168, intermediate_size=18432, moe_intermediate_size=2048, num_hidden_layers=61,
-        num_attention_heads=128, num_key_value_heads=128, n_shared_experts=1, n_routed_experts=256, ep_size=1, routed_scaling_factor=2.5,
-        kv_lora_rank=512, q_lora_rank=1536, qk_rope_head_dim=64, v_head_dim=128, qk_nope_head_dim=128, topk_method="noaux_tc", n_group=8, topk_group=4,
-        num_experts_per_tok=8, moe_layer_freq=1, first_k_dense_replace=3, norm_topk_prob=True, scoring_func="sigmoid", num_nextn_predict_layers=1,
-        hidden_act="silu", max_position_embeddings=163840, rms_norm_eps=1e-6, attention_bias=False, rope_theta=10000,
-        rope_scaling=dict(beta_fast=32, beta_slow=1, factor=40, mscale=1.0, mscale_all_dim=1.0, original_max_position_embeddings=4096, type="yarn"),
-        quantization_config=dict(quant_method="fp8", weight_block_size=[128, 128]))),
-    "meta-llama/Llama-3.1-405B": (405_853_388_800, dict(
-        model_type="llama", vocab_size=128256, hidden_size=16384, intermediate_size=53248, num_hidden_layers=126, num_attention_heads=128,
-        num_key_value_heads=8, max_position_embeddings=131072, rms_norm_eps=1e-5, rope_theta=500000.0, hidden_act="silu",
-        rope_scaling=dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192, rope_type="llama3"))),
-    "meta-llama/Llama-3.1-8B": (8_030_261_248, dict(
-        model_type="llama", vocab_size=128256, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8)),
-    "mistralai/Mixtral-8x7B-v0.1": (46_702_792_704, dict(
-        model_type="mixtral", vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, num_local_experts=8, num_experts_per_tok=2, sliding_window=None)),
-    "mistralai/Mistral-7B-v0.1": (7_241_732_096, dict(
-        model_type="mistral", vocab_size=32000, hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=8, sliding_window=4096)),
-}  # fmt: skip
+    "deepseek-ai/DeepSeek-V3": (
+        671_026_404_352,
+        dict(
+            model_type="deepseek_v3",
+            vocab_size=129280,
+            hidden_size=7168,
+            intermediate_size=18432,
+            moe_intermediate_size=2048,
+            num_hidden_layers=61,
+            num_attention_heads=128,
+            num_key_value_heads=128,
+            n_shared_experts=1,
+            n_routed_experts=256,
+            ep_size=1,
+            routed_scaling_factor=2.5,
+            kv_lora_rank=512,
+            q_lora_rank=1536,
+            qk_rope_head_dim=64,
+            v_head_dim=128,
+            qk_nope_head_dim=128,
+            topk_method="noaux_tc",
+            n_group=8,
+            topk_group=4,
+            num_experts_per_tok=8,
+            moe_layer_freq=1,
+            first_k_dense_replace=3,
+            norm_topk_prob=True,
+            scoring_func="sigmoid",
+            num_nextn_predict_layers=1,
+            hidden_act="silu",
+            max_position_embeddings=163840,
+            rms_norm_eps=1e-6,
+            attention_bias=False,
+            rope_theta=10000,
+            rope_scaling=dict(
+                beta_fast=32,
+                beta_slow=1,
+                factor=40,
+                mscale=1.0,
+                mscale_all_dim=1.0,
+                original_max_position_embeddings=4096,
+                type="yarn",
+            ),
+            quantization_config=dict(quant_method="fp8", weight_block_size=[128, 128]),
+        ),
+    ),
+    "meta-llama/Llama-3.1-405B": (
+        405_853_388_800,
+        dict(
+            model_type="llama",
+            vocab_size=128256,
+            hidden_size=16384,
+            intermediate_size=53248,
+            num_hidden_layers=126,
+            num_attention_heads=128,
+            num_key_value_heads=8,
+            max_position_embeddings=131072,
+            rms_norm_eps=1e-5,
+            rope_theta=500000.0,
+            hidden_act="silu",
+            rope_scaling=dict(
+                factor=8.0,
+                low_freq_factor=1.0,
+                high_freq_factor=4.0,
+                original_max_position_embeddings=8192,
+                rope_type="llama3",
+            ),
+        ),
+    ),
+    "meta-llama/Llama-3.1-8B": (
+        8_030_261_248,
+        dict(
+            model_type="llama",
+            vocab_size=128256,
+            hidden_size=4096,
+            intermediate_size=14336,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+        ),
+    ),
+    "mistralai/Mixtral-8x7B-v0.1": (
+        46_702_792_704,
+        dict(
+            model_type="mixtral",
+            vocab_size=32000,
+            hidden_size=4096,
+            intermediate_size=14336,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            num_local_experts=8,
+            num_experts_per_tok=2,
+            sliding_window=None,
+        ),
+    ),
+    "mistralai/Mistral-7B-v0.1": (
+        7_241_732_096,
+        dict(
+            model_type="mistral",
+            vocab_size=32000,
+            hidden_size=4096,
+            intermediate_size=14336,
+            num_hidden_layers=32,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            sliding_window=4096,
+        ),
+    ),
+}
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
@@ -175,7 +295,9 @@ def test_published_parameter_counts(name, tmp_path):
         network = Decoder(config)
     assert sum(p.numel() for p in network.parameters()) == config.parameters == parameters
     kinds = dict(model_type=raw["model_type"])
-    theirs_config = AutoConfig.for_model(**kinds, **{k: v for k, v in raw.items() if k not in ("model_type", "quantization_config")})
+    theirs_config = AutoConfig.for_model(
+        **kinds, **{k: v for k, v in raw.items() if k not in ("model_type", "quantization_config")}
+    )
     with torch.device("meta"):
         theirs = AutoModelForCausalLM.from_config(theirs_config)
     assert sum(p.numel() for p in theirs.parameters()) == parameters
@@ -187,14 +309,25 @@ def test_fp8_blocks(tmp_path):
     tensors = load_file(tmp_path / "model.safetensors")
     for name, w in list(tensors.items()):
         if name.endswith("_proj.weight") and "layers" in name:
-            blocks = torch.nn.functional.pad(w, (0, -w.shape[1] % 128, 0, -w.shape[0] % 128)).unfold(0, 128, 128).unfold(1, 128, 128)
+            blocks = (
+                torch.nn.functional.pad(w, (0, -w.shape[1] % 128, 0, -w.shape[0] % 128))
+                .unfold(0, 128, 128)
+                .unfold(1, 128, 128)
+            )
             scale = blocks.abs().amax((-1, -2)) / 448
             wide = scale.repeat_interleave(128, 0)[: w.shape[0]].repeat_interleave(128, 1)[:, : w.shape[1]]
             tensors[name], tensors[name + "_scale_inv"] = (w / wide).to(torch.float8_e4m3fn), scale
-            theirs.get_parameter(name).data.copy_((tensors[name].float() * wide).bfloat16()) if "experts" not in name or "shared" in name else None
+            theirs.get_parameter(name).data.copy_(
+                (tensors[name].float() * wide).bfloat16()
+            ) if "experts" not in name or "shared" in name else None
     save_file(tensors, tmp_path / "model.safetensors")
     path = tmp_path / "config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"quantization_config": {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}}))
+    path.write_text(
+        json.dumps(
+            json.loads(path.read_text())
+            | {"quantization_config": {"quant_method": "fp8", "fmt": "e4m3", "weight_block_size": [128, 128]}}
+        )
+    )
     ours = load_network(tmp_path, dtype=torch.float32)
     own = theirs.state_dict()
     for name, tensor in ours.state_dict().items():
@@ -219,13 +352,45 @@ def test_text_part_of_a_model_that_sees(old_names, tmp_path):
     import transformers as t
 
     torch.manual_seed(0)
-    text = dict(vocab_size=128, hidden_size=64, intermediate_size=96, num_hidden_layers=7, num_attention_heads=4, num_key_value_heads=2, head_dim=32, sliding_window=9, query_pre_attn_scalar=32, max_position_embeddings=256)
-    vision = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14)
-    theirs = t.Gemma3ForConditionalGeneration(t.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, image_token_index=127, boi_token_index=126, eoi_token_index=125)).eval()
+    text = dict(
+        vocab_size=128,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=7,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=32,
+        sliding_window=9,
+        query_pre_attn_scalar=32,
+        max_position_embeddings=256,
+    )
+    vision = dict(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, image_size=28, patch_size=14
+    )
+    theirs = t.Gemma3ForConditionalGeneration(
+        t.Gemma3Config(
+            text_config=text,
+            vision_config=vision,
+            mm_tokens_per_image=4,
+            image_token_index=127,
+            boi_token_index=126,
+            eoi_token_index=125,
+        )
+    ).eval()
     theirs.save_pretrained(tmp_path)
     if old_names:  # as Gemma 3 was published
         tensors = load_file(tmp_path / "model.safetensors")
-        save_file({("language_model.model." + n.removeprefix("model.language_model.") if n.startswith("model.language_model.") else n.removeprefix("model.")): v for n, v in tensors.items()}, tmp_path / "model.safetensors")
+        save_file(
+            {
+                (
+                    "language_model.model." + n.removeprefix("model.language_model.")
+                    if n.startswith("model.language_model.")
+                    else n.removeprefix("model.")
+                ): v
+                for n, v in tensors.items()
+            },
+            tmp_path / "model.safetensors",
+        )
     ours = load_network(tmp_path)
     ids = torch.randint(3, 120, (1, 40))
     with torch.no_grad():

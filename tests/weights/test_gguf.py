@@ -31,7 +31,14 @@ def folder(request, model_folder, tmp_path):
     """A random model of a family, with a trained tokenizer; sizes that every quantisation of llama.cpp accepts."""
     from tests.weights import families
 
-    sizes = dict(vocab_size=craton.load(str(model_folder)).network.config.vocab_size, hidden_size=256, intermediate_size=512, num_hidden_layers=2, eos_token_id=0, bos_token_id=0)
+    sizes = dict(
+        vocab_size=craton.load(str(model_folder)).network.config.vocab_size,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=2,
+        eos_token_id=0,
+        bos_token_id=0,
+    )
     before = families.BASE.copy()
     families.BASE.update(sizes)
     try:
@@ -67,12 +74,23 @@ def test_f16_files_run_in_llama_cpp(llama_cpp, folder, tmp_path):
     export_gguf(tmp_path / "half", tmp_path / "m.gguf", "f16")
     prompts = [[5, 6, 7], list(range(20, 50)), [100]]
     ours = load_model(str(tmp_path / "half")).engine.generate(prompts, Sampling(32, 0.0, ignore_eos=True))
-    agree(load_network(tmp_path / "half").float(), prompts, greedy_there(llama_cpp, tmp_path / "m.gguf", prompts), [a[0].token_ids for a in ours])
+    agree(
+        load_network(tmp_path / "half").float(),
+        prompts,
+        greedy_there(llama_cpp, tmp_path / "m.gguf", prompts),
+        [a[0].token_ids for a in ours],
+    )
     again = load_model(str(tmp_path / "m.gguf"))
-    assert [a[0].token_ids for a in again.engine.generate(prompts, Sampling(32, 0.0, ignore_eos=True))] == [a[0].token_ids for a in ours]
+    assert [a[0].token_ids for a in again.engine.generate(prompts, Sampling(32, 0.0, ignore_eos=True))] == [
+        a[0].token_ids for a in ours
+    ]
     text = "def f(x):\n    return x  # naïve 🙂"
     there = llama_cpp.Llama(str(tmp_path / "m.gguf"), vocab_only=True, verbose=False)
-    assert there.tokenize(text.encode(), add_bos=True, special=False) == again.tokenizer.encode(text) == craton.load(str(tmp_path / "half")).tokenizer.encode(text)
+    assert (
+        there.tokenize(text.encode(), add_bos=True, special=False)
+        == again.tokenizer.encode(text)
+        == craton.load(str(tmp_path / "half")).tokenizer.encode(text)
+    )
 
 
 def agree(network, prompts, theirs, ours):
@@ -104,7 +122,12 @@ def test_files_that_llama_cpp_quantised(llama_cpp, folder, kind, tmp_path):
     export_gguf(folder, tmp_path / "m.gguf", "f32")
     parameters = llama_cpp.llama_model_quantize_default_params()
     parameters.ftype = {"Q8_0": 7, "Q4_0": 2, "Q4_K_M": 15, "Q6_K": 18}[kind]
-    assert llama_cpp.llama_model_quantize(str(tmp_path / "m.gguf").encode(), str(tmp_path / "q.gguf").encode(), ctypes.byref(parameters)) == 0
+    assert (
+        llama_cpp.llama_model_quantize(
+            str(tmp_path / "m.gguf").encode(), str(tmp_path / "q.gguf").encode(), ctypes.byref(parameters)
+        )
+        == 0
+    )
     ours = load_model(str(tmp_path / "q.gguf"))
     packed = [m for m in ours.network.modules() if isinstance(m, PackedLinear)]
     assert packed or kind not in ("Q8_0", "Q4_0")
@@ -123,12 +146,16 @@ def test_files_that_llama_cpp_quantised(llama_cpp, folder, kind, tmp_path):
 def test_quantised_folders(llama_cpp, folder, bits, tmp_path):
     """compressed-tensors' layout: read back here bit for bit, and by GGUF with the same values."""
     result = quantise_folder(folder, tmp_path / "q", bits)
-    assert result["bytes_after"] < result["bytes_before"] * (0.62 if bits == 4 else 0.75) and result["weight_error"] < (0.09 if bits == 4 else 0.006)
+    assert result["bytes_after"] < result["bytes_before"] * (0.62 if bits == 4 else 0.75) and result["weight_error"] < (
+        0.09 if bits == 4 else 0.006
+    )
     prompts = [[5, 6, 7], list(range(20, 50))]
     ours = load_model(str(tmp_path / "q")).engine.generate(prompts, Sampling(16, 0.0, ignore_eos=True))
     export_gguf(tmp_path / "q", tmp_path / "q.gguf", "f32")
     again = load_model(str(tmp_path / "q.gguf"))
-    assert [a[0].token_ids for a in again.engine.generate(prompts, Sampling(16, 0.0, ignore_eos=True))] == [a[0].token_ids for a in ours]
+    assert [a[0].token_ids for a in again.engine.generate(prompts, Sampling(16, 0.0, ignore_eos=True))] == [
+        a[0].token_ids for a in ours
+    ]
     there = greedy_there(llama_cpp, tmp_path / "q.gguf", prompts, 1)
     assert len(there) == 2
     with pytest.raises(UserError, match="packed already"):
@@ -157,7 +184,14 @@ def test_damaged_gguf(folder, tmp_path):
         assert not (tmp_path / "w.gguf").exists()
 
 
-@pytest.mark.parametrize("change", [{"format": "int-quantized"}, {"config_groups": {}}, {"config_groups": {"g": {"weights": {"num_bits": 4, "group_size": 128}}}}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"format": "int-quantized"},
+        {"config_groups": {}},
+        {"config_groups": {"g": {"weights": {"num_bits": 4, "group_size": 128}}}},
+    ],
+)
 def test_other_compressed_layouts_are_refused(folder, change, tmp_path):
     quantise_folder(folder, tmp_path / "q", 4)
     path = tmp_path / "q" / "config.json"
@@ -177,7 +211,11 @@ def test_packed_folders_that_are_refused(folder, tmp_path):
     changes = {
         "unknown tensor": {f"{first}.weight_g_idx": torch.zeros(256, dtype=torch.int32)},
         "is missing": {f"{first}.weight_scale": None},
-        "rows and|shape": {f"{first}.weight_packed": tensors[f"{first}.weight_packed"][:-3], f"{first}.weight_scale": tensors[f"{first}.weight_scale"][:-3], f"{first}.weight_shape": tensors[f"{first}.weight_shape"] - torch.tensor([3, 0])},
+        "rows and|shape": {
+            f"{first}.weight_packed": tensors[f"{first}.weight_packed"][:-3],
+            f"{first}.weight_scale": tensors[f"{first}.weight_scale"][:-3],
+            f"{first}.weight_shape": tensors[f"{first}.weight_shape"] - torch.tensor([3, 0]),
+        },
         "NaN": {f"{first}.weight_scale": tensors[f"{first}.weight_scale"] * float("nan")},
         "bias": {f"{first}.bias": torch.full((3,), float("nan"))},
     }
@@ -211,7 +249,13 @@ def test_yarn_in_gguf(model_folder, tmp_path):
 
     model = craton.load(str(model_folder))
     network = model.network
-    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "beta_fast": 8.0, "beta_slow": 2.0}
+    scaling = {
+        "rope_type": "yarn",
+        "factor": 4.0,
+        "original_max_position_embeddings": 64,
+        "beta_fast": 8.0,
+        "beta_slow": 2.0,
+    }
     network.config = network.model.config = dataclasses.replace(network.config, rope_scaling=scaling)
     gguf.write(tmp_path / "y.gguf", network, model.tokenizer, "y", "f32")
     assert gguf.read(tmp_path / "y.gguf")[0].config.rope_scaling == scaling

@@ -1,4 +1,5 @@
-"""`craton pull` from a server of the hub's shape on this machine: files, resuming, what is left out, what goes wrong."""
+"""`craton pull` from a server of the hub's shape on this machine: files, resuming, what is left out, what goes
+wrong."""
 
 import hashlib
 import http.server
@@ -32,20 +33,52 @@ class Hub(http.server.BaseHTTPRequestHandler):
         if path.startswith("/api/models/org/gated"):
             return self.answer(403, b"{}", {"X-Error-Code": "GatedRepo"})
         if path.startswith("/api/models/org/model/tree/"):
-            rows = [{"type": "file", "path": n, "size": len(d), "oid": "b" * 40, "lfs": {"oid": hashlib.sha256(d).hexdigest(), "size": len(d), "pointerSize": 100}} for n, d in Hub.files.items()]
+            rows = [
+                {
+                    "type": "file",
+                    "path": n,
+                    "size": len(d),
+                    "oid": "b" * 40,
+                    "lfs": {"oid": hashlib.sha256(d).hexdigest(), "size": len(d), "pointerSize": 100},
+                }
+                for n, d in Hub.files.items()
+            ]
             return self.answer(200, json.dumps(rows).encode(), {"Content-Type": "application/json"})
         if path.startswith("/api/models/org/model"):
-            body = {"id": "org/model", "sha": SHA, "siblings": [{"rfilename": n, "size": len(d)} for n, d in Hub.files.items()], "private": False, "gated": False, "disabled": False, "downloads": 0, "likes": 0, "tags": []}
+            body = {
+                "id": "org/model",
+                "sha": SHA,
+                "siblings": [{"rfilename": n, "size": len(d)} for n, d in Hub.files.items()],
+                "private": False,
+                "gated": False,
+                "disabled": False,
+                "downloads": 0,
+                "likes": 0,
+                "tags": [],
+            }
             return self.answer(200, json.dumps(body).encode(), {"Content-Type": "application/json"})
         if path.startswith("/api/models/org/pickled"):
-            return self.answer(200, json.dumps({"id": "org/pickled", "sha": SHA, "siblings": [{"rfilename": "pytorch_model.bin"}]}).encode(), {"Content-Type": "application/json"})
+            return self.answer(
+                200,
+                json.dumps(
+                    {"id": "org/pickled", "sha": SHA, "siblings": [{"rfilename": "pytorch_model.bin"}]}
+                ).encode(),
+                {"Content-Type": "application/json"},
+            )
         name = path.removeprefix(f"/org/model/resolve/{SHA}/")
         if name not in Hub.files:
-            return self.answer(404, b"", {"X-Error-Code": "RepoNotFound" if path.startswith("/api") else "EntryNotFound"})
+            return self.answer(
+                404, b"", {"X-Error-Code": "RepoNotFound" if path.startswith("/api") else "EntryNotFound"}
+            )
         data, start = Hub.files[name], 0
         if (wanted := self.headers.get("Range")) is not None:
             start = int(wanted.removeprefix("bytes=").split("-")[0])
-        head = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": SHA, "X-Linked-Size": str(len(data)), "Accept-Ranges": "bytes"}
+        head = {
+            "ETag": f'"{hashlib.sha256(data).hexdigest()}"',
+            "X-Repo-Commit": SHA,
+            "X-Linked-Size": str(len(data)),
+            "Accept-Ranges": "bytes",
+        }
         if start:
             head["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
         body = data[start:]
@@ -70,7 +103,12 @@ class Hub(http.server.BaseHTTPRequestHandler):
 def hub(tmp_path):
     make("llama2", tmp_path / "src", max_shard_size="100KB")
     Hub.files = {p.name: p.read_bytes() for p in (tmp_path / "src").iterdir()}
-    Hub.files |= {"pytorch_model.bin": b"pickle", "consolidated.00.pth": b"pickle", "original/params.json": b"{}", "README.md": b"# Hi"}
+    Hub.files |= {
+        "pytorch_model.bin": b"pickle",
+        "consolidated.00.pth": b"pickle",
+        "original/params.json": b"{}",
+        "README.md": b"# Hi",
+    }
     Hub.cut, Hub.asked = set(), []
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
@@ -79,9 +117,20 @@ def hub(tmp_path):
 
 
 def pull(hub, tmp_path, name="org/model", *options):
-    env = os.environ | {"HF_ENDPOINT": hub, "HF_HOME": str(tmp_path / "cache"), "HF_HUB_DISABLE_XET": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+    env = os.environ | {
+        "HF_ENDPOINT": hub,
+        "HF_HOME": str(tmp_path / "cache"),
+        "HF_HUB_DISABLE_XET": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+    }
     env.pop("HF_HUB_OFFLINE", None)
-    return subprocess.run([sys.executable, "-m", "craton", "pull", name, "--out", str(tmp_path / "out"), "--json", *options], capture_output=True, text=True, env=env, timeout=120)
+    return subprocess.run(
+        [sys.executable, "-m", "craton", "pull", name, "--out", str(tmp_path / "out"), "--json", *options],
+        capture_output=True,
+        text=True,
+        env=env,
+        timeout=120,
+    )
 
 
 def test_pull(hub, tmp_path):
@@ -96,7 +145,9 @@ def test_pull(hub, tmp_path):
     facts = json.loads(done.stdout.splitlines()[-1])
     assert facts["model_type"] == "llama" and facts["revision"] == SHA
     got = {p.name for p in (tmp_path / "out").iterdir() if p.is_file()}
-    assert got == {n for n in Hub.files if n not in ("pytorch_model.bin", "consolidated.00.pth", "original/params.json")}
+    assert got == {
+        n for n in Hub.files if n not in ("pytorch_model.bin", "consolidated.00.pth", "original/params.json")
+    }
     assert all((tmp_path / "out" / n).read_bytes() == Hub.files[n] for n in got)
     Hub.asked.clear()
     assert pull(hub, tmp_path).returncode == 0  # nothing is downloaded twice
@@ -106,7 +157,17 @@ def test_pull(hub, tmp_path):
     assert load_network(tmp_path / "out").config.num_hidden_layers == 4
 
 
-@pytest.mark.parametrize(("name", "message"), [("org/absent", "no such model"), ("org/pickled", "no safetensors"), ("org/gated", "consent"), ("model", "ORG/NAME"), ("a/b/c", "ORG/NAME"), ("org/..", "ORG/NAME")])
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("org/absent", "no such model"),
+        ("org/pickled", "no safetensors"),
+        ("org/gated", "consent"),
+        ("model", "ORG/NAME"),
+        ("a/b/c", "ORG/NAME"),
+        ("org/..", "ORG/NAME"),
+    ],
+)
 def test_pull_refuses(hub, tmp_path, name, message):
     done = pull(hub, tmp_path, name)
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr, done.stderr
