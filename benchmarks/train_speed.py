@@ -41,13 +41,14 @@ def loss_function(name: str, shape: str) -> tuple[Any, Any]:
     if name == "craton":
         from craton.model import kernels
         from craton.model.config import ModelConfig
-        from craton.model.decoder import Decoder, initialise
+        from craton.model.decoder import Decoder
+        from craton.model.initialise import initialise
 
         kernels.keep_freed_memory()
         network = Decoder(ModelConfig(vocabulary, hidden, ffn, layers, heads, kv, hidden // heads, length))
         initialise(network, 0)
         weight = torch.full((rows, length), 1 / (rows * length))
-        return network, lambda ids, target: network.loss(ids, target, weight)[0]
+        return network, lambda ids, target: network.weighted_nll(ids, target, weight)[0]
     if name.startswith("transformers"):
         from transformers import LlamaConfig, LlamaForCausalLM
 

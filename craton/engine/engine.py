@@ -1,77 +1,45 @@
 """The engine: requests in, tokens out.
 
-Each step takes the next token of every running answer, and pieces of prompts in what room is left, through the
-network in one forward pass (continuous batching, arXiv 2309.06180; chunked prefill, arXiv 2403.02310). When the cache
-is full, the answer that came last gives its blocks up and is computed again later.
-
-Same request, same answer: on a CPU with the engine's kernels a token's logits do not depend, to the bit, on what runs
-beside it, on cache hits, on how a prompt was cut, on preemption or on guesses.
+Each step is one forward pass over the slices that the scheduler chose; then every answer that has logits gets its next
+token. Same request, same answer: on a CPU with the engine's kernels a token's logits do not depend, to the bit, on what
+runs beside it, on cache hits, on how a prompt was cut, on preemption or on guesses.
 """
 
 import os
 import threading
 from collections import deque
-from collections.abc import Iterator
-from collections.abc import Sequence as Many
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
 
 import torch
-from tokenizers.decoders import DecodeStream
+from torch import Tensor
 
 from craton.base import UserError
-from craton.engine.blocks import BlockPool
-from craton.engine.request import Completion, Counters, Event, Sampling, TokenLogprob
-from craton.engine.runner import Runner
-from craton.engine.sampler import adjusted, draw, token_logprobs, uniform
-from craton.engine.speculate import PromptLookup
+from craton.engine.answer import Answer
+from craton.engine.batch import Assembled, assemble
+from craton.engine.choose import choose
+from craton.engine.collect import Collector
+from craton.engine.draft import PromptLookup
+from craton.engine.draft_model import DraftModel
+from craton.engine.generation import Generation, Slice
+from craton.engine.request import Completion, Counters, EngineEvent, Sampling
+from craton.engine.runner import Runner, cache_dtype
+from craton.engine.scheduler import Scheduler
 from craton.engine.structured import Grammars, Matcher
-from craton.model.cache import BLOCK, Step, bytes_per_token
+from craton.engine.text import TextStream
+from craton.model.cache import bytes_per_token
 from craton.model.decoder import Decoder
+from craton.model.paging import BLOCK
 from craton.text.tokenizer import Tokenizer
 
 _LOGIT_BYTES = 64 << 20  # logits of one step at most
 
 
-@dataclass(eq=False)
-class Sequence:
-    """One answer in the making."""
-
-    completion: Completion
-    sampling: Sampling
-    tokens: list[int]  # prompt and answer
-    prompt: int  # tokens of the prompt
-    most: int  # tokens that the answer may have
-    seed: int
-    adapter: str | None = None
-    leader: "Sequence | None" = None  # an answer to the same prompt, whose cache it waits for
-    score_from: int | None = None  # first prompt position whose log-probability is wanted
-    embed: bool = False
-    blocks: list[int] = field(default_factory=list)
-    computed: int = 0  # tokens whose keys and values are in the cache
-    identity: int = 0  # of the last known block
-    known: int = 0  # blocks made known
-    matcher: Matcher | None = None
-    lookup: PromptLookup | None = None
-    drafted: int = 0  # tokens that the draft model has seen
-    guesses: list[int] = field(default_factory=list)
-    decode: DecodeStream | None = None
-    held: str = ""  # text that may yet turn out to begin a stop text
-    total: torch.Tensor | None = None  # of hidden states
-    cancelled: bool = False
-    admitted: bool = False
-    thinking: bool = False
-    forced: list[int] = field(default_factory=list)  # tokens to come, whatever the model says
-
-    @property
-    def prefilling(self) -> bool:
-        return self.computed < len(self.tokens) - 1
-
-
 class Engine:
-    """Not thread-safe but for `cancel`: one thread steps.
+    """Not thread-safe but for `cancel` and `matcher`: one thread steps.
 
-    network: on the device where it is to run. speculate: "" (no guessing), "lookup" (from the text so far); a draft
-    network with the same vocabulary guesses instead. cache_bytes: of keys and values. step_tokens: in one forward pass.
+    network: on the device where it is to run. cache_bytes: of keys and values. step_tokens: in one forward pass.
+    speculate: "" (no guessing) or "lookup" (from the text so far); a draft network with the same vocabulary guesses
+    instead. end_ids: tokens that end an answer, besides the configuration's. UserError for options that cannot be.
     """
 
     def __init__(
@@ -86,44 +54,48 @@ class Engine:
         guesses: int = 4,
         most_running: int = 256,
         share_prefixes: bool = True,
+        end_ids: tuple[int, ...] = (),
     ):
         config = self.config = network.config
-        self.tokenizer, self.step_tokens, self.most_running, self.share_prefixes = (
-            tokenizer,
-            step_tokens,
-            most_running,
-            share_prefixes,
-        )
+        self.tokenizer, self.most_running = tokenizer, most_running
+        self.end_ids = tuple(dict.fromkeys([*config.eos_token_ids, *end_ids]))
         if speculate not in ("", "lookup"):
-            raise UserError(f"speculate is {speculate!r}; known: '', 'lookup'")
+            raise UserError(f"speculate is {speculate!r}; known: '', 'lookup'", field="speculate")
+        if draft is not None and draft.config.vocab_size != config.vocab_size:
+            raise UserError(
+                f"the draft model's vocabulary is {draft.config.vocab_size}, the model's {config.vocab_size}; "
+                "they must be the same"
+            )
         self.speculate, self.guesses = speculate, guesses
-        each = bytes_per_token(config) + (bytes_per_token(draft.config) if draft else 0)
-        blocks = max(2, (cache_bytes or _default_cache(each, config.max_position_embeddings)) // (each * BLOCK))
-        self.pool = BlockPool(blocks)
+        each = sum(bytes_per_token(n.config, cache_dtype(n).itemsize) for n in (network, draft) if n is not None)
+        device = network.model.embed_tokens.weight.device
+        room = cache_bytes or _default_cache(device, each, config.max_position_embeddings)
+        blocks = max(2, room // (each * BLOCK))
         self.context = min(config.max_position_embeddings, blocks * BLOCK)
         self.runner = Runner(network, blocks, self.context)
-        self.draft: Runner | None = None
-        if draft is not None:
-            if draft.config.vocab_size != config.vocab_size:
-                raise UserError(
-                    f"the draft model's vocabulary is {draft.config.vocab_size}, the model's {config.vocab_size}; "
-                    "they must be the same"
-                )
-            self.draft = Runner(draft, blocks, min(self.context, draft.config.max_position_embeddings))
+        self.draft = None if draft is None else DraftModel(draft, blocks, self.context, guesses)
+        self.counters = Counters()
+        self.scheduler = Scheduler(
+            blocks,
+            step_tokens=step_tokens,
+            scored_tokens=max(1, _LOGIT_BYTES // (4 * config.vocab_size)),
+            max_running=most_running,
+            share_prefixes=share_prefixes,
+            counters=self.counters,
+            guess=self._guess,
+        )
+        self.answers: dict[Generation, Answer] = {}
+        self.requests: dict[int, list[Answer]] = {}
+        self.last_request = 0
+        self.inbox: dict[int, deque[EngineEvent]] = {}  # of requests that are streamed
         self.grammars: Grammars | None = None
         self.grammars_lock = threading.Lock()
-        self.waiting: deque[Sequence] = deque()
-        self.running: list[Sequence] = []
-        self.requests: dict[int, list[Sequence]] = {}
-        self.counters = Counters()
-        self.last_request = 0
-        self.inbox: dict[int, deque[Event]] = {}  # of requests that are streamed
 
     # ---- requests ----
 
     def add(
         self,
-        prompt: Many[int],
+        prompt: Sequence[int],
         sampling: Sampling | None = None,
         *,
         adapter: str | None = None,
@@ -132,72 +104,73 @@ class Engine:
         matcher: Matcher | None = None,
     ) -> int:
         """A new request; returns its number. UserError if it cannot be served: an empty or too long prompt, ids outside
-        the vocabulary, an unknown adapter, a schema that cannot be met. matcher: what `matcher` made of the sampling,
-        where that is not to take this thread's time."""
-        s = sampling or Sampling()
-        prompt = list(prompt)
-        if not prompt:
-            raise UserError("the prompt is empty; give at least one token")
-        if max(prompt) >= self.config.vocab_size or min(prompt) < 0:
-            bad = max(prompt) if max(prompt) >= self.config.vocab_size else min(prompt)
-            raise UserError(f"token id {bad} is outside the model's vocabulary of {self.config.vocab_size}")
-        if len(prompt) + bool(s.max_tokens) > self.context:
-            why = (
-                ""
-                if self.context == self.config.max_position_embeddings
-                else f", which the cache has room for, of the model's {self.config.max_position_embeddings}"
-            )
-            raise UserError(f"the prompt has {len(prompt)} tokens, the context is {self.context}{why}; shorten it")
-        if bad_bias := [i for i in s.logit_bias if not 0 <= i < self.config.vocab_size]:
-            raise UserError(
-                f"logit_bias: token id {bad_bias[0]} is outside the model's vocabulary of {self.config.vocab_size}"
-            )
-        if bad_stop := [i for i in s.stop_token_ids if not 0 <= i < self.config.vocab_size]:
-            raise UserError(
-                f"stop_token_ids: {bad_stop[0]} is outside the model's vocabulary of {self.config.vocab_size}"
-            )
-        if adapter is not None:
-            raise UserError(f"adapter {adapter!r} is not loaded")
-        if (s.stop or s.structured or s.reasoning) and self.tokenizer is None:
-            raise UserError("stop texts, structured output and reasoning need a tokenizer")
+        the vocabulary, an unknown adapter, a schema that cannot be met.
+
+        score_from: the first prompt position whose log-probability is wanted. embed: the mean hidden state is wanted.
+        matcher: what `matcher` made of the sampling, where that is not to take this thread's time.
+        """
+        s, prompt = sampling or Sampling(), list(prompt)
+        self._check(prompt, s, adapter)
         if s.prompt_logprobs is not None and score_from is None:
             score_from = 1
         self.last_request += 1
-        most = min(s.max_tokens, self.context - len(prompt))
         seed = s.seed if s.seed is not None else int.from_bytes(os.urandom(8), "little")
-        sequences: list[Sequence] = []
+        answers: list[Answer] = []
         for index in range(s.n):
-            leader = sequences[0] if sequences else None
-            sequence = Sequence(
-                Completion(self.last_request, index, prompt_tokens=len(prompt)),
-                s,
+            leader = answers[0].generation if answers else None
+            generation = Generation(
                 list(prompt),
                 len(prompt),
-                most,
-                seed,
+                min(s.max_tokens, self.context - len(prompt)),
                 adapter,
-                leader,
-                score_from if leader is None else None,
-                embed,
+                leader=leader,
+                score_from=score_from if leader is None else None,
+                every_state=embed,
             )
-            sequence.matcher = matcher.copy() if matcher else self.matcher(s)
-            if self.speculate == "lookup":
-                sequence.lookup = PromptLookup(self.guesses)
-            sequence.thinking = s.reasoning is not None and s.reasoning.begin is None
-            if self.tokenizer is not None:
-                sequence.decode = DecodeStream(ids=self._before(prompt), skip_special_tokens=False)
-            sequences.append(sequence)
-        self.requests[self.last_request] = sequences
-        self.waiting.extend(sequences)
+            completion = Completion(self.last_request, index, prompt_tokens=len(prompt))
+            answers.append(self._answer(generation, completion, s, seed, matcher))
+        self.requests[self.last_request] = answers
+        for answer in answers:
+            self.answers[answer.generation] = answer
+            self.scheduler.add(answer.generation)
         self.counters.prompt_tokens += len(prompt)
         return self.last_request
 
-    def _before(self, prompt: list[int]) -> list[int]:
-        """The tokens that an answer's text is read after, so that its first space is not lost."""
-        assert self.tokenizer is not None
-        return (
-            [t for t in prompt[-6:] if t not in self.tokenizer.special_ids] if self.tokenizer.drops_first_space else []
-        )
+    def _answer(
+        self, generation: Generation, completion: Completion, s: Sampling, seed: int, matcher: Matcher | None
+    ) -> Answer:
+        answer = Answer(generation, completion, s, seed)
+        answer.matcher = matcher.copy() if matcher else self.matcher(s)
+        answer.thinking = s.reasoning is not None and s.reasoning.begin is None
+        if self.speculate == "lookup":
+            answer.lookup = PromptLookup(self.guesses)
+        if generation.score_from is not None or generation.every_state:
+            answer.collector = Collector(s.prompt_logprobs or 0)
+        if self.tokenizer is not None:
+            answer.text = TextStream(self.tokenizer, generation.tokens[: generation.prompt], s)
+            if s.reasoning is not None:
+                answer.thinking_end = tuple(self.tokenizer.encode_rendered(s.reasoning.end))
+        return answer
+
+    def _check(self, prompt: list[int], s: Sampling, adapter: str | None) -> None:
+        size = self.config.vocab_size
+        if not prompt:
+            raise UserError("the prompt is empty; give at least one token", field="prompt")
+        for field, ids in (("prompt", prompt), ("logit_bias", s.logit_bias), ("stop_token_ids", s.stop_token_ids)):
+            if (bad := next((i for i in ids if not 0 <= i < size), None)) is not None:
+                raise UserError(f"{field}: token id {bad} is outside the model's vocabulary of {size}", field=field)
+        if len(prompt) + bool(s.max_tokens) > self.context:
+            own = self.config.max_position_embeddings
+            why = "" if self.context == own else f", which the cache has room for, of the model's {own}"
+            raise UserError(
+                f"the prompt has {len(prompt)} tokens, the context is {self.context}{why}; shorten it",
+                field="prompt",
+                code="context_length_exceeded",
+            )
+        if adapter is not None:
+            raise UserError(f"adapter {adapter!r} is not loaded", field="adapter")
+        if (s.stop or s.structured or s.reasoning) and self.tokenizer is None:
+            raise UserError("stop texts, structured output and reasoning need a tokenizer")
 
     def matcher(self, s: Sampling) -> Matcher | None:
         """The schema or grammar of a request, compiled; None if it has none. UserError if it is wrong. From any
@@ -207,21 +180,44 @@ class Engine:
         with self.grammars_lock:
             if self.grammars is None:
                 assert self.tokenizer is not None
-                self.grammars = Grammars(self.tokenizer, self.config.vocab_size, self.config.eos_token_ids)
+                self.grammars = Grammars(self.tokenizer, self.config.vocab_size, self.end_ids)
         return self.grammars.matcher(s)
 
     def cancel(self, request: int) -> None:
         """Its blocks are free after the next step; unknown and finished requests are passed over. From any thread."""
-        for sequence in self.requests.get(request, []):
-            sequence.cancelled = True
+        for answer in self.requests.get(request, []):
+            answer.cancelled = True
+
+    def fail_all(self) -> None:
+        """Forget all requests, and what was computed for them."""
+        self.scheduler.clear()
+        self.requests.clear()
+        self.answers.clear()
+
+    def forget(self) -> None:
+        """What was computed before is not used for requests to come, and not counted."""
+        self.scheduler.pool.clear()
+        self.counters = self.scheduler.counters = Counters()
+
+    def weights_changed(self) -> None:
+        """The network has other weights now: nothing that was computed with the old ones is used again."""
+        self.runner.weights_changed()
+        self.scheduler.restart()
 
     @property
     def busy(self) -> bool:
-        return bool(self.waiting or self.running)
+        """Whether a step has anything to do."""
+        return self.scheduler.busy
+
+    @property
+    def backlog(self) -> int:
+        """Tokens of prompts that are not computed yet."""
+        running = sum(len(g.tokens) - g.computed for g in self.scheduler.running if g.prefilling)
+        return running + sum(len(g.tokens) for g in self.scheduler.waiting if g.leader is None)
 
     # ---- one step ----
 
-    def step(self) -> list[Event]:
+    def step(self) -> list[EngineEvent]:
         """One forward pass; what it added to each answer."""
         events = self._advance()
         for event in events:
@@ -229,430 +225,123 @@ class Engine:
                 self.inbox[event.completion.request].append(event)
         return events
 
-    def _advance(self) -> list[Event]:
+    def _advance(self) -> list[EngineEvent]:
         events = self._drop_cancelled()
         if self.draft is not None:
-            self._draft_guesses()
-        plan = self._schedule()
+            self.draft.guess([self.answers[g] for g in self.scheduler.running], self.scheduler)
+        plan = self.scheduler.schedule()
         if not plan:
             return events
         self.counters.steps += 1
-        self.counters.computed_tokens += sum(new for _, new in plan)
-        logits, hidden, outputs = self._forward(self.runner, plan)
-        greedy = (
-            logits.argmax(-1).tolist()
-            if logits is not None and any(s.sampling.temperature == 0 for s, _ in plan)
-            else None
-        )
-        for sequence, new in plan:
-            events += self._consume(sequence, new, logits, hidden, outputs[id(sequence)], greedy)
+        self.counters.computed_tokens += sum(part.new for part in plan)
+        made = assemble(plan, self.runner.cache)
+        want_logits = bool(made.rows.numel()) and any(not part.generation.every_state for part in plan)
+        logits, hidden = self.runner.forward(made.ids, made.batch, made.rows, want_logits)
+        return events + self._consume(plan, made, logits, hidden)
+
+    def _guess(self, generation: Generation) -> list[int] | None:
+        lookup = self.answers[generation].lookup
+        return None if lookup is None else lookup.guess(generation.tokens)
+
+    def _drop_cancelled(self) -> list[EngineEvent]:
+        cancelled = [a for a in self.answers.values() if a.cancelled]
+        self.counters.cancelled += len(cancelled)
+        return [self._finish(answer, "cancelled", (), "") for answer in cancelled]
+
+    def _consume(self, plan: list[Slice], made: Assembled, logits: Tensor | None, hidden: Tensor) -> list[EngineEvent]:
+        """Collect what prompts were computed for, and go on with the answers whose prompts are complete."""
+        events: list[EngineEvent] = []
+        ready: list[tuple[Slice, Answer, int]] = []  # with the row of the first choice
+        for part, (begin, end) in zip(plan, made.outputs, strict=True):
+            answer = self.answers[part.generation]
+            if answer.collector is not None:
+                answer.collector.add(part, None if logits is None else logits[begin:end], hidden[begin:end])
+            whole = part.past + part.new >= len(part.generation.tokens)
+            self.scheduler.computed(part)
+            if not whole:
+                continue  # more of the prompt to come
+            if part.generation.max_new == 0:
+                events.append(self._finish(answer, "length", (), ""))
+            else:
+                guessed = part.past + part.new - len(part.generation.tokens)
+                part.generation.guesses = part.generation.guesses[:guessed]
+                self.counters.drafted_tokens += guessed
+                ready.append((part, answer, end - 1 - guessed))
+        if ready:
+            assert logits is not None
+            events += self._continue(ready, logits)
         return events
 
-    def _drop_cancelled(self) -> list[Event]:
-        out = []
-        for sequence in [s for s in (*self.waiting, *self.running) if s.cancelled]:
-            if sequence in self.running:
-                self.running.remove(sequence)
-            else:
-                self.waiting.remove(sequence)
-            self.counters.cancelled += 1
-            out.append(self._finish(sequence, "cancelled", (), ""))
-        return out
-
-    def _schedule(self) -> list[tuple[Sequence, int]]:
-        """Who runs in this step, with how many new tokens."""
-        plan: list[tuple[Sequence, int]] = []
-        room = self.step_tokens
-        for sequence in [*sorted(self.running, key=lambda s: s.prefilling)]:
-            if sequence not in self.running:  # preempted meanwhile
-                continue
-            if sequence.lookup is not None and not sequence.prefilling:
-                sequence.guesses = sequence.lookup.guess(sequence.tokens)
-            new = self._wanted(sequence, room)
-            while new and not self._reserve(sequence, sequence.computed + new):
-                if sequence.guesses:  # rather no guessing than a preemption
-                    sequence.guesses = []
-                    new = self._wanted(sequence, room)
-                    continue
-                victim = self.running[-1]
-                self._preempt(victim)
-                plan = [(s, n) for s, n in plan if s is not victim]
-                if victim is sequence:
-                    new = 0
-            if new:
-                plan.append((sequence, new))
-                room -= new
-        while self.waiting and room > 0 and len(self.running) < self.most_running:
-            sequence = self.waiting[0]
-            if (
-                sequence.leader is not None
-                and sequence.leader.prefilling
-                and sequence.leader.completion.finish_reason is None
-                and not sequence.leader.cancelled
-            ):
-                break
-            if not self._admit(sequence, room):
-                break
-            new = self._wanted(sequence, room)
-            plan.append((sequence, new))
-            room -= new
-        return plan
-
-    def _wanted(self, sequence: Sequence, room: int) -> int:
-        """New tokens of a sequence in this step, its guesses included."""
-        left = len(sequence.tokens) - sequence.computed
-        if left > 1 or not sequence.completion.token_ids:
-            most = room
-            if sequence.score_from is not None:
-                most = min(room, max(1, _LOGIT_BYTES // (4 * self.config.vocab_size)))
-            return min(left, most)
-        spare = sequence.most - len(sequence.completion.token_ids) - 1
-        sequence.guesses = sequence.guesses[: max(0, min(spare, room - 1))]
-        return min(room, 1 + len(sequence.guesses))
-
-    def _reserve(self, sequence: Sequence, tokens: int) -> bool:
-        """Blocks for this many tokens, or False and none."""
-        missing = -(-tokens // BLOCK) - len(sequence.blocks)
-        if missing > self.pool.free:
-            return False
-        for _ in range(missing):
-            block = self.pool.allocate()
-            assert block is not None
-            sequence.blocks.append(block)
-        return True
-
-    def _admit(self, sequence: Sequence, room: int) -> bool:
-        limit = len(sequence.tokens) - 1
-        if sequence.score_from is not None:
-            limit = min(limit, sequence.score_from - 1)
-        if sequence.embed or not self.share_prefixes:
-            limit = 0
-        sequence.blocks, sequence.identity = self.pool.find(sequence.tokens, limit)
-        sequence.known = len(sequence.blocks)
-        sequence.computed = sequence.known * BLOCK
-        new = min(room, len(sequence.tokens) - sequence.computed)
-        # Leave a block for each answer that runs, or the newcomer would soon be preempted again.
-        if (
-            -(-(sequence.computed + new) // BLOCK) - len(sequence.blocks) + len(self.running) > self.pool.free
-            and self.running
-            or not self._reserve(sequence, sequence.computed + new)
-        ):
-            self.pool.release(sequence.blocks)
-            sequence.blocks, sequence.computed = [], 0
-            return False
-        if not sequence.admitted:
-            sequence.completion.cached_tokens = min(sequence.computed, sequence.prompt)
-            self.counters.cached_prompt_tokens += sequence.completion.cached_tokens
-            sequence.admitted = True
-        self.waiting.popleft()
-        self.running.append(sequence)
-        return True
-
-    def _preempt(self, sequence: Sequence) -> None:
-        self.pool.release(sequence.blocks)
-        sequence.blocks, sequence.computed, sequence.known, sequence.identity, sequence.drafted, sequence.guesses = (
-            [],
-            0,
-            0,
-            0,
-            0,
-            [],
-        )
-        if sequence.total is not None or sequence.score_from is not None:  # what was gathered so far comes again
-            sequence.total, sequence.completion.prompt_logprobs = None, []
-        self.running.remove(sequence)
-        self.waiting.appendleft(sequence)
-        self.counters.preemptions += 1
-
-    def _forward(
-        self, runner: Runner, plan: list[tuple[Sequence, int]], only_last: bool = False
-    ) -> tuple[torch.Tensor | None, torch.Tensor, dict[int, tuple[int, int]]]:
-        """Logits and hidden states of the tokens that need them; for each sequence the range of its rows."""
-        ids: list[int] = []
-        positions: list[int] = []
-        slots: list[int] = []
-        starts, lengths, rows = [0], list[int](), list[int]()
-        outputs: dict[int, tuple[int, int]] = {}
-        for sequence, new in plan:
-            past = sequence.drafted if only_last else sequence.computed
-            line = sequence.tokens[past : past + new]
-            line += sequence.guesses[: new - len(line)]
-            at = len(ids)
-            ids += line
-            positions += range(past, past + new)
-            blocks = sequence.blocks
-            slots += [blocks[p // BLOCK] * BLOCK + p % BLOCK for p in range(past, past + new)]
-            starts.append(len(ids))
-            lengths.append(past + new)
-            first = self._first_output(sequence, past, new) if not only_last else new - 1
-            outputs[id(sequence)] = (len(rows), len(rows) + new - first)
-            rows += range(at + first, at + new)
-        most = max(-(-n // BLOCK) for n in lengths)
-        tables = [
-            s.blocks[: -(-n // BLOCK)] + [0] * (most - -(-n // BLOCK)) for (s, _), n in zip(plan, lengths, strict=True)
+    def _continue(self, ready: list[tuple[Slice, Answer, int]], logits: Tensor) -> list[EngineEvent]:
+        """The next token of each answer; and, as long as its guesses come true, the next but one."""
+        added: dict[Answer, list[int]] = {answer: [] for _, answer, _ in ready}
+        texts = dict.fromkeys(added, "")
+        finishes: dict[Answer, str | None] = dict.fromkeys(added)
+        going, turn = ready, 0
+        while going:
+            rows = [row + turn for _, _, row in going]
+            same = len(rows) == logits.shape[0] and rows == list(range(len(rows)))
+            choices = choose([a for _, a, _ in going], logits if same else logits[rows], self.end_ids)
+            further = []
+            for item, choice in zip(going, choices, strict=True):
+                _, answer, _ = item
+                new = [] if choice.token is None else [choice.token]
+                finish = choice.finish
+                more, stopped = self._text(answer, new, finish is not None)
+                if stopped is not None:
+                    finish, answer.completion.stop_reason = "stop", stopped
+                added[answer] += new
+                texts[answer] += more
+                finishes[answer] = finish
+                guesses = answer.generation.guesses
+                if finish is None and turn < len(guesses) and choice.token == guesses[turn]:
+                    self.counters.accepted_tokens += 1
+                    further.append(item)
+            going, turn = further, turn + 1
+        return [
+            self._advanced(part, answer, added[answer], texts[answer], finishes[answer]) for part, answer, _ in ready
         ]
-        as_ints = [
-            torch.tensor(v, dtype=torch.int32, device=runner.device)
-            for v in (positions, slots, starts, lengths, tables)
-        ]
-        step = Step(runner.cache, *as_ints)
-        want = only_last or any(not s.embed for s, _ in plan)
-        logits, hidden = runner.forward(
-            torch.tensor(ids, dtype=torch.int32), step, torch.tensor(rows, dtype=torch.int32), want and bool(rows)
-        )
-        return logits, hidden, outputs
 
-    @staticmethod
-    def _first_output(sequence: Sequence, past: int, new: int) -> int:
-        """The first of a sequence's new tokens whose logits (or hidden state) are needed; `new` for none."""
-        if sequence.embed:
-            return 0
-        first = len(sequence.tokens) - 1 - past
-        if sequence.score_from is not None and past < sequence.prompt:
-            first = min(first, max(0, sequence.score_from - 1 - past))
-        return min(first, new)
-
-    def _consume(
-        self,
-        sequence: Sequence,
-        new: int,
-        logits: torch.Tensor | None,
-        hidden: torch.Tensor,
-        rows: tuple[int, int],
-        greedy: list[int] | None,
-    ) -> list[Event]:
-        past, tokens = sequence.computed, sequence.tokens
-        first = past + new - (rows[1] - rows[0])  # position of the first row
-        if sequence.embed:
-            total = hidden[rows[0] : rows[1]].double().sum(0)
-            sequence.total = total if sequence.total is None else sequence.total + total
-        if sequence.score_from is not None and rows[0] < rows[1] and first < sequence.prompt - 1:
-            assert logits is not None
-            end = min(past + new, sequence.prompt - 1)
-            part = logits[rows[0] : rows[0] + end - first]
-            scores: list[TokenLogprob | None] = list(
-                token_logprobs(part, tokens[first + 1 : end + 1], sequence.sampling.prompt_logprobs or 0)
-            )
-            if not sequence.completion.prompt_logprobs:
-                sequence.completion.prompt_logprobs = [None] * (first + 1)
-            sequence.completion.prompt_logprobs += scores
-        sequence.computed = min(past + new, len(tokens))
-        self._make_known(sequence)
-        if past + new < len(tokens):
-            return []  # more of the prompt to come
-        if sequence.most == 0:
-            return [self._finish(sequence, "length", (), "")]
-        assert logits is not None
-        guesses, sequence.guesses = sequence.guesses[: past + new - len(tokens)], []
-        self.counters.drafted_tokens += len(guesses)
-        row = rows[1] - 1 - len(guesses)
-        added: list[int] = []
-        text = ""
-        for i in range(len(guesses) + 1):
-            token, finish = self._choose(sequence, logits[row + i], greedy[row + i] if greedy else None)
-            new_tokens = [] if token is None else [token]
-            added += new_tokens
-            more, stopped = self._text(sequence, new_tokens, finish is not None)
-            text += more
-            if stopped is not None:
-                finish, sequence.completion.stop_reason = "stop", stopped
-            if finish or i == len(guesses) or token != guesses[i]:
-                break
-            self.counters.accepted_tokens += 1
-        # The guesses that came true are in the cache already.
-        sequence.computed = min(past + new, len(tokens) - 1)
-        self._make_known(sequence)
+    def _advanced(self, part: Slice, answer: Answer, added: list[int], text: str, finish: str | None) -> EngineEvent:
+        generation = answer.generation
+        generation.guesses = []
+        answer.completion.cached_tokens = generation.cached or 0
+        # The guesses that came true are in the cache already; the newest token is not.
+        end = min(part.past + part.new, len(generation.tokens) - 1)
+        self.scheduler.computed(Slice(generation, part.past, end - part.past))
         self.counters.generated_tokens += len(added)
         if finish:
-            return [self._finish(sequence, finish, tuple(added), text)]
-        return [Event(sequence.completion, tuple(added), text)]
+            return self._finish(answer, finish, tuple(added), text)
+        return EngineEvent(answer.completion, tuple(added), text)
 
-    def _choose(self, sequence: Sequence, logits: torch.Tensor, likeliest: int | None) -> tuple[int | None, str | None]:
-        """The next token of an answer, appended to it, and whether it ends there. An end token is no part of it."""
-        s, completion, answer = sequence.sampling, sequence.completion, sequence.completion.token_ids
-        left = sequence.most - len(answer)
-        scores = adjusted(logits, s, sequence.tokens[: sequence.prompt], answer) if s.adjusts else logits
-        ends = () if s.ignore_eos else self.config.eos_token_ids
-        if len(answer) < s.min_tokens and (ends or s.stop_token_ids):
-            scores = scores.index_fill(0, torch.tensor([*ends, *s.stop_token_ids]), -torch.inf)
-
-        def drawn(scores: torch.Tensor) -> int:
-            if scores is logits and s.temperature == 0 and likeliest is not None:
-                return likeliest
-            return draw(scores, s, uniform(sequence.seed, completion.index, len(sequence.tokens)))
-
-        if (
-            s.reasoning is not None
-            and not answer
-            and s.reasoning.begin is not None
-            and drawn(scores) == s.reasoning.begin
-        ):
-            sequence.thinking = True
-        complete, thinking = False, sequence.thinking
-        if thinking:
-            token = self._think(sequence, drawn(scores))
-        elif sequence.matcher is None:
-            token = drawn(scores)
-        else:
-            try:
-                scores = sequence.matcher.mask(scores, left)
-            except UserError as error:  # this answer fails, not its neighbours
-                completion.stop_reason = str(error)
-                return None, "error"
-            token = drawn(scores)
-            while not sequence.matcher.accepts(token):
-                scores = scores.index_fill(0, torch.tensor([token]), -torch.inf)
-                if bool((scores > -torch.inf).any()):
-                    token = drawn(scores)
-                elif (spelled := sequence.matcher.spelled()) is not None:
-                    token = spelled
-                    break
-                else:
-                    completion.stop_reason = "the grammar allows no token here"
-                    return None, "error"
-            token, complete = sequence.matcher.take(token, left - 1)
-        if (token in ends or token in s.stop_token_ids) and len(answer) >= s.min_tokens:
-            completion.stop_reason = token if token in s.stop_token_ids else None
-            return None, "stop"
-        if s.logprobs is not None:
-            completion.logprobs += token_logprobs(logits[None], [token], s.logprobs)
-        completion.reasoning_tokens += thinking
-        answer.append(token)
-        sequence.tokens.append(token)
-        if complete:
-            return token, "stop"
-        return token, "length" if len(answer) >= sequence.most else None
-
-    def _think(self, sequence: Sequence, token: int) -> int:
-        """A token of the thinking: the model's, or the end's if the budget is used up."""
-        reasoning, answer = sequence.sampling.reasoning, sequence.completion.token_ids
-        assert reasoning is not None and self.tokenizer is not None
-        end = self.tokenizer.marker(reasoning.end)
-        if (
-            reasoning.budget is not None
-            and sequence.completion.reasoning_tokens >= reasoning.budget
-            and not sequence.forced
-            and token != end[0]
-        ):
-            sequence.forced = list(end)
-        if sequence.forced:
-            token = sequence.forced.pop(0)
-        sequence.thinking = [*answer[len(answer) - len(end) + 1 :], token][-len(end) :] != end
-        return token
-
-    def _make_known(self, sequence: Sequence) -> None:
-        if not self.share_prefixes:
-            return
-        while (sequence.known + 1) * BLOCK <= sequence.computed:
-            at = sequence.known * BLOCK
-            sequence.identity = self.pool.know(
-                sequence.blocks[sequence.known], sequence.identity, tuple(sequence.tokens[at : at + BLOCK])
-            )
-            sequence.known += 1
-
-    def _text(self, sequence: Sequence, added: list[int], last: bool) -> tuple[str, str | None]:
-        """New text of an answer that is safe to show, and the stop text that ended it."""
-        completion = sequence.completion
-        if sequence.decode is None:
+    def _text(self, answer: Answer, new: list[int], last: bool) -> tuple[str, str | None]:
+        if answer.text is None:
             return "", None
-        assert self.tokenizer is not None
-        new, hidden = "", self.tokenizer.special_ids.difference(sequence.sampling.show_special)
-        for token in added:
-            if token in hidden:
-                continue
-            try:
-                new += sequence.decode.step(self.tokenizer.backend, token) or ""
-            except Exception:  # the library gives up on some sequences of single bytes; go on after them
-                sequence.decode = DecodeStream(skip_special_tokens=False)
-        if last:  # what an unfinished character decodes to
-            before = self._before(sequence.tokens[: sequence.prompt])
-            decode = self.tokenizer.backend.decode
-            sent, base = completion.text + sequence.held + new, decode(before, skip_special_tokens=False)
-            whole = decode([*before, *(t for t in completion.token_ids if t not in hidden)], skip_special_tokens=False)
-            whole = whole.removeprefix(base)
-            new += whole[len(sent) :] if whole.startswith(sent) else ""
-        text = sequence.held + new
-        searched = (
-            sequence.sampling.stop
-            if len(completion.token_ids) >= sequence.sampling.min_tokens and not sequence.thinking
-            else ()
-        )
-        if searched and (mark := sequence.sampling.stop_before) and mark in completion.text + text:
-            searched = ()
-        found = min(((at, s) for s in searched if (at := text.find(s)) >= 0), default=None)
-        if found is not None:
-            text, sequence.held = text[: found[0]], ""
-        else:
-            keep = 0
-            if not last:
-                keep = max(
-                    (n for s in searched for n in range(min(len(s) - 1, len(text)), 0, -1) if text.endswith(s[:n])),
-                    default=0,
-                )
-            text, sequence.held = text[: len(text) - keep], text[len(text) - keep :]
-        completion.text += text
-        return text, found[1] if found else None
+        more, stopped = answer.text.feed(new, last=last, thinking=answer.thinking)
+        answer.completion.text = answer.text.text
+        return more, stopped
 
-    def _finish(self, sequence: Sequence, reason: str, added: tuple[int, ...], text: str) -> Event:
-        completion = sequence.completion
+    def _finish(self, answer: Answer, reason: str, added: tuple[int, ...], text: str) -> EngineEvent:
+        completion, generation = answer.completion, answer.generation
         completion.finish_reason = reason
-        if sequence.total is not None:
-            mean = sequence.total / sequence.prompt
-            completion.embedding = (mean / mean.norm().clamp_min(1e-12)).tolist()
-        self.pool.release(sequence.blocks)
-        sequence.blocks = []
-        if sequence in self.running:
-            self.running.remove(sequence)
+        if answer.collector is not None:
+            completion.prompt_logprobs = answer.collector.scores
+            completion.embedding = answer.collector.embedding(generation.prompt)
+        self.scheduler.remove(generation)
+        del self.answers[generation]
         siblings = self.requests[completion.request]
-        if all(s.completion.finish_reason for s in siblings):
+        if all(a.completion.finish_reason for a in siblings):
             del self.requests[completion.request]
         self.counters.finished += reason != "cancelled"
-        return Event(completion, added, text)
-
-    # ---- guesses of a draft model ----
-
-    @torch.inference_mode()
-    def _draft_guesses(self) -> None:
-        """Guesses for every answer that is past its prompt, each with the random number its position will have."""
-        assert self.draft is not None
-        active = [s for s in self.running if not s.prefilling and s.matcher is None and s.completion.token_ids]
-        limit = min(self.context, self.draft.network.config.max_position_embeddings)
-        active = [
-            s
-            for s in active
-            if len(s.tokens) + self.guesses <= limit and self._reserve(s, len(s.tokens) + self.guesses)
-        ]
-        for sequence in active:
-            sequence.guesses = []
-            while len(sequence.tokens) - sequence.drafted > self.step_tokens:  # a long prompt, in pieces
-                self._forward(self.draft, [(sequence, self.step_tokens)], only_last=True)
-                sequence.drafted += self.step_tokens
-        for _ in range(self.guesses):
-            plan = [(s, len(s.tokens) + len(s.guesses) - s.drafted) for s in active]
-            if not plan:
-                return
-            logits, _, outputs = self._forward(self.draft, plan, only_last=True)
-            assert logits is not None
-            for sequence, new in plan:
-                sequence.drafted += new
-                scores = adjusted(
-                    logits[outputs[id(sequence)][0]],
-                    sequence.sampling,
-                    sequence.tokens[: sequence.prompt],
-                    sequence.completion.token_ids,
-                )
-                at = len(sequence.tokens) + len(sequence.guesses)
-                sequence.guesses.append(
-                    draw(scores, sequence.sampling, uniform(sequence.seed, sequence.completion.index, at))
-                )
-        for sequence in active:  # what comes after the tokens that are known may be wrong
-            sequence.drafted = min(sequence.drafted, len(sequence.tokens))
+        return EngineEvent(completion, added, text)
 
     # ---- whole answers ----
 
-    def stream(self, prompt: Many[int], sampling: Sampling | None = None) -> Iterator[Event]:
+    def stream(
+        self, prompt: Sequence[int], sampling: Sampling | None = None, matcher: Matcher | None = None
+    ) -> Iterator[EngineEvent]:
         """Events of one request, until it is finished."""
-        request = self.add(prompt, sampling)
+        request = self.add(prompt, sampling, matcher=matcher)
         inbox = self.inbox[request] = deque()
         try:
             while inbox or request in self.requests:
@@ -667,16 +356,15 @@ class Engine:
                 self.step()
 
     def generate(
-        self, prompts: Many[Many[int]], sampling: Sampling | Many[Sampling] | None = None
+        self, prompts: Sequence[Sequence[int]], sampling: Sampling | Sequence[Sampling] | None = None
     ) -> list[list[Completion]]:
-        """All answers of each prompt."""
-        many = (
-            [sampling or Sampling()] * len(prompts) if sampling is None or isinstance(sampling, Sampling) else sampling
-        )
+        """All answers of each prompt, in order."""
+        if sampling is None or isinstance(sampling, Sampling):
+            sampling = [sampling or Sampling()] * len(prompts)
         numbers: list[int] = []
         try:
-            for p, s in zip(prompts, many, strict=True):
-                numbers.append(self.add(p, s))
+            for prompt, s in zip(prompts, sampling, strict=True):
+                numbers.append(self.add(prompt, s))
         except UserError:
             for number in numbers:
                 self.cancel(number)
@@ -691,33 +379,36 @@ class Engine:
                     done[event.completion.request].append(event.completion)
         return [sorted(done[n], key=lambda c: c.index) for n in numbers]
 
-    def loglikelihood(self, pairs: Many[tuple[Many[int], Many[int]]]) -> list[tuple[float, bool]]:
+    def loglikelihood(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[tuple[float, bool]]:
         """For each (context, continuation): the log-probability of the continuation in nats, and whether greedy
         decoding gives it. The context must have a token."""
         numbers = []
         for context, continuation in pairs:
             if not context or not continuation:
                 raise UserError("loglikelihood needs at least one token of context and one of continuation")
-            numbers.append(
-                self.add([*context, *continuation], Sampling(max_tokens=0, prompt_logprobs=1), score_from=len(context))
-            )
+            sampling = Sampling(max_tokens=0, prompt_logprobs=1)
+            numbers.append(self.add([*context, *continuation], sampling, score_from=len(context)))
         out = []
         for (completion,), (context, _) in zip(self._run(numbers), pairs, strict=True):
             scores = [s for s in completion.prompt_logprobs[len(context) :] if s is not None]
             out.append((sum(s.logprob for s in scores), all(s.top[0][0] == s.token for s in scores)))
         return out
 
-    def embed(self, texts: Many[Many[int]]) -> torch.Tensor:
+    def embed(self, texts: Sequence[Sequence[int]]) -> Tensor:
         """(texts, hidden): the mean of the last hidden states over a text's tokens, scaled to length 1."""
         numbers = [self.add(t, Sampling(max_tokens=0), embed=True) for t in texts]
         return torch.tensor([c.embedding for (c,) in self._run(numbers)])
 
 
-def _default_cache(bytes_a_token: int, context: int) -> int:
-    """A quarter of the memory that is free, at most 4 GiB, and no more than 64 full contexts."""
+def _default_cache(device: torch.device, bytes_a_token: int, context: int) -> int:
+    """No more than 64 full contexts. On a CPU a quarter of the memory that is free, at most 4 GiB; on a GPU, whose
+    memory is for nothing else, three quarters of what is free there."""
+    most = bytes_a_token * (context + BLOCK) * 64
+    if device.type == "cuda":
+        return min(torch.cuda.mem_get_info(device)[0] * 3 // 4, most)
     try:
         with open("/proc/meminfo") as f:
             free = next(int(line.split()[1]) << 10 for line in f if line.startswith("MemAvailable"))
     except (OSError, StopIteration):
         free = 8 << 30
-    return min(free // 4, 4 << 30, bytes_a_token * (context + BLOCK) * 64)
+    return min(free // 4, 4 << 30, most)

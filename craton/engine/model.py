@@ -9,7 +9,7 @@ import torch
 from craton.engine.engine import Engine
 from craton.engine.request import Completion, Sampling
 from craton.model.decoder import Decoder
-from craton.model.serving import fused
+from craton.model.fused import fits
 from craton.text.tokenizer import Tokenizer
 from craton.weights.adapter import merge
 from craton.weights.folder import check_fit, load_network
@@ -59,7 +59,7 @@ def load_model(path: str, device: str = "cpu", adapter: str | None = None, **eng
     if adapter is not None:
         merge(network, Path(adapter))
     check_fit(network.config, tokenizer, folder)
-    if device == "cpu" and not fused(network.config):
+    if device == "cpu" and not fits(network.config):
         network.float()  # modules run in fp32 on a CPU; only the steps in one call read 16-bit weights
     return Model(network, tokenizer, engine_options)
 

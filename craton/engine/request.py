@@ -27,9 +27,8 @@ class Sampling:
     top_k: int = 0  # only the k likeliest; 0: all
     top_p: float = 1.0  # only the likeliest that together reach this probability
     min_p: float = 0.0  # only those at least this likely, relative to the likeliest
-    repetition_penalty: float = (
-        1.0  # divides positive logits of tokens in prompt or answer, multiplies negative ones (arXiv 1909.05858)
-    )
+    # Divides positive logits of tokens in prompt or answer, multiplies negative ones (arXiv 1909.05858).
+    repetition_penalty: float = 1.0
     frequency_penalty: float = 0.0  # subtracted for each time a token is in the answer
     presence_penalty: float = 0.0  # subtracted if a token is in the answer
     logit_bias: Mapping[int, float] = field(default_factory=dict)
@@ -65,16 +64,16 @@ class Sampling:
         for name, (low, high) in bounds.items():
             value = getattr(self, name)
             if not low <= value <= high:
-                raise UserError(f"{name} is {value}, must be from {low} to {high}")
+                raise UserError(f"{name} is {value}, must be from {low} to {high}", field=name)
         if not 0 < self.top_p <= 1:
-            raise UserError(f"top_p is {self.top_p}, must be above 0 and at most 1")
+            raise UserError(f"top_p is {self.top_p}, must be above 0 and at most 1", field="top_p")
         for name in ("logprobs", "prompt_logprobs"):
             if (value := getattr(self, name)) is not None and not 0 <= value <= 100:
-                raise UserError(f"{name} is {value}, must be from 0 to 100")
+                raise UserError(f"{name} is {value}, must be from 0 to 100", field=name)
         if len(self.stop) > 64 or any(not s for s in self.stop):
-            raise UserError("stop: at most 64 texts, none of them empty")
+            raise UserError("stop: at most 64 texts, none of them empty", field="stop")
         if sum(map(bool, (self.json_schema, self.regex, self.choice, self.grammar))) > 1:
-            raise UserError("json_schema, regex, choice and grammar exclude each other")
+            raise UserError("json_schema, regex, choice and grammar exclude each other", field="json_schema")
 
     @property
     def structured(self) -> bool:
@@ -94,6 +93,8 @@ class Sampling:
 
 @dataclass(frozen=True)
 class TokenLogprob:
+    """How likely a token was."""
+
     token: int
     logprob: float  # nats, of the model's own distribution (temperature 1, no filters)
     top: tuple[tuple[int, float], ...] = ()  # the likeliest tokens, best first
@@ -119,7 +120,7 @@ class Completion:
 
 
 @dataclass(frozen=True)
-class Event:
+class EngineEvent:
     """What one step added to an answer. completion is the answer so far; it is whole when finish_reason is set."""
 
     completion: Completion

@@ -1,13 +1,13 @@
-"""From logits to a token. Every answer has its own random numbers, so that neighbours do not matter."""
+"""From logits to tokens and their log-probabilities. Every answer has its own random numbers, so that neighbours do not
+matter."""
 
-import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
 from craton.engine.request import Sampling, TokenLogprob
-
-_FEW = 1024  # candidates that are tried before all of the vocabulary is sorted
+from craton.model import ops
 
 
 def uniform(seed: int, index: int, position: int) -> float:
@@ -36,45 +36,16 @@ def adjusted(logits: Tensor, sampling: Sampling, prompt: list[int], answer: list
     return logits
 
 
-def draw(logits: Tensor, sampling: Sampling, u: float) -> int:
-    """A token from logits (vocabulary,) by the number u in [0, 1): the first, in the order of the ids, at which the
-    cumulative probability exceeds u. Near distributions give mostly the same token for the same u, which is what makes
-    a draft model's guesses agree with the model's choice."""
-    s = sampling
-    if s.temperature == 0:
-        return int(logits.argmax())
-    logits = logits.double() / s.temperature
-    if s.top_k or s.top_p < 1 or s.min_p:
-        logits = _filtered(logits, s)
-    p = torch.softmax(logits, -1)
-    return min(int(torch.searchsorted(p.cumsum(0), u, right=True)), int(p.nonzero()[-1]))
-
-
-def _filtered(logits: Tensor, s: Sampling) -> Tensor:
-    """Logits with those set to -inf that top_k, top_p and min_p leave out. Ties are kept in the order of the ids."""
-    size = logits.shape[0]
-    keep = min(s.top_k or size, size)
-    total = torch.logsumexp(logits, 0)
-    for few in (min(keep, _FEW), keep):
-        values, ids = logits.topk(few) if few < size else logits.sort(descending=True, stable=True)
-        if few == keep:
-            if s.top_k:
-                total = torch.logsumexp(values, 0)
-            break
-        if not s.top_k and s.top_p < 1 and float((values - total).exp().sum()) >= s.top_p:
-            break
-        if s.top_p == 1 and s.min_p and float(values[-1] - values[0]) < math.log(s.min_p):
-            break
-    p = (values - total).exp()
-    kept = torch.ones_like(p, dtype=torch.bool)
-    if s.top_p < 1:
-        kept &= (p.cumsum(0) - p) < s.top_p
-    if s.min_p:
-        kept &= p >= s.min_p * p[0]
-    kept[0] = True
-    out = torch.full_like(logits, -math.inf)
-    out[ids[kept]] = values[kept]
-    return out
+def draw_each(logits: Tensor, samplings: Sequence[Sampling], u: Sequence[float]) -> list[int]:
+    """A token for each row of logits (rows, vocabulary); see ops.choose_tokens. u: numbers in [0, 1)."""
+    columns = [
+        torch.tensor([s.temperature for s in samplings]),
+        torch.tensor([s.top_k for s in samplings]),
+        torch.tensor([s.top_p for s in samplings], dtype=torch.float64),
+        torch.tensor([s.min_p for s in samplings], dtype=torch.float64),
+        torch.tensor(u, dtype=torch.float64),
+    ]
+    return ops.choose_tokens(logits, *(c.to(logits.device) for c in columns)).tolist()
 
 
 def token_logprobs(logits: Tensor, tokens: list[int], top: int) -> list[TokenLogprob]:

@@ -10,8 +10,9 @@ import math
 import torch
 from torch import Tensor, nn
 
-from craton.model import ops
-from craton.model.cache import Step
+from craton.model import nll, ops, plain, rope
+from craton.model.attention import AttentionSpec, Spans
+from craton.model.cache import Past
 from craton.model.config import ModelConfig
 
 Rope = tuple[Tensor, Tensor] | None  # cos, sin: (time, rotated dimensions / 2)
@@ -30,7 +31,7 @@ class Linear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
-def joined(x: Tensor, *layers: nn.Module) -> Tensor:
+def project_together(x: Tensor, *layers: nn.Module) -> Tensor:
     """The layers' outputs side by side: one product where their weights are plain."""
     if all(type(layer) is Linear and layer.bias is None for layer in layers):
         return ops.linear(x, *[layer.weight for layer in layers])  # type: ignore[arg-type]
@@ -48,12 +49,12 @@ class RMSNorm(nn.Module):
     def scale(self) -> Tensor:
         return 1 + self.weight if self.offset else self.weight
 
-    def add(self, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
+    def add_then_norm(self, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
         """x + delta, and its norm."""
         return ops.add_rms_norm(x, delta, self.scale(), self.eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.add(x, None)[1]
+        return self.add_then_norm(x, None)[1]
 
 
 class Attention(nn.Module):
@@ -61,7 +62,9 @@ class Attention(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int):
         super().__init__()
-        self.config, self.layer, self.window = config, layer, config.window(layer)
+        self.config, self.layer = config, layer
+        scale = config.attention_scale or config.head_dim**-0.5
+        self.spec = AttentionSpec(scale, config.window(layer), config.attn_logit_softcapping)
         c, q, kv = config, config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
         self.q_proj = Linear(c.hidden_size, q, c.attention_bias)
         self.k_proj = Linear(c.hidden_size, kv, c.attention_bias)
@@ -72,34 +75,23 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(kv if whole else c.head_dim, c) if c.qk_norm else None
         self.sinks = nn.Parameter(torch.empty(c.num_attention_heads)) if c.attention_sinks else None
 
-    def forward(self, x: Tensor, rope: Rope, start: Tensor | None, step: Step | None) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope, spans: Spans | None, past: Past | None) -> Tensor:
         c, (batch, time, _) = self.config, x.shape
-        qkv = joined(x, self.q_proj, self.k_proj, self.v_proj)
+        qkv = project_together(x, self.q_proj, self.k_proj, self.v_proj)
         q_norm: Tensor | None = None
         k_norm: Tensor | None = None
         if self.q_norm and self.k_norm:
             if c.qk_norm == "head":
                 q_norm, k_norm = self.q_norm.scale(), self.k_norm.scale()
             else:
-                q, k, v = qkv.split(
-                    [
-                        c.num_attention_heads * c.head_dim,
-                        c.num_key_value_heads * c.head_dim,
-                        c.num_key_value_heads * c.head_dim,
-                    ],
-                    -1,
-                )
+                q, k, v = qkv.split([self.q_norm.weight.shape[0], *2 * [self.k_norm.weight.shape[0]]], -1)
                 qkv = torch.cat([self.q_norm(q), self.k_norm(k), v], -1)
-        q, k, v = ops.split_norm_rope(
-            qkv, q_norm, k_norm, rope, c.num_attention_heads, c.num_key_value_heads, c.rms_norm_eps
-        )
-        scale = c.attention_scale or c.head_dim**-0.5
-        if step is not None:
-            o = step.attend(self.layer, q, k, v, self.window, scale, c.attn_logit_softcapping, self.sinks)
+        heads, kv_heads = c.num_attention_heads, c.num_key_value_heads
+        q, k, v = ops.split_norm_rope(qkv, q_norm, k_norm, rope, heads=heads, kv_heads=kv_heads, eps=c.rms_norm_eps)
+        if past is not None:
+            o = past.attend(self.layer, q, k, v, self.spec, self.sinks)
         else:
-            o = ops.attention(
-                q, k, v, ops.window_start(start, x, self.window), scale, c.attn_logit_softcapping, self.sinks
-            )
+            o = ops.attention(q, k, v, self.spec, spans, self.sinks)
         return self.o_proj(o.reshape(batch, time, -1))
 
 
@@ -114,6 +106,7 @@ class LatentAttention(nn.Module):
         super().__init__()
         self.config, self.layer = config, layer
         c, heads = config, config.num_attention_heads
+        self.spec = AttentionSpec(c.attention_scale or (c.qk_nope_head_dim + c.qk_rope_head_dim) ** -0.5)
         q_out = heads * (c.qk_nope_head_dim + c.qk_rope_head_dim)
         if c.q_lora_rank:
             self.q_a_proj = Linear(c.hidden_size, c.q_lora_rank)
@@ -126,7 +119,7 @@ class LatentAttention(nn.Module):
         self.kv_b_proj = Linear(c.kv_lora_rank, heads * (c.qk_nope_head_dim + c.v_head_dim))
         self.o_proj = Linear(heads * c.v_head_dim, c.hidden_size)
 
-    def forward(self, x: Tensor, rope: Rope, start: Tensor | None, step: Step | None) -> Tensor:
+    def forward(self, x: Tensor, rope: Rope, spans: Spans | None, past: Past | None) -> Tensor:
         c, (batch, time, _) = self.config, x.shape
         assert rope is not None
         nope, heads = c.qk_nope_head_dim, c.num_attention_heads
@@ -137,16 +130,16 @@ class LatentAttention(nn.Module):
         if c.rope_interleave:
             q_rope, k_rope = ops.deinterleave(q_rope), ops.deinterleave(k_rope)
         q_rope, k_rope = ops.rotate(q_rope, *rope), ops.rotate(k_rope, *rope)
-        scale = c.attention_scale or (nope + c.qk_rope_head_dim) ** -0.5
         up = self.kv_b_proj.weight.view(heads, nope + c.v_head_dim, c.kv_lora_rank)
-        if step is not None:
+        if past is not None:
             q = torch.cat([ops.linear_heads(q_nope, up[:, :nope].transpose(1, 2)), q_rope], -1)
-            o = step.attend(self.layer, q, torch.cat([latent[:, :, None], k_rope], -1), latent[:, :, None], None, scale)
+            k = torch.cat([latent[:, :, None], k_rope], -1)
+            o = past.attend(self.layer, q, k, latent[:, :, None], self.spec)
             o = ops.linear_heads(o, up[:, nope:])
         else:
             k_nope, v = self.kv_b_proj(latent).view(batch, time, heads, -1).split([nope, c.v_head_dim], -1)
             k = torch.cat([k_nope, k_rope.expand(-1, -1, heads, -1)], -1)
-            o = ops.attention(torch.cat([q_nope, q_rope], -1), k, v, start, scale)
+            o = ops.attention(torch.cat([q_nope, q_rope], -1), k, v, self.spec, spans)
         return self.o_proj(o.reshape(batch, time, -1))
 
 
@@ -161,7 +154,7 @@ class MLP(nn.Module):
         self.down_proj = Linear(size, config.hidden_size, bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(ops.gated(joined(x, self.gate_proj, self.up_proj), self.act))
+        return self.down_proj(ops.gated_activation(project_together(x, self.gate_proj, self.up_proj), self.act))
 
 
 class Router(nn.Module):
@@ -184,7 +177,7 @@ class Router(nn.Module):
         if self.bias is not None:
             top, chosen = (logits + self.bias).topk(k, -1)
             return top.softmax(-1), chosen
-        scores = ops.exactly(torch.sigmoid, logits) if c.router == "sigmoid" else logits.softmax(-1)
+        scores = plain.via_double(torch.sigmoid, logits) if c.router == "sigmoid" else logits.softmax(-1)
         choice = scores + self.e_score_correction_bias if c.router == "sigmoid" else scores
         if c.n_group > 1:
             groups = choice.unflatten(-1, (c.n_group, -1))
@@ -227,9 +220,9 @@ class Experts(nn.Module):
                 token = picks // chosen.shape[1]
                 hidden = self._product(x[token], "gate_up_proj", expert)
                 hidden = (
-                    ops.gated(hidden, c.hidden_act)
+                    ops.gated_activation(hidden, c.hidden_act)
                     if c.swiglu_limit is None
-                    else ops.gated_clamped(hidden, c.swiglu_limit)
+                    else ops.clamped_swiglu(hidden, c.swiglu_limit)
                 )
                 y = self._product(hidden, "down_proj", expert) * weights.flatten()[picks, None]
                 out = out.index_add(0, token, y.to(out.dtype))
@@ -273,18 +266,18 @@ class Block(nn.Module):
             self.post_feedforward_layernorm = RMSNorm(c.hidden_size, c)
 
     def forward(
-        self, x: Tensor, delta: Tensor | None, rope: Rope, start: Tensor | None, step: Step | None
+        self, x: Tensor, delta: Tensor | None, rope: Rope, spans: Spans | None, past: Past | None
     ) -> tuple[Tensor, Tensor]:
         if self.placement == "post":
             x = x if delta is None else x + delta
-            x = x + self.post_attention_layernorm(self.self_attn(x, rope, start, step))
+            x = x + self.post_attention_layernorm(self.self_attn(x, rope, spans, past))
             return x, self.post_feedforward_layernorm(self.mlp(x))
-        x, y = self.input_layernorm.add(x, delta)
-        delta = self.self_attn(y, rope, start, step)
+        x, y = self.input_layernorm.add_then_norm(x, delta)
+        delta = self.self_attn(y, rope, spans, past)
         if self.placement == "both":
-            x, y = self.pre_feedforward_layernorm.add(x, self.post_attention_layernorm(delta))
+            x, y = self.pre_feedforward_layernorm.add_then_norm(x, self.post_attention_layernorm(delta))
             return x, self.post_feedforward_layernorm(self.mlp(y))
-        x, y = self.post_attention_layernorm.add(x, delta)
+        x, y = self.post_attention_layernorm.add_then_norm(x, delta)
         return x, self.mlp(y)
 
 
@@ -301,28 +294,27 @@ class Backbone(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config)
 
     def ropes(self, positions: Tensor) -> list[Rope]:
-        """Each layer's rotation of these positions."""
+        """Each layer's rotation of these positions (time,)."""
         c = self.config
-        everywhere = ops.rope_table(positions, c.rope_dim, c.rope_theta, c.rope_scaling, c.max_position_embeddings)
-        local = everywhere if c.rope_local_theta is None else ops.rope_table(positions, c.rope_dim, c.rope_local_theta)
+        everywhere = rope.table(positions, c.rope_dim, c.rope_theta, c.rope_scaling)
+        local = everywhere if c.rope_local_theta is None else rope.table(positions, c.rope_dim, c.rope_local_theta)
         kept = c.no_rope_layers or (1,) * c.num_hidden_layers
         return [(local if c.window(i) else everywhere) if kept[i] else None for i in range(c.num_hidden_layers)]
 
     def embed(self, ids: Tensor) -> Tensor:
-        x = self.embed_tokens(ids)
-        if self.config.embedding_scale != 1.0:
-            x = x * torch.tensor(
-                self.config.embedding_scale, dtype=x.dtype
-            )  # rounded to the type, as Gemma was trained
-        return x
+        """ids (batch, time) -> (batch, time, hidden)."""
+        x, scale = self.embed_tokens(ids), self.config.embedding_scale
+        # Rounded to the type, as Gemma was trained.
+        return x if scale == 1.0 else x * torch.tensor(scale, dtype=x.dtype)
 
-    def forward(self, ids: Tensor, start: Tensor | None = None, step: Step | None = None) -> Tensor:
-        positions = torch.arange(ids.shape[1], device=ids.device) if step is None else step.positions
-        ropes = self.ropes(positions)
+    def forward(self, ids: Tensor, document_start: Tensor | None = None, past: Past | None = None) -> Tensor:
+        """Hidden states after the last norm. document_start: as in Spans; past: the tokens that came before."""
+        positions = torch.arange(ids.shape[1], device=ids.device) if past is None else past.positions
+        spans = Spans(document_start, ids) if past is None else None
         x, delta = self.embed(ids), None
-        for layer, rope in zip(self.layers, ropes, strict=True):
-            x, delta = layer(x, delta, rope, start, step)
-        return self.norm.add(x, delta)[1]
+        for layer, turned in zip(self.layers, self.ropes(positions), strict=True):
+            x, delta = layer(x, delta, turned, spans, past)
+        return self.norm.add_then_norm(x, delta)[1]
 
 
 class Decoder(nn.Module):
@@ -343,46 +335,29 @@ class Decoder(nn.Module):
     def head(self, x: Tensor) -> Tensor:
         """Hidden states of the last norm -> logits."""
         logits, cap = self.lm_head(x), self.config.final_logit_softcapping
-        return logits if cap is None else ops.exactly(torch.tanh, logits / cap) * cap
+        return logits if cap is None else plain.via_double(torch.tanh, logits / cap) * cap
 
-    def forward(self, ids: Tensor, step: Step | None = None) -> Tensor:
-        return self.head(self.model(ids, step=step))
+    def forward(self, ids: Tensor, past: Past | None = None) -> Tensor:
+        """ids (batch, time) -> logits (batch, time, vocabulary); with a past, ids (1, tokens) of it."""
+        return self.head(self.model(ids, past=past))
 
-    def loss(self, ids: Tensor, target: Tensor, weight: Tensor, start: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Sum over positions of weight * negative log likelihood (scalar), and the latter (batch, time), in nats.
+    def weighted_nll(
+        self, ids: Tensor, target: Tensor, weight: Tensor, document_start: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The sum over positions of weight * negative log likelihood, and the latter (batch, time) without a gradient,
+        in nats.
 
-        ids, target, weight: (batch, time); start as in ops.attention. Logits are never all held at once, except where
-        the family caps them.
+        ids, target, weight: (batch, time); targets of nll.IGNORE are left out. The cheapest way where weights are known
+        before the forward pass. Logits are never all held at once.
         """
-        x = self.model(ids, start)
-        if self.config.final_logit_softcapping is not None:
-            nll = nn.functional.cross_entropy(
-                self.head(x).float().flatten(0, 1), target.flatten(), reduction="none"
-            ).view_as(target)
-            return (nll * weight).sum(), nll.detach()
-        total, nll = ops.linear_cross_entropy(x.flatten(0, 1), self.lm_head.weight, target.flatten(), weight.flatten())
-        return total, nll.view_as(target)
+        x = self.model(ids, document_start)
+        cap = self.config.final_logit_softcapping
+        total, each = nll.weighted_nll(
+            x.flatten(0, 1), self.lm_head.weight, target.flatten(), weight.flatten(), softcap=cap
+        )
+        return total, each.view_as(target)
 
-
-def initialise(network: Decoder, seed: int) -> None:
-    """Fill the parameters from `seed`: uniform matrices of standard deviation 1/sqrt(fan-in), outputs of blocks and
-    the untied head small, embedding normal.
-
-    Blocks start near the identity (zero-initialised projections, arXiv 2203.03466 app. D and nanochat), which lets
-    the matrix learning rates be the same at every depth.
-    """
-    generator = torch.Generator(device="cpu").manual_seed(seed)
-    c = network.config
-    for name, p in network.named_parameters():
-        if p.ndim == 1:
-            nn.init.constant_(p, 0.0 if name.endswith("bias") or (c.norm_unit_offset and "norm" in name) else 1.0)
-        elif "embed_tokens" in name:
-            scale = c.hidden_size**-0.5 if c.tie_word_embeddings else 1.0
-            p.data.copy_(torch.randn(p.shape, generator=generator) * scale)
-        elif name.endswith("_bias") or name.endswith(("o_proj.weight", "down_proj.weight", "experts.down_proj")):
-            nn.init.zeros_(p)
-        elif "lm_head" in name:
-            p.data.copy_(torch.randn(p.shape, generator=generator) * 0.001)
-        else:
-            bound = math.sqrt(3.0 / p.shape[-1])
-            p.data.copy_((torch.rand(p.shape, generator=generator) * 2 - 1) * bound)
+    def token_nll(self, ids: Tensor, target: Tensor, document_start: Tensor | None = None) -> Tensor:
+        """Negative log likelihood of each target (batch, time) in nats, with a gradient; 0 where it is nll.IGNORE."""
+        x, cap = self.model(ids, document_start), self.config.final_logit_softcapping
+        return nll.token_nll(x.flatten(0, 1), self.lm_head.weight, target.flatten(), softcap=cap).view_as(target)

@@ -1,6 +1,6 @@
-"""Load the compiled kernels (kernels.cpp) for this CPU, or say once that they are missing.
+"""Load the compiled kernels (training.cpp, decode.cpp) for this CPU, or say once that they are missing.
 
-Everything works without them: ops.py then uses plain PyTorch, two to three times slower on a CPU.
+Everything works without them: the operations then run as plain PyTorch, two to three times slower on a CPU.
 """
 
 import ctypes
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 _P, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
-_SIGNATURES = {
+_TRAINING = {
     "add_rms_norm_forward": [_P] * 6 + [_I, _I, _F],
     "rms_norm_backward": [_P] * 7 + [_I, _I],
     "split_norm_rope_forward": [_P] * 9 + [_I] * 5 + [_F],
@@ -23,6 +23,15 @@ _SIGNATURES = {
     "cross_entropy": [_P] * 4 + [_I, _I],
     "attention_forward": [_P] * 6 + [_I] * 5 + [_F],
     "attention_backward": [_P] * 10 + [_I] * 5 + [_F],
+}
+_ENGINE = {
+    "craton_workspace": [_P, _I, _I],
+    "craton_step": [_P, _P, _P, _I, _P, _P, _P, _P, _I],
+    "craton_linear": [_P, _P, _I, _P, _I],
+    "craton_attention": [_P] * 8 + [_I],
+    "craton_choose": [_P, _I, _I] + [_P] * 6 + [_I],
+    "craton_pack": [_I, _P, _P, _I, _I, _P, _I],
+    "craton_advise": [_P, _I],
 }
 
 
@@ -46,7 +55,7 @@ def _open(name: str, levels: list[str], signatures: dict[str, Any], missing: str
     library = ctypes.CDLL(str(found[0]))
     for function, arguments in signatures.items():
         getattr(library, function).argtypes = arguments
-        getattr(library, function).restype = _I if function in ("serve_workspace", "serve_read") else None
+        getattr(library, function).restype = _I if function == "craton_workspace" else None
     return library
 
 
@@ -65,32 +74,20 @@ def _levels(vnni: bool) -> list[str]:
 
 
 @lru_cache
-def load() -> ctypes.CDLL | None:
-    """The training kernels (kernels.cpp), or None (no compiler at installation, or another CPU), which is said once."""
-    return _open("kernels", _levels(False), _SIGNATURES, "compiled CPU kernels not found, using plain PyTorch (slower)")
-
-
-_SERVING = {
-    "serve_workspace": [_P, _I, _I],
-    "serve_step": [_P, _P, _P, _I, _P, _P, _P, _P, _I],
-    "serve_linear": [_P, _P, _I, _P, _I],
-    "serve_attention": [_P] * 8 + [_I],
-    "serve_pack": [_I, _P, _P, _I, _I, _P, _I],
-    "serve_read": [_P, _I, _I],
-    "serve_advise": [_P, _I],
-}
+def training_kernels() -> Any:
+    """The training kernels, or None (no compiler at installation, or another CPU), which is said once."""
+    missing = "compiled CPU kernels not found, using plain PyTorch (slower)"
+    return _open("training", _levels(False), _TRAINING, missing)
 
 
 @lru_cache
-def load_serving() -> Any:
-    """The engine's kernels (serve.cpp), or None, which is said once."""
-    return _open(
-        "serve",
-        _levels(True),
-        _SERVING,
+def engine_kernels() -> Any:
+    """The engine's kernels, or None, which is said once."""
+    missing = (
         "compiled CPU kernels of the engine not found, using plain PyTorch (several times slower, "
-        "and answers may depend on what else is computed with them)",
+        "and answers may depend on what else is computed with them)"
     )
+    return _open("decode", _levels(True), _ENGINE, missing)
 
 
 @lru_cache
@@ -109,9 +106,11 @@ def prefer_onednn() -> bool:
 
 
 def keep_freed_memory() -> None:
-    """Let glibc reuse large freed blocks instead of returning them: a training step frees and allocates the same
-    hundreds of megabytes, and fresh pages from the kernel cost as much as the arithmetic (oneDNN head product here:
-    232 GFLOP/s before, 485 after)."""
+    """Let glibc reuse large freed blocks instead of returning them to the kernel.
+
+    A training step frees and allocates the same hundreds of megabytes, and fresh pages cost as much as the arithmetic
+    (a head product by oneDNN here: 232 GFLOP/s before, 485 after).
+    """
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD

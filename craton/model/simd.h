@@ -1,4 +1,4 @@
-// Vectors of floats as wide as the instruction set has them, for kernels.cpp and serve.cpp.
+// Vectors of floats as wide as the instruction set has them, for the kernels of training and of the engine.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -14,9 +14,15 @@ constexpr int W = 8;
 typedef float vec __attribute__((vector_size(W * 4), aligned(4), may_alias));
 typedef int32_t veci __attribute__((vector_size(W * 4), aligned(4), may_alias));
 
-static inline vec load(const float* p) { return *(const vec*)p; }
-static inline void store(float* p, vec v) { *(vec*)p = v; }
-static inline vec splat(float x) { return x - vec{}; }  // not x + 0, which would be an addition (-0 + 0 is not -0)
+static inline vec load(const float* p) {
+    return *(const vec*)p;
+}
+static inline void store(float* p, vec v) {
+    *(vec*)p = v;
+}
+static inline vec splat(float x) {
+    return x - vec{};
+}  // not x + 0, which would be an addition (-0 + 0 is not -0)
 
 // exp(x), relative error 2e-7, 0 for -inf: 2^n by exponent, the rest by a degree-6 polynomial (Cephes expf).
 static inline vec vexp(vec x) {

@@ -10,7 +10,7 @@ import torch
 
 from craton.base import UserError, count, say, write_text
 from craton.engine.model import Model
-from craton.model import ops
+from craton.model import modes
 from craton.model.cache import bytes_per_token
 from craton.model.config import ModelConfig
 from craton.model.decoder import Decoder
@@ -152,11 +152,10 @@ def observe(model: Model, prompt: str) -> dict[str, Any]:
         block.register_forward_hook(lambda _m, _i, out: layers.append(out[0] + out[1]))
         for block in network.model.layers
     ]
-    ops.observer = lambda p: maps.append(p[0])
     try:
-        logits = network(torch.tensor([ids]))[0].float()
+        with modes.observing(lambda p: maps.append(p[0])):
+            logits = network(torch.tensor([ids]))[0].float()
     finally:
-        ops.observer = None
         for hook in hooks:
             hook.remove()
     logp = logits.log_softmax(-1)

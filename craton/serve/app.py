@@ -87,8 +87,8 @@ class Metrics:
         gauges: dict[str, tuple[str, Callable[[Served], float]]] = {
             "craton_running": ("Answers in the making", lambda m: m.worker.running),
             "craton_waiting": ("Answers that wait for room", lambda m: m.worker.waiting),
-            "craton_cache_blocks": ("Blocks of the cache", lambda m: m.engine.pool.total),
-            "craton_cache_blocks_free": ("Blocks that can be allocated", lambda m: m.engine.pool.free),
+            "craton_cache_blocks": ("Blocks of the cache", lambda m: m.engine.scheduler.pool.total),
+            "craton_cache_blocks_free": ("Blocks that can be allocated", lambda m: m.engine.scheduler.pool.free),
             "craton_prompt_tokens_total": ("Prompt tokens", lambda m: m.engine.counters.prompt_tokens),
             "craton_cached_prompt_tokens_total": (
                 "Prompt tokens found in the cache",
@@ -377,12 +377,12 @@ def create_app(models: dict[str, Served], settings: Settings, metrics: Metrics) 
                 return (
                     served.tokenizer.encode(body.prompt)
                     if body.add_special_tokens
-                    else served.tokenizer.marker(body.prompt)
+                    else served.tokenizer.encode_rendered(body.prompt)
                 )
             if served.dialogue is None:
                 raise UserError(f"the model {served.name!r} has no chat template; give a prompt")
             tools = [t.model_dump(exclude_none=True) for t in body.tools or ()]
-            return served.tokenizer.marker(
+            return served.tokenizer.encode_rendered(
                 served.dialogue.render(openai.messages_of([m.model_dump() for m in body.messages]), tools)[0]
             )
 

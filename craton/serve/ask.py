@@ -4,7 +4,6 @@ parts that they turn back. One path, streamed or not, so that both are the same 
 import asyncio
 import base64
 import binascii
-import dataclasses
 import io
 import json
 import time
@@ -107,9 +106,9 @@ def open_served(name: str, path: str, max_wait: float, max_queue: int, observe: 
         base = (folder / "record.json").is_file() and read_json(folder / "record.json").get(
             "objective"
         ) == "pretraining"
+    if found and found.turn_end is not None:
+        model.engine_options["end_ids"] = (found.turn_end,)
     engine = model.engine
-    if found and found.turn_end is not None and found.turn_end not in engine.config.eos_token_ids:
-        engine.config = dataclasses.replace(engine.config, eos_token_id=(*engine.config.eos_token_ids, found.turn_end))
     worker = Worker(engine, max_wait, max_queue, observe)
     return Served(name, engine, model.tokenizer, worker, found, defaults, base)
 
@@ -171,14 +170,14 @@ def prepare(served: Served, ask: Ask) -> Prepared:
         prompt, opened = d.render(
             ask.messages, ask.tools if tools else [], thinking, ask.effort, ask.prefix, ask.template
         )
-        ids = d.tokenizer.marker(prompt)
+        ids = d.tokenizer.encode_rendered(prompt)
         if ask.prefix and any(values.get(k) for k in ("json_schema", "regex", "choice", "grammar")):
             raise UserError(
                 "a schema and an answer that was begun exclude each other; leave out the last message or the schema"
             )
         may_think = d.thinking is not None and not ask.prefix and thinking is not False
         if d.thinking and may_think:
-            begin = d.tokenizer.marker(d.thinking[0])
+            begin = d.tokenizer.encode_rendered(d.thinking[0])
             if opened or len(begin) == 1:
                 values["reasoning"] = Reasoning(d.thinking[1], None if opened else begin[0], ask.budget)
         if tools:

@@ -112,7 +112,7 @@ def serve(
         began = time.perf_counter()
         one = served[name] = open_served(name, path, max_wait, max_queue, metrics.observe, **options)
         one.worker.warm_up()
-        cache = one.engine.pool.total * 16
+        cache = one.engine.scheduler.pool.total * 16
         what = (
             "only pretrained, continues text"
             if one.pretrained_only

@@ -16,7 +16,7 @@ from typing import Any
 
 from craton.base import UserError
 from craton.engine.engine import Engine
-from craton.engine.request import Completion, Counters, Event, Sampling, TokenLogprob
+from craton.engine.request import Completion, EngineEvent, Sampling, TokenLogprob
 from craton.engine.structured import Matcher
 
 log = logging.getLogger("craton.serve")
@@ -127,19 +127,18 @@ class Worker:
     def warm_up(self) -> None:
         """A prompt and a few tokens through the engine before the first request: memory is touched, speed known."""
         engine = self.engine
-        token = next(i for i in range(engine.config.vocab_size) if i not in engine.config.eos_token_ids)
+        token = next(i for i in range(engine.config.vocab_size) if i not in engine.end_ids)
         for size in (16, 128):
             size = max(1, min(size, engine.context - 4))
             began = time.perf_counter()
             engine.generate([[token] * size], Sampling(max_tokens=1, temperature=0.0, ignore_eos=True))
             self.rate = size / (time.perf_counter() - began)
-            engine.pool.forget()
+            engine.forget()
         if engine.context >= 16:
             began = time.perf_counter()
             engine.generate([[token] * 4], Sampling(max_tokens=8, temperature=0.0, ignore_eos=True))
             self.step_seconds = (time.perf_counter() - began) / 8
-        engine.pool.forget()
-        engine.counters = Counters()
+        engine.forget()
 
     # ---- in the event loop ----
 
@@ -148,7 +147,7 @@ class Worker:
         wait = (self.backlog + self.backlog_inbox) / self.rate if self.rate else 0.0
         most = self.engine.most_running
         ahead = sum(s.left for s in self.alive) + answers - most
-        short = self.waiting > 0 and not self.backlog_inbox and self.engine.pool.free < 2
+        short = self.waiting > 0 and not self.backlog_inbox and self.engine.scheduler.pool.free < 2
         if ahead > 0 or short:
             finishing = self.finish_rate or most / (_GUESS * max(self.step_seconds, 1e-3))
             wait += max(ahead, self.waiting) / finishing
@@ -286,7 +285,7 @@ class Worker:
         self._measure(seconds, self.engine.counters.computed_tokens - before)
         self._post(self._deliver, self._pieces(events), seconds, sum(len(e.token_ids) for e in events))
 
-    def _pieces(self, events: list[Event]) -> list[tuple[Stream, Piece]]:
+    def _pieces(self, events: list[EngineEvent]) -> list[tuple[Stream, Piece]]:
         out = []
         for event in events:
             c = event.completion
@@ -308,26 +307,18 @@ class Worker:
 
     def _measure(self, seconds: float, tokens: int) -> None:
         engine = self.engine
-        if tokens >= max(32, 4 * len(engine.running)):  # mostly prompts
+        running = engine.scheduler.running
+        if tokens >= max(32, 4 * len(running)):  # mostly prompts
             self.rate = _FORGET * self.rate + (1 - _FORGET) * tokens / seconds if self.rate else tokens / seconds
         self.step_seconds = _FORGET * self.step_seconds + (1 - _FORGET) * seconds if self.step_seconds else seconds
-        self.backlog = sum(len(s.tokens) - s.computed for s in engine.running if s.prefilling) + sum(
-            len(s.tokens) for s in engine.waiting if s.leader is None
-        )
-        self.running, self.waiting = len(engine.running), len(engine.waiting)
-        for s in engine.running:
-            if (stream := self.streams.get(s.completion.request)) is not None:
+        self.backlog = engine.backlog
+        self.running, self.waiting = len(running), len(engine.scheduler.waiting)
+        for generation in running:
+            if (stream := self.streams.get(engine.answers[generation].completion.request)) is not None:
                 stream.began = True
 
     def _give_up(self, why: str) -> None:
-        engine = self.engine
-        for sequence in (*engine.running, *engine.waiting):
-            engine.pool.release(sequence.blocks)
-            sequence.blocks = []
-        engine.running.clear()
-        engine.waiting.clear()
-        engine.requests.clear()
-        engine.pool.forget()
+        self.engine.fail_all()
         self.backlog = self.running = self.waiting = 0
         for stream in self.streams.values():
             self._post(self._drop, stream, Failed(why))

@@ -130,7 +130,9 @@ class Dialogue:
             *(self.thinking or ()),
             *((self.calls.opening, self.calls.middle, self.calls.closing, self.calls.between or "") if tools else ()),
         ]
-        return tuple(sorted({t for text in texts for t in self.tokenizer.marker(text)} & self.tokenizer.special_ids))
+        return tuple(
+            sorted({t for text in texts for t in self.tokenizer.encode_rendered(text)} & self.tokenizer.special_ids)
+        )
 
     def grammar(self, tools: list[dict[str, Any]], choice: str, parallel: bool, schema: str | None = None) -> str:
         """Lark grammar of an answer: text (or JSON by the schema) or calls. choice: "auto" or "required"."""
@@ -208,13 +210,15 @@ def _turn_end(tokenizer: Tokenizer) -> int | None:
         )
     except UserError:
         return None
-    after = tokenizer.marker(text.rpartition("probe answer")[2].lstrip())
+    after = tokenizer.encode_rendered(text.rpartition("probe answer")[2].lstrip())
     return after[0] if after and after[0] in tokenizer.special_ids else None
 
 
 def _specials(tokenizer: Tokenizer, text: str) -> list[str]:
     """The special tokens in a text, in order."""
-    return [str(tokenizer.backend.id_to_token(i)) for i in tokenizer.marker(text) if i in tokenizer.special_ids]
+    return [
+        str(tokenizer.backend.id_to_token(i)) for i in tokenizer.encode_rendered(text) if i in tokenizer.special_ids
+    ]
 
 
 def _learn_calls(tokenizer: Tokenizer, thinking: tuple[str, str] | None, ends: list[str]) -> CallFormat | None:

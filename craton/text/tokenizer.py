@@ -127,7 +127,7 @@ class Tokenizer:
         """Tokens that are no text."""
         return frozenset(i for i, t in self.backend.get_added_tokens_decoder().items() if t.special)
 
-    def marker(self, text: str) -> list[int]:
+    def encode_rendered(self, text: str) -> list[int]:
         """Ids of a text that templates write, special tokens by their names."""
         return self.backend.encode(text, add_special_tokens=False).ids
 
@@ -174,7 +174,7 @@ class Tokenizer:
         **more: Any,
     ) -> list[int]:
         """The same as ids; the template writes the special tokens itself."""
-        return self.marker(self.render_chat(messages, tools, add_generation_prompt, **more))
+        return self.encode_rendered(self.render_chat(messages, tools, add_generation_prompt, **more))
 
     @cached_property
     def _bytes_of(self) -> Any:

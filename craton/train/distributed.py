@@ -45,7 +45,7 @@ class Processes:
         for block in network.model.layers:
             fully_shard(block, mesh=self.mesh, mp_policy=policy)
         fully_shard(network, mesh=self.mesh, mp_policy=policy)
-        register_fsdp_forward_method(network, "loss")
+        register_fsdp_forward_method(network, "weighted_nll")
 
     def sum(self, values: Tensor) -> Tensor:
         if self.mesh is not None:

@@ -20,7 +20,8 @@ from craton.corpus.batches import Batch, Batches, heldout_rows
 from craton.corpus.store import Corpus
 from craton.engine.model import greedy
 from craton.model.config import ModelConfig
-from craton.model.decoder import Decoder, initialise
+from craton.model.decoder import Decoder
+from craton.model.initialise import initialise
 from craton.text.tokenizer import Tokenizer
 from craton.train import checkpoint, machine
 from craton.train.distributed import Processes, norm, whole

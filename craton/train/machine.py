@@ -51,7 +51,7 @@ def facts(where: str) -> dict[str, Any]:
     }
     if where == "cpu":
         out["products"] = "oneDNN" if kernels.prefer_onednn() else "PyTorch BLAS"
-        out["kernels"] = kernels.load() is not None
+        out["kernels"] = kernels.training_kernels() is not None
     return out
 
 

@@ -12,4 +12,4 @@ Objective = Callable[[Decoder, Batch], tuple[Tensor, Tensor]]
 
 def next_token(network: Decoder, batch: Batch) -> tuple[Tensor, Tensor]:
     """Cross-entropy of the next token. Returns the weighted sum, to differentiate, and nll (rows, time) in nats."""
-    return network.loss(batch.ids, batch.target, batch.weight, batch.start)
+    return network.weighted_nll(batch.ids, batch.target, batch.weight, batch.start)

@@ -7,7 +7,7 @@ network and are passed over on loading, as transformers does.
 from typing import Any
 
 from craton.model.config import ModelConfig
-from craton.model.ops import yarn_mscale
+from craton.model.rope import yarn_mscale
 from craton.weights.family import Family, experts_apart
 
 

@@ -15,10 +15,10 @@ from gguf import GGUFReader, GGUFWriter
 from torch import Tensor
 
 from craton.base import Progress, UserError, count, publish, say
+from craton.model import rope
 from craton.model.config import ModelConfig
 from craton.model.decoder import Decoder, Linear
-from craton.model.ops import rope_frequencies
-from craton.model.serving import GROUP, PackedLinear, can_pack, replace
+from craton.model.packed import GROUP, PackedLinear, can_pack, replace
 from craton.text import formats
 from craton.text.tokenizer import Tokenizer
 
@@ -216,7 +216,7 @@ def _config(path: Path, architecture: str, fields: dict[str, Any], tensors: dict
         }
     elif "rope_freqs.weight" in tensors:
         given = torch.from_numpy(np.array(tensors["rope_freqs.weight"].data)).float()
-        base = rope_frequencies(head_dim, theta, None, 0)[0]
+        base = rope.frequencies(head_dim, theta)[0]
         for original in (8192, 4096, 2048, 1024, 512, 256, 128, 64, 32, 16384):
             scaling = {
                 "rope_type": "llama3",
@@ -225,7 +225,7 @@ def _config(path: Path, architecture: str, fields: dict[str, Any], tensors: dict
                 "high_freq_factor": 4.0,
                 "original_max_position_embeddings": original,
             }
-            if torch.allclose(base / rope_frequencies(head_dim, theta, scaling, 0)[0], given, rtol=1e-3):
+            if torch.allclose(base / rope.frequencies(head_dim, theta, scaling)[0], given, rtol=1e-3):
                 break
         else:
             raise UserError(f"{path}: rope_freqs.weight is not the scaling of Llama 3.1; use the safetensors folder")
@@ -363,8 +363,7 @@ def write(
         scaling = c.rope_scaling
         if scaling and scaling["rope_type"] == "llama3":
             factors = (
-                rope_frequencies(c.head_dim, c.rope_theta, None, 0)[0]
-                / rope_frequencies(c.head_dim, c.rope_theta, scaling, 0)[0]
+                rope.frequencies(c.head_dim, c.rope_theta)[0] / rope.frequencies(c.head_dim, c.rope_theta, scaling)[0]
             )
             writer.add_tensor("rope_freqs.weight", factors.numpy())
         elif scaling:

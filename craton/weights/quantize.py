@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from craton.base import Progress, UserError, count, say
 from craton.model.decoder import Decoder, Linear
-from craton.model.serving import GROUP, PackedLinear, can_pack, replace, unpacked
+from craton.model.packed import GROUP, PackedLinear, can_pack, replace, unpacked
 from craton.weights import stored
 from craton.weights.folder import copy_tokenizer, load_network, released, write_config, write_shards
 

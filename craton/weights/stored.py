@@ -13,7 +13,7 @@ from torch import Tensor
 
 from craton.base import UserError
 from craton.model.decoder import Decoder, Linear
-from craton.model.serving import GROUP, PackedLinear, can_pack, replace
+from craton.model.packed import GROUP, PackedLinear, can_pack, replace
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from craton.base import UserError
 from craton.engine.engine import Engine
 from craton.engine.request import Sampling
-from craton.engine.sampler import adjusted, draw, uniform
+from craton.engine.sampler import adjusted, draw_each, uniform
 from craton.model.config import ModelConfig
 from craton.model.decoder import Decoder
 from craton.weights.folder import load_network
@@ -33,10 +33,10 @@ def network(config=CONFIG, seed=0, bits=None):
 def leaked(engine):
     """Blocks that nobody gave back, and accounting that does not add up."""
     return (
-        engine.pool.total - engine.pool.free,
-        sum(engine.pool.holders),
-        engine.running,
-        list(engine.waiting),
+        engine.scheduler.pool.total - engine.scheduler.pool.free,
+        sum(engine.scheduler.pool.holders),
+        engine.scheduler.running,
+        list(engine.scheduler.waiting),
         engine.requests,
     )
 
@@ -101,11 +101,11 @@ def test_live_requests_share_prefixes():
     first = engine.add(prompt, Sampling(50, 0.0))
     engine.step()
     engine.step()
-    used = engine.pool.total - engine.pool.free
+    used = engine.scheduler.pool.total - engine.scheduler.pool.free
     second = engine.add(prompt + [7], Sampling(50, 0.0))
     engine.step()
     assert engine.counters.cached_prompt_tokens == 96 and first in engine.requests and second in engine.requests
-    assert engine.pool.total - engine.pool.free <= used + 2
+    assert engine.scheduler.pool.total - engine.scheduler.pool.free <= used + 2
 
 
 def test_several_answers_to_one_prompt():
@@ -182,7 +182,7 @@ def test_filters_against_transformers():
         ours = adjusted(logits, s, prompt, answer)
         us = [uniform(trial, 0, i) for i in range(300)]
         expected = torch.searchsorted(p.cumsum(0), torch.tensor(us, dtype=torch.double), right=True)
-        assert [draw(ours, s, u) for u in us] == expected.tolist()
+        assert draw_each(ours.expand(len(us), -1).contiguous(), [s] * len(us), us) == expected.tolist()
 
 
 def test_penalties_and_bias():

@@ -93,7 +93,7 @@ def test_random_schemas(engine, temperature):
         value = json.loads(answer.text)
         jsonschema.validate(value, schema, format_checker=jsonschema.FormatChecker())
         assert answer.finish_reason == "stop"
-    assert engine.pool.free == engine.pool.total
+    assert engine.scheduler.pool.free == engine.scheduler.pool.total
 
 
 def test_regex_choice_and_grammar(engine):
@@ -161,4 +161,4 @@ def test_a_huge_regex_ends_its_own_answer_only(engine):
     huge, plain = Sampling(5, 0.0, regex="((a{1000}){1000}b?){1000}"), Sampling(5, 0.0, ignore_eos=True)
     answers = engine.generate([[5], [5]], [huge, plain])
     assert answers[1][0].finish_reason == "length" and answers[0][0].finish_reason in ("length", "error")
-    assert engine.pool.free == engine.pool.total
+    assert engine.scheduler.pool.free == engine.scheduler.pool.total

@@ -4,9 +4,10 @@ import pytest
 import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from craton.model.cache import PagedCache, single_step
+from craton.model.cache import PagedCache, one_sequence
 from craton.model.config import ModelConfig
-from craton.model.decoder import Decoder, initialise
+from craton.model.decoder import Decoder
+from craton.model.initialise import initialise
 from craton.weights import qwen3
 
 SHAPES = [
@@ -34,7 +35,7 @@ def test_logits_and_gradients_equal_transformers(config):
     ids = torch.randint(config.vocab_size, (2, 70))
     torch.testing.assert_close(ours(ids), theirs(ids).logits, atol=1e-4, rtol=0)
     weight = torch.full((2, 69), 1 / 138)
-    ours.loss(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), weight)[0].backward()
+    ours.weighted_nll(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), weight)[0].backward()
     theirs(ids, labels=ids).loss.backward()
     gradients = dict(theirs.named_parameters())
     for name, p in ours.named_parameters():
@@ -49,7 +50,7 @@ def test_cached_steps_equal_one_forward(config):
         whole = network(ids)
         cache = PagedCache(config, 4)
         pieces = [
-            network(ids[:, a:b], single_step(cache, a, b - a)) for a, b in ((0, 20), (20, 21), (21, 33), (33, 50))
+            network(ids[:, a:b], one_sequence(cache, a, b - a)) for a, b in ((0, 20), (20, 21), (21, 33), (33, 50))
         ]
     torch.testing.assert_close(torch.cat(pieces, 1), whole, atol=1e-5, rtol=1e-4)
 
@@ -70,10 +71,10 @@ def test_documents_do_not_see_each_other():
     start = torch.zeros(1, 60, dtype=torch.int32)
     start[0, 25:] = 25
     target, weight = torch.randint(config.vocab_size, (1, 60)), torch.ones(1, 60)
-    _, together = network.loss(ids, target, weight, start)
-    _, alone = network.loss(ids[:, 25:].contiguous(), target[:, 25:].contiguous(), weight[:, 25:], None)
+    _, together = network.weighted_nll(ids, target, weight, start)
+    _, alone = network.weighted_nll(ids[:, 25:].contiguous(), target[:, 25:].contiguous(), weight[:, 25:], None)
     torch.testing.assert_close(together[:, 25:], alone, atol=2e-5, rtol=1e-4)
-    _, crossing = network.loss(ids, target, weight, None)
+    _, crossing = network.weighted_nll(ids, target, weight, None)
     assert (together[:, 25:] - crossing[:, 25:]).abs().max() > 1e-3
 
 

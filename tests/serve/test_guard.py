@@ -60,7 +60,7 @@ class InProcess:
     def idle(self, seconds: float = 10) -> bool:
         """Whether nothing runs and every block is back, soon."""
         until = time.monotonic() + seconds
-        pool = self.served.engine.pool
+        pool = self.served.engine.scheduler.pool
         while time.monotonic() < until:
             if not self.served.worker.alive and not self.served.engine.busy and pool.free == pool.total:
                 return True
@@ -318,9 +318,9 @@ def test_disconnect_frees_the_cache(start):
             if stream:
                 c.recv(100)
             until = time.monotonic() + 5
-            while not s.served.engine.running and time.monotonic() < until:
+            while not s.served.engine.scheduler.running and time.monotonic() < until:
                 time.sleep(0.005)
-            assert s.served.engine.running
+            assert s.served.engine.scheduler.running
         began = time.monotonic()
         assert s.idle(2) and time.monotonic() - began < 1.5
     assert s.served.engine.counters.cancelled >= 2

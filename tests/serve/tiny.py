@@ -13,7 +13,8 @@ from torch.nn.functional import cross_entropy
 
 from craton.base import write_json
 from craton.model.config import ModelConfig
-from craton.model.decoder import Decoder, initialise
+from craton.model.decoder import Decoder
+from craton.model.initialise import initialise
 from craton.text.tokenizer import Tokenizer, train_tokenizer
 from craton.weights.folder import write_network
 
@@ -127,7 +128,7 @@ def build(out: Path, steps: int = 260, batch: int = 16) -> Path:
         rows = []
         for _ in range(batch):
             prompt, answer = conversation(r)
-            p, a = tokenizer.marker(prompt), tokenizer.marker(answer)
+            p, a = tokenizer.encode_rendered(prompt), tokenizer.marker(answer)
             rows.append((p + a, [-100] * len(p) + a))
         width = max(len(i) for i, _ in rows)
         ids = torch.tensor([i + [0] * (width - len(i)) for i, _ in rows])

@@ -161,17 +161,17 @@ def test_grammar_and_parser(style):
     lt = LLTokenizer(d.tokenizer.backend.to_str(), eos_token=d.tokenizer.backend.token_to_id("</s>"))
     for choice, before in (("required", ""), ("auto", ""), ("auto", "Let me see. ")):
         matcher = LLMatcher(lt, LLMatcher.grammar_from_lark(d.grammar(TOOLS, choice, True)))
-        ids = d.tokenizer.marker(before + text)
+        ids = d.tokenizer.encode_rendered(before + text)
         assert matcher.validate_tokens(ids) == len(ids), (choice, before + text, matcher.get_error())
         matcher.consume_tokens(ids)
         assert matcher.is_accepting()
     for bad in (text.replace("weather", "nothing"), text.replace('"city": "New', '"town": "New')):
         matcher = LLMatcher(lt, LLMatcher.grammar_from_lark(d.grammar(TOOLS, "auto", True)))
-        ids = d.tokenizer.marker(bad)
+        ids = d.tokenizer.encode_rendered(bad)
         assert matcher.validate_tokens(ids) < len(ids)
     if len(calls) == 2:
         matcher = LLMatcher(lt, LLMatcher.grammar_from_lark(d.grammar(TOOLS, "required", False)))
-        ids = d.tokenizer.marker(text)
+        ids = d.tokenizer.encode_rendered(text)
         assert matcher.validate_tokens(ids) < len(ids)
     r = random.Random(0)
     for before in ("", "So: < {\n"):

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from craton.model.config import ModelConfig
-from craton.model.decoder import Decoder, initialise
+from craton.model.decoder import Decoder
+from craton.model.initialise import initialise
 from craton.train.optim import Optimizers, orthogonalise
 
 

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from craton.model.cache import PagedCache, single_step
+from craton.model.cache import PagedCache, one_sequence
 from craton.weights.folder import load_network, write_network
 from tests.weights.families import FAMILIES, make
 
@@ -23,14 +23,14 @@ def test_family(name, tmp_path):
         whole = ours(ids)
         torch.testing.assert_close(whole, theirs(ids).logits, atol=1e-4, rtol=0)
         cache = PagedCache(ours.config, 4)
-        pieces = [ours(ids[:1, a:b], single_step(cache, a, b - a)) for a, b in ((0, 20), (20, 21), (21, 37), (37, 60))]
+        pieces = [ours(ids[:1, a:b], one_sequence(cache, a, b - a)) for a, b in ((0, 20), (20, 21), (21, 37), (37, 60))]
         torch.testing.assert_close(torch.cat(pieces, 1), whole[:1], atol=1e-4, rtol=0)
         made = theirs.generate(ids[:1, :9], max_new_tokens=64, do_sample=False, eos_token_id=None, pad_token_id=0)[
             0, 9:
         ].tolist()
         cache, at, token, mine = PagedCache(ours.config, 5), 0, ids[:1, :9], []
         for _ in range(64):
-            logits = ours(token, single_step(cache, at, token.shape[1]))
+            logits = ours(token, one_sequence(cache, at, token.shape[1]))
             at, token = at + token.shape[1], logits[:, -1:].argmax(-1)
             mine.append(int(token))
         assert mine == made

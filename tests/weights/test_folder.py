@@ -11,7 +11,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config, Qwen3For
 
 from craton.base import UserError
 from craton.model.config import ModelConfig
-from craton.model.decoder import Decoder, initialise
+from craton.model.decoder import Decoder
+from craton.model.initialise import initialise
 from craton.weights.folder import load_network, read_config, released, write_config, write_tensors
 from craton.weights.stored import from_mxfp4
 from tests.weights.families import make

@@ -12,7 +12,7 @@ import craton
 from craton.base import UserError
 from craton.engine.model import load_model
 from craton.engine.request import Sampling
-from craton.model.serving import PackedLinear
+from craton.model.packed import PackedLinear
 from craton.weights.export import export_gguf
 from craton.weights.folder import load_network, write_network
 from craton.weights.quantize import quantise_folder

@@ -1,17 +1,20 @@
 """The engine's kernels: against plain PyTorch, and a row's bits against whatever is computed beside it."""
 
+import threading
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from craton.model import kernels, native, ops
-from craton.model.cache import PagedCache, single_step
-from craton.model.serving import FusedStep, PackedLinear, fused, unpacked
+from craton.model import kernels, modes, native, ops, plain
+from craton.model.cache import PagedCache, one_sequence
+from craton.model.fused import FusedStep, fits
+from craton.model.packed import PackedLinear, unpacked
 from craton.weights.folder import load_network
 from tests.weights.families import FAMILIES, make
 
-library = kernels.load_serving()
+library = kernels.engine_kernels()
 pytestmark = pytest.mark.skipif(library is None, reason="kernels not built")
 
 
@@ -61,14 +64,14 @@ def test_row_by_row_logits(name, tmp_path):
     ids = torch.randint(3, 128, (1, 60))
     with torch.inference_mode():
         plain = network(ids)
-        with ops.row_by_row():
+        with modes.batch_invariant():
             outputs = []
             for cuts in ((0, 60), (0, 20, 21, 22, 37, 60), tuple(range(61))):
                 cache = PagedCache(network.config, 4)
                 outputs.append(
                     torch.cat(
                         [
-                            network(ids[:, a:b], single_step(cache, a, b - a))
+                            network(ids[:, a:b], one_sequence(cache, a, b - a))
                             for a, b in zip(cuts, cuts[1:], strict=False)
                         ],
                         1,
@@ -91,18 +94,18 @@ def test_row_by_row_logits(name, tmp_path):
 def test_fused_step(name, dtype, tmp_path):
     make(name, tmp_path)
     network = load_network(tmp_path, dtype=dtype)
-    assert fused(network.config)
+    assert fits(network.config)
     ids = torch.randint(3, 128, (1, 60))
     with torch.inference_mode():
         plain = load_network(tmp_path, dtype=dtype).float()(ids)
         outputs = []
         for cuts in ((0, 60), (0, 20, 21, 23, 37, 60), tuple(range(61))):
             cache = PagedCache(network.config, 4)
-            run = FusedStep(network, cache.keys, cache.values, 64)
+            run = FusedStep(network, cache, 64)
             parts = []
             for a, b in zip(cuts, cuts[1:], strict=False):
                 logits, hidden = run.run(
-                    ids[0, a:b].int(), single_step(cache, a, b - a), torch.arange(b - a, dtype=torch.int32)
+                    ids[0, a:b].int(), one_sequence(cache, a, b - a), torch.arange(b - a, dtype=torch.int32), True
                 )
                 parts.append(logits)
             outputs.append(torch.cat(parts))
@@ -125,16 +128,16 @@ def test_instruction_sets_agree(bits):
     w2 = torch.randn(37, 100)
     packed, plain = [], []
     for level, flag in needs.items():
-        found = sorted(Path(kernels.__file__).parent.glob(f"_serve_{level}.*so"))
+        found = sorted(Path(kernels.__file__).parent.glob(f"_decode_{level}.*so"))
         if flag not in flags or not found:
             continue
         other = ctypes.CDLL(str(found[0]))
-        for name, arguments in kernels._SERVING.items():
+        for name, arguments in kernels._ENGINE.items():
             getattr(other, name).argtypes = arguments
         panels, out = torch.empty(48 * 3 * (bits * 4 + 2), dtype=torch.uint8), torch.empty(21, 48)
-        other.serve_pack(bits, values.data_ptr(), scales.data_ptr(), 48, 96, panels.data_ptr(), 2)
+        other.craton_pack(bits, values.data_ptr(), scales.data_ptr(), 48, 96, panels.data_ptr(), 2)
         matrix = native.MatrixC(panels.data_ptr(), None, 48, 96, bits)
-        other.serve_linear(ctypes.byref(matrix), x.data_ptr(), 21, out.data_ptr(), 2)
+        other.craton_linear(ctypes.byref(matrix), x.data_ptr(), 21, out.data_ptr(), 2)
         packed.append(out)
         plain.append(native.linear(other, w, w2))
     assert len(packed) >= 2
@@ -161,3 +164,73 @@ def test_without_kernels(monkeypatch, tmp_path, capsys):
     finally:
         kernels.load_serving.cache_clear()
     assert [a[0].token_ids for a in got] == [a[0].token_ids for a in want] and len(small[0][0].token_ids) == 4
+
+
+def test_nan_stays_nan_in_products_of_8_bits():
+    """A group of activations that holds NaN or infinity has no value in 8 bits."""
+    layer = PackedLinear(*weights(32, 64, 8), 8)
+    x = torch.randn(5, 64)
+    x[1, 3], x[3, 40] = float("nan"), float("inf")
+    y = layer(x)
+    assert y[1].isnan().all() and y[3].isnan().all() and y[[0, 2, 4]].isfinite().all()
+    assert torch.equal(layer(x[2:3])[0], y[2])
+
+
+FILTERS = st.fixed_dictionaries(
+    {
+        "temperature": st.sampled_from([0.0, 0.3, 0.8, 1.0, 2.5]),
+        "top_k": st.sampled_from([0, 1, 3, 17, 10_000]),
+        "top_p": st.sampled_from([1.0, 0.999, 0.9, 0.5, 0.01]),
+        "min_p": st.sampled_from([0.0, 0.05, 0.5, 1.0]),
+        "u": st.floats(0, 1, exclude_max=True),
+    }
+)
+
+
+@settings(deadline=None, max_examples=150)
+@given(
+    size=st.integers(1, 400),
+    filters=st.lists(FILTERS, min_size=1, max_size=6),
+    ties=st.booleans(),
+    width=st.sampled_from([0.1, 3.0, 30.0]),
+    seed=st.integers(0, 10_000),
+)
+def test_choice_of_tokens_has_one_meaning(size, filters, ties, width, seed):
+    """The kernel against plain PyTorch in fp64: the same token, or one whose neighbour's border u lies on."""
+    torch.manual_seed(seed)
+    logits = torch.randn(len(filters), size) * width
+    if ties:
+        logits = logits.round()
+    logits[0, torch.rand(size) < 0.3] = -torch.inf
+    logits[0, 0] = 0.0
+    columns = {k: torch.tensor([f[k] for f in filters], dtype=torch.float64) for k in filters[0]}
+    columns["temperature"], columns["top_k"] = columns["temperature"].float(), columns["top_k"].long()
+    ours, theirs = ops.choose_tokens(logits, **columns), plain.choose_tokens(logits, **columns)
+    for i in (ours != theirs).nonzero()[:, 0].tolist():
+        near = set()
+        row = {k: v[i : i + 1] for k, v in columns.items()}
+        for name in ("u", "top_p", "min_p"):
+            for shift in (-3e-6, 3e-6):
+                moved = {**row, name: (row[name] + shift).clamp(0, 1 - 1e-12 if name == "u" else 1)}
+                near.add(int(plain.choose_tokens(logits[i : i + 1], **moved)))
+        assert int(ours[i]) in near
+
+
+def test_chosen_tokens_follow_the_distribution():
+    torch.manual_seed(0)
+    logits = torch.randn(1, 50).expand(20_000, -1)
+    ones = torch.ones(20_000, dtype=torch.float64)
+    u = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
+    tokens = ops.choose_tokens(logits, ones.float() * 0.7, torch.zeros(20_000).long(), ones, ones * 0, u)
+    wanted = torch.softmax(logits[0] / 0.7, -1)
+    assert ((tokens.bincount(minlength=50) / 20_000) - wanted).abs().max() < 1e-4
+
+
+def test_modes_hold_in_their_own_thread():
+    seen = []
+    with modes.batch_invariant():
+        thread = threading.Thread(target=lambda: seen.append(modes.is_batch_invariant()))
+        thread.start()
+        thread.join()
+        assert modes.is_batch_invariant()
+    assert seen == [False] and not modes.is_batch_invariant()

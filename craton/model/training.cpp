@@ -1,7 +1,7 @@
-// The decoder's small operations, fused, for CPUs. Plain C interface, loaded by kernels.py.
+// The decoder's small operations, fused, for training on CPUs. Plain C interface, loaded by kernels.py.
 //
 // PyTorch runs each of these as several passes over memory; here each is one pass. Matrix products stay with
-// oneDNN (ops.py), except inside attention, where the operands are too small for a library call.
+// oneDNN (ops_cpu.py), except inside attention, where the operands are too small for a library call.
 //
 // One source, compiled once per instruction set (-march=x86-64-v3, -v4); the loader picks. The object has no OpenMP
 // runtime of its own: it binds to the one that PyTorch has loaded, because two thread pools on the same cores would
@@ -138,9 +138,11 @@ void split_norm_rope_forward(const float* x, const float* wq, const float* wk, c
         const float *c = cos + (r % period) * (d / 2), *s = sin + (r % period) * (d / 2);
         const float* from = x + r * (heads + 2 * kv_heads) * d;
         float* scale = rstd + r * (heads + kv_heads);
-        for (int64_t h = 0; h < heads; h++) scale[h] = norm_rope(from + h * d, wq, c, s, q + (r * heads + h) * d, d, eps);
+        for (int64_t h = 0; h < heads; h++)
+            scale[h] = norm_rope(from + h * d, wq, c, s, q + (r * heads + h) * d, d, eps);
         from += heads * d, scale += heads;
-        for (int64_t h = 0; h < kv_heads; h++) scale[h] = norm_rope(from + h * d, wk, c, s, k + (r * kv_heads + h) * d, d, eps);
+        for (int64_t h = 0; h < kv_heads; h++)
+            scale[h] = norm_rope(from + h * d, wk, c, s, k + (r * kv_heads + h) * d, d, eps);
         std::memcpy(v + r * kv_heads * d, from + kv_heads * d, kv_heads * d * sizeof(float));
     }
 }
@@ -194,11 +196,16 @@ void swiglu_backward(const float* dy, const float* x, float* dx, int64_t rows, i
 }
 
 // Rows of logits become, in place, the gradient weight[r] * (softmax - onehot(target)); loss[r] is the negative log
-// likelihood in nats. Rows with weight 0 get gradient 0.
+// likelihood in nats. Rows with weight 0 get gradient 0; rows with a negative target are left out: loss and gradient 0.
 void cross_entropy(float* logits, const int64_t* target, const float* weight, float* loss, int64_t rows, int64_t n) {
 #pragma omp parallel for schedule(static)
     for (int64_t r = 0; r < rows; r++) {
         float *x = logits + r * n, top = -INFINITY, z = 0;
+        if (target[r] < 0) {
+            std::memset(x, 0, n * sizeof(float));
+            loss[r] = 0;
+            continue;
+        }
         int64_t i = 0;
         vec m = splat(-INFINITY), acc{};
         for (; i + W <= n; i += W) {
@@ -260,7 +267,9 @@ static void gemm(int64_t m, int64_t n, int64_t depth, const float* a, int64_t am
     for (; j < n; j += W) columns<1>(m, a, am, ak, b + j, ldb, c + j, ldc, depth, add);
 }
 
-static inline int64_t up_to(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+static inline int64_t up_to(int64_t n, int64_t step) {
+    return (n + step - 1) / step * step;
+}
 
 // (time, d) with row stride -> (d, ld), columns from time to ld zero.
 static void transpose(const float* x, int64_t stride, int64_t time, int64_t d, int64_t ld, float* out) {
@@ -282,7 +291,9 @@ static void spread(const float* x, int64_t stride, int64_t time, int64_t d, floa
 constexpr int64_t BQ = 32;  // queries a block
 
 // Rows of scores are this long: whole tiles, and an odd number of cache lines, so that columns do not share sets.
-static inline int64_t score_row(int64_t time) { return up_to(time, 2 * W) + 16; }
+static inline int64_t score_row(int64_t time) {
+    return up_to(time, 2 * W) + 16;
+}
 
 // The keys that a block of queries may see: from the first query's document start to the last query, in whole tiles.
 struct Span {

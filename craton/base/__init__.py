@@ -1,0 +1,35 @@
+"""What every floor stands on: errors meant for people, files that are never half-written, words for the terminal."""
+
+from craton.base.console import Progress, count, say, span
+from craton.base.errors import UserError, nearest
+from craton.base.files import (
+    as_json,
+    claim,
+    digest,
+    fsync,
+    publish,
+    read_json,
+    remove_inside,
+    sha256,
+    write_json,
+    write_text,
+)
+
+__all__ = [
+    "Progress",
+    "UserError",
+    "as_json",
+    "claim",
+    "count",
+    "digest",
+    "fsync",
+    "nearest",
+    "publish",
+    "read_json",
+    "remove_inside",
+    "say",
+    "sha256",
+    "span",
+    "write_json",
+    "write_text",
+]

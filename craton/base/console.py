@@ -1,0 +1,55 @@
+"""Words and numbers for the person at the terminal."""
+
+import os
+import sys
+import time
+
+
+def count(n: float) -> str:
+    """1234567 -> '1.23M'."""
+    for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(n) >= size:
+            return f"{n / size:.3g}{unit}"
+    return f"{n:.3g}"
+
+
+def span(seconds: float) -> str:
+    """95 -> '1m35s'."""
+    s = int(seconds + 0.5)
+    if s < 60:
+        return f"{seconds:.1f}s" if seconds < 10 else f"{s}s"
+    return f"{s // 60}m{s % 60:02d}s" if s < 3600 else f"{s // 3600}h{s % 3600 // 60:02d}m"
+
+
+def say(text: str = "") -> None:
+    """A line for the reader, on stdout."""
+    print(text, flush=True)
+
+
+class Progress:
+    """A line on stderr that is rewritten on a terminal, and printed every few seconds elsewhere."""
+
+    def __init__(self, every: float = 5.0):
+        self.live = sys.stderr.isatty()
+        self.every = 0.1 if self.live else every
+        self.last = time.monotonic()
+        self.open = False
+
+    def show(self, text: str) -> None:
+        """Show a line, unless one was shown a moment ago."""
+        now = time.monotonic()
+        if now - self.last < self.every:
+            return
+        self.last = now
+        if self.live:
+            width = os.get_terminal_size(2).columns
+            print("\r\x1b[2K" + text[: width - 1], end="", file=sys.stderr, flush=True)
+            self.open = True
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def clear(self) -> None:
+        """Take the line away, so that ordinary output can follow."""
+        if self.open:
+            print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
+            self.open = False

@@ -1,0 +1,122 @@
+"""Files that are never half-written, hashes, and folders that one command at a time makes."""
+
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from craton.base.errors import UserError
+
+
+def fsync(path: Path) -> None:
+    """Make a file's content, or the renames inside a folder, durable."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+_UMASK = os.umask(0)
+os.umask(_UMASK)
+
+
+@contextlib.contextmanager
+def publish(path: Path) -> Iterator[Path]:
+    """Yields a temporary name to write; on success it is fsynced and renamed to path, on failure removed."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        os.chmod(temporary, 0o666 & ~_UMASK)  # some libraries write files that only their owner can read
+        fsync(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync(path.parent)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text, whole or not at all."""
+    with publish(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def as_json(value: Any) -> str:
+    """The one text that write_json gives a value, so that a file with another text was altered."""
+    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write a JSON value, whole or not at all."""
+    write_text(path, as_json(value))
+
+
+def read_json(path: Path) -> Any:
+    """The JSON in a file. UserError names the file and what is wrong."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{path}: not valid JSON ({error})") from None
+
+
+def sha256(path: Path) -> str:
+    """Hexadecimal SHA-256 of a file."""
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def digest(value: Any) -> str:
+    """SHA-256 of a JSON value in canonical form."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def claim(out: Path, work: str | None = None, *, resume: bool = False, hint: str = "") -> Iterator[None]:
+    """Make the folder `out` one's own for the time of a command.
+
+    work: a folder inside for unfinished work, whose presence makes `out` resumable. resume: a folder with unfinished
+    work in it is taken up; any other that is not empty is refused, with the hint. Two commands cannot hold the same
+    folder. After a failure, a folder that this call made is removed again if nothing was put into it; what was written
+    stays. UserError if the folder cannot be had.
+    """
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is a file; give a folder for --out", field="out")
+    found = [p for p in out.iterdir() if p.name != ".lock"] if out.exists() else []
+    if found and not (resume and work is not None and (out / work).is_dir()):
+        raise UserError(f"{out}: folder in use (not empty); {hint or 'give another --out'}", field="out", code="in_use")
+    made = [p for p in (out, *out.parents) if not p.exists()]
+    inside = out if work is None else out / work
+    inside.mkdir(parents=True, exist_ok=True)
+    lock = open(inside / ".lock", "w")  # noqa: SIM115 (held until the end)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.fstat(lock.fileno()).st_ino != os.stat(inside / ".lock").st_ino:
+            raise OSError("the lock was removed by the one who held it, as this call opened it")
+    except OSError:
+        lock.close()
+        raise UserError(f"{out}: folder in use: another process is writing it", field="out", code="in_use") from None
+    try:
+        yield
+    finally:
+        (inside / ".lock").unlink(missing_ok=True)
+        lock.close()
+        if work is not None and inside.is_dir() and not any(inside.iterdir()):
+            inside.rmdir()
+        for folder in made:  # innermost first
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+
+
+def remove_inside(folder: Path, kept: set[str]) -> None:
+    """Empty a folder but for entries of these names."""
+    for path in folder.iterdir():
+        if path.name not in kept:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()

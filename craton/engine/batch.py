@@ -1,0 +1,56 @@
+"""Slices of answers -> the tensors of one forward pass."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from craton.engine.generation import Slice
+from craton.model.cache import PagedCache, TokenBatch
+from craton.model.paging import BLOCK, blocks_for
+
+
+@dataclass
+class Assembled:
+    """ids: (tokens,) int32. rows: (outputs,) int32, the tokens whose logits and hidden states are wanted. outputs: for
+    each slice where its rows begin and end in the results."""
+
+    ids: Tensor
+    batch: TokenBatch
+    rows: Tensor
+    outputs: list[tuple[int, int]]
+
+
+def assemble(
+    plan: list[Slice], cache: PagedCache, first_output: Callable[[Slice], int] = Slice.first_output
+) -> Assembled:
+    """The slices one after the other, without padding."""
+    ids: list[int] = []
+    positions: list[int] = []
+    slots: list[int] = []
+    starts, lengths, rows = [0], list[int](), list[int]()
+    outputs: list[tuple[int, int]] = []
+    for part in plan:
+        at, end, blocks = len(ids), part.past + part.new, part.generation.blocks
+        ids += part.token_ids
+        positions += range(part.past, end)
+        slots += [blocks[p // BLOCK] * BLOCK + p % BLOCK for p in range(part.past, end)]
+        starts.append(len(ids))
+        lengths.append(end)
+        first = first_output(part)
+        outputs.append((len(rows), len(rows) + part.new - first))
+        rows += range(at + first, at + part.new)
+    most = max(map(blocks_for, lengths))
+    tables = []
+    for part, length in zip(plan, lengths, strict=True):
+        own = part.generation.blocks[: blocks_for(length)]
+        tables.append(own + [0] * (most - len(own)))
+    device = cache.keys.device
+    places = [torch.tensor(v, dtype=torch.int32, device=device) for v in (positions, slots, starts, lengths, tables)]
+    return Assembled(
+        torch.tensor(ids, dtype=torch.int32),
+        TokenBatch(cache, *places),
+        torch.tensor(rows, dtype=torch.int32),
+        outputs,
+    )

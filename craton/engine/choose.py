@@ -1,0 +1,122 @@
+"""The next token of every answer of a step, at once."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from craton.base import UserError
+from craton.engine.answer import Answer
+from craton.engine.sampler import adjusted, draw_each, token_logprobs, uniform
+
+
+def draw(scores: Tensor | Sequence[Tensor], answers: Sequence[Answer]) -> list[int]:
+    """A token for each answer from its scores (vocabulary,), by its own filters and random number."""
+    if not answers:
+        return []
+    samplings = [a.sampling for a in answers]
+    u = [uniform(a.seed, a.completion.index, len(a.generation.tokens)) for a in answers]
+    return draw_each(scores if isinstance(scores, Tensor) else torch.stack(list(scores)), samplings, u)
+
+
+@dataclass
+class Choice:
+    """What became of one row. token None: the answer ends without one. finish: why it ends here, None: it does not."""
+
+    token: int | None
+    finish: str | None = None
+
+
+def choose(answers: list[Answer], logits: Tensor, end_ids: tuple[int, ...]) -> list[Choice]:
+    """The next token of each answer from its row of logits (answers, vocabulary), appended to it. End tokens, which
+    end_ids and the requests name, are no part of an answer."""
+    scores = [_allowed(a, row, end_ids) for a, row in zip(answers, logits, strict=True)]
+    whole = all(s.data_ptr() == row.data_ptr() for s, row in zip(scores, logits, strict=True))
+    free = [i for i, a in enumerate(answers) if a.matcher is None or a.thinking or _may_begin_thinking(a)]
+    some = logits if whole and len(free) == len(answers) else [scores[i] for i in free]
+    tokens = dict(zip(free, draw(some, [answers[i] for i in free]), strict=True))
+    for i in free:
+        if _may_begin_thinking(answers[i]) and tokens[i] == answers[i].sampling.reasoning.begin:  # type: ignore[union-attr]
+            answers[i].thinking = True
+    bound = [i for i, a in enumerate(answers) if a.matcher is not None and not a.thinking]
+    chosen = dict(zip(bound, _within_grammars([answers[i] for i in bound], [scores[i] for i in bound]), strict=True))
+    out = []
+    for i, (answer, row) in enumerate(zip(answers, logits, strict=True)):
+        thinking, complete = answer.thinking, False
+        if i in chosen:
+            token, complete = chosen[i]
+        else:
+            token = answer.think(tokens[i]) if thinking else tokens[i]
+        if token is None:
+            out.append(Choice(None, "error"))
+        else:
+            answer.completion.reasoning_tokens += thinking
+            out.append(_append(answer, token, complete, row, end_ids))
+    return out
+
+
+def _may_begin_thinking(answer: Answer) -> bool:
+    reasoning = answer.sampling.reasoning
+    return reasoning is not None and reasoning.begin is not None and not answer.generation.answered
+
+
+def _allowed(answer: Answer, logits: Tensor, end_ids: tuple[int, ...]) -> Tensor:
+    """logits (vocabulary,) after bias and penalties, without ends before min_tokens; the same tensor where nothing
+    changes."""
+    s, g = answer.sampling, answer.generation
+    scores = adjusted(logits, s, g.tokens[: g.prompt], g.tokens[g.prompt :]) if s.adjusts else logits
+    ends = (*(() if s.ignore_eos else end_ids), *s.stop_token_ids)
+    if g.answered < s.min_tokens and ends:
+        scores = scores.index_fill(0, torch.tensor(ends, device=scores.device), -torch.inf)
+    return scores
+
+
+def _within_grammars(answers: list[Answer], scores: list[Tensor]) -> list[tuple[int | None, bool]]:
+    """For each answer a token that its grammar goes on with, and whether the answer is complete with it. None: it goes
+    on nowhere, and the answer says why."""
+    out: list[tuple[int | None, bool]] = [(None, False)] * len(answers)
+    masked: dict[int, Tensor] = {}
+    for i, answer in enumerate(answers):
+        assert answer.matcher is not None
+        try:
+            masked[i] = answer.matcher.mask(scores[i], answer.generation.max_new - answer.generation.answered)
+        except UserError as error:  # this answer fails, not its neighbours
+            answer.completion.stop_reason = str(error)
+    tokens = draw(list(masked.values()), [answers[i] for i in masked])
+    for (i, allowed), token in zip(masked.items(), tokens, strict=True):
+        out[i] = _accepted(answers[i], allowed, token)
+    return out
+
+
+def _accepted(answer: Answer, scores: Tensor, token: int) -> tuple[int | None, bool]:
+    """The drawn token, or another one where the grammar refuses it after all."""
+    matcher = answer.matcher
+    assert matcher is not None
+    while not matcher.accepts(token):
+        scores = scores.index_fill(0, torch.tensor([token], device=scores.device), -torch.inf)
+        if bool((scores > -torch.inf).any()):
+            token = draw([scores], [answer])[0]
+        elif (spelled := matcher.spelled()) is not None:
+            token = spelled
+            break
+        else:
+            answer.completion.stop_reason = "the grammar allows no token here"
+            return None, False
+    return matcher.take(token, answer.generation.max_new - answer.generation.answered - 1)
+
+
+def _append(answer: Answer, token: int, complete: bool, logits: Tensor, end_ids: tuple[int, ...]) -> Choice:
+    """Put a token to its answer, unless it ends it."""
+    s, g, completion = answer.sampling, answer.generation, answer.completion
+    ends = () if s.ignore_eos else end_ids
+    if (token in ends or token in s.stop_token_ids) and g.answered >= s.min_tokens:
+        completion.stop_reason = token if token in s.stop_token_ids else None
+        return Choice(None, "stop")
+    if s.logprobs is not None:
+        completion.logprobs += token_logprobs(logits[None], [token], s.logprobs)
+    completion.token_ids.append(token)
+    g.tokens.append(token)
+    if complete:
+        return Choice(token, "stop")
+    return Choice(token, "length" if g.answered >= g.max_new else None)

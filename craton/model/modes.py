@@ -1,0 +1,41 @@
+"""What a caller may ask of the operations for a while. Each holds in the thread that asked for it, and nowhere else."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
+
+from torch import Tensor
+
+_BATCH_INVARIANT: ContextVar[bool] = ContextVar("batch_invariant", default=False)
+_OBSERVER: ContextVar[Callable[[Tensor], None] | None] = ContextVar("observer", default=None)
+
+
+@contextlib.contextmanager
+def batch_invariant() -> Iterator[None]:
+    """Inside, a row's fp32 result on a CPU does not depend, to the bit, on the rows beside it. Library products are
+    faster for many rows, but sum in an order that depends on how many there are."""
+    token = _BATCH_INVARIANT.set(True)
+    try:
+        yield
+    finally:
+        _BATCH_INVARIANT.reset(token)
+
+
+def is_batch_invariant() -> bool:
+    """Whether this thread is inside `batch_invariant`."""
+    return _BATCH_INVARIANT.get()
+
+
+@contextlib.contextmanager
+def observing(observer: Callable[[Tensor], None]) -> Iterator[None]:
+    """Inside, observer is called with each attention's probabilities (batch, heads, time, keys), layer by layer."""
+    token = _OBSERVER.set(observer)
+    try:
+        yield
+    finally:
+        _OBSERVER.reset(token)
+
+
+def observer() -> Callable[[Tensor], None] | None:
+    """This thread's observer of attention, or None."""
+    return _OBSERVER.get()

@@ -1,0 +1,9 @@
+"""How the cache of keys and values is cut into pages. Apart from the tensors, so that who plans with it needs no
+torch."""
+
+BLOCK = 16  # tokens in a block
+
+
+def blocks_for(tokens: int) -> int:
+    """Blocks that hold this many tokens."""
+    return -(-tokens // BLOCK)

@@ -1,0 +1,322 @@
+// Products of activations with stored weights: fp32, bf16 and fp16 row by row, 8 and 4 bits in panels.
+//
+// Weights of 8 and 4 bits have one fp16 scale for 32 values (the values of GGUF's Q8_0 and Q4_0). They are stored in
+// panels of 16 rows: for each group of 32 columns the values, four columns of 16 rows at a time (one vector), then the
+// 16 scales. 4 bits: value + 8; a vector holds columns c..c+3 in its low nibbles and c+16..c+19 in its high ones.
+// 8 bits: value + 128. Activations are rounded to signed 8 bits with one scale for 32 columns, so that unsigned times
+// signed products (VNNI) apply without sign fix-ups; what the offset adds is the row's own sum, subtracted beforehand.
+#pragma once
+#include "vectors.h"
+
+// ---- integer products -------------------------------------------------------------------------------------------
+
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+constexpr bool VNNI = true;
+#else
+constexpr bool VNNI = false;
+#endif
+
+// acc + the four products of each lane; u unsigned (at most 15 without VNNI), s signed.
+static inline i16 dot4(i16 acc, u64 u, i16 s) {
+#if defined(__AVX512VNNI__)
+    return (i16)_mm512_dpbusd_epi32((__m512i)acc, (__m512i)u, (__m512i)s);
+#elif defined(__AVX512BW__)
+    return acc + (i16)_mm512_madd_epi16(_mm512_maddubs_epi16((__m512i)u, (__m512i)s), _mm512_set1_epi16(1));
+#else
+    for (int h = 0; h < 2; h++) {
+        __m256i* a = (__m256i*)&acc + h;
+        __m256i x = _mm256_loadu_si256((__m256i*)&u + h), y = _mm256_loadu_si256((__m256i*)&s + h),
+                z = _mm256_loadu_si256(a);
+#if defined(__AVXVNNI__)
+        z = _mm256_dpbusd_avx_epi32(z, x, y);
+#else
+        z = _mm256_add_epi32(z, _mm256_madd_epi16(_mm256_maddubs_epi16(x, y), _mm256_set1_epi16(1)));
+#endif
+        _mm256_storeu_si256(a, z);
+    }
+    return acc;
+#endif
+}
+
+// The same for signed w, where 16-bit sums of unsigned bytes would overflow: |w| times x with w's sign.
+static inline i16 dot4_signed(i16 acc, u64 w, i16 s) {
+    typedef int8_t b64 __attribute__((vector_size(64), may_alias));
+    b64 neg = (b64)w < 0, x = (b64)s;
+    u64 magnitude = (u64)(((b64)w ^ neg) - neg);
+    x = (x ^ neg) - neg;
+    return dot4(acc, magnitude, (i16)x);
+}
+
+static inline int64_t group_bytes(int bits) {
+    return bits == 4 ? 256 + 32 : 512 + 32;
+}
+
+// Rows of activations in 8 bits, in tiles of 8 rows (at the end of 4, 2 and 1): in a tile each four columns of all its
+// rows lie together, then those of the next four; so do the scales of a group and minus 8 times the sums of its values.
+struct Quantised {
+    int8_t* x;
+    float* scale;
+    int32_t* minus;  // 8 times
+};
+
+static inline int64_t tile_size(int64_t left) {
+    return left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
+}
+
+// T rows of activations, a whole tile, times R panels of 16 weight rows. ahead: bytes to fetch before they are needed.
+template <int BITS, int R, int T, int STRIDE>
+static inline void dot_panels(const uint8_t* w, int64_t panel, int64_t groups, const int8_t* x, const float* xs,
+                              const int32_t* minus, f16 (*out)[T]) {
+    f16 acc[R][T];
+    for (int r = 0; r < R; r++)
+        for (int t = 0; t < T; t++) acc[r][t] = f16{};
+    for (int64_t g = 0; g < groups; g++, w += group_bytes(BITS), x += 32 * STRIDE, xs += STRIDE, minus += STRIDE) {
+        i16 a[R][T];
+        for (int t = 0; t < T; t++) {
+            i16 begin = minus[t] - i16{};
+            if (BITS == 8) begin = VNNI ? begin << 4 : i16{};
+            for (int r = 0; r < R; r++) a[r][t] = begin;
+        }
+        for (int64_t line = 0; line < group_bytes(BITS) * R; line += 64) __builtin_prefetch(w + 4096 + line);
+        const int32_t* q = (const int32_t*)x;
+        if (BITS == 4) {
+            for (int c = 0; c < 4; c++) {
+                u64 low[R], high[R];
+                for (int r = 0; r < R; r++) {
+                    u64 v = *(const u64*)(w + r * panel + 64 * c);
+                    low[r] = v & 15, high[r] = (u64)((i16)v >> 4) & 15;
+                }
+                for (int t = 0; t < T; t++) {
+                    i16 x0 = q[c * STRIDE + t] - i16{}, x1 = q[(4 + c) * STRIDE + t] - i16{};
+                    for (int r = 0; r < R; r++) a[r][t] = dot4(dot4(a[r][t], low[r], x0), high[r], x1);
+                }
+            }
+        } else {
+            for (int c = 0; c < 8; c++) {
+                u64 v[R];
+                for (int r = 0; r < R; r++) v[r] = *(const u64*)(w + r * panel + 64 * c);
+                for (int t = 0; t < T; t++) {
+                    i16 x0 = q[c * STRIDE + t] - i16{};
+                    for (int r = 0; r < R; r++)
+                        a[r][t] = VNNI ? dot4(a[r][t], v[r], x0) : dot4_signed(a[r][t], v[r] ^ 128, x0);
+                }
+            }
+        }
+        for (int r = 0; r < R; r++) {
+            f16 scale = load_half16((const uint16_t*)(w + r * panel + group_bytes(BITS) - 32));
+            for (int t = 0; t < T; t++) acc[r][t] += __builtin_convertvector(a[r][t], f16) * (scale * xs[t]);
+        }
+    }
+    for (int r = 0; r < R; r++)
+        for (int t = 0; t < T; t++) out[r][t] = acc[r][t];
+}
+
+// Where the tile that holds a row begins: rows go in eights, at the end in one four, one two and one.
+static inline int64_t tile_start(int64_t row, int64_t rows) {
+    int64_t start = rows & ~7;
+    if (row < start) return row & ~7;
+    for (int64_t size = 4; size > 1; size /= 2) {
+        if (!(rows & size)) continue;
+        if (row < start + size) return start;
+        start += size;
+    }
+    return start;
+}
+
+// A group of 32 columns of one row, to its place in the tile; x is not changed. A group with NaN or infinity gets a
+// scale of NaN, so that every sum it takes part in is NaN.
+static void quantise_group(const float* x, int64_t row, int64_t rows, int64_t cols, int64_t g, const Quantised& q) {
+    const int64_t groups = cols / GROUP, first = tile_start(row, rows), size = tile_size(rows - first);
+    const int64_t lane = row - first;
+    f16 a = load16(x), b = load16(x + 16);
+    i16 ma = (i16)a & 0x7fffffff, mb = (i16)b & 0x7fffffff;  // magnitudes are ordered as integers; NaN is the largest
+    ma = ma > mb ? ma : mb;
+    int32_t bits = 0;
+    for (int i = 0; i < 16; i++) bits = std::max(bits, ((int32_t*)&ma)[i]);
+    float most;
+    memcpy(&most, &bits, 4);
+    if (bits >= 0x7f800000) {
+        most = NAN;
+        a = b = f16{};
+    }
+    const float inverse = most > 0 ? 127.f / most : 0.f;
+    const f16 magic = splat16(12582912.f);  // adding it rounds to the nearest integer
+    a = (a * inverse + magic) - magic;
+    b = (b * inverse + magic) - magic;
+    typedef int8_t b16 __attribute__((vector_size(16), aligned(1), may_alias));
+    b16 bytes[2] = {__builtin_convertvector(__builtin_convertvector(a, i16), b16),
+                    __builtin_convertvector(__builtin_convertvector(b, i16), b16)};
+    int32_t* out = (int32_t*)(q.x + first * cols) + g * 8 * size + lane;
+    const int32_t* words = (const int32_t*)bytes;
+    for (int c = 0; c < 8; c++) out[c * size] = words[c];
+    q.scale[first * groups + g * size + lane] = most / 127.f;
+    q.minus[first * groups + g * size + lane] = -8 * (int32_t)sum16(a + b);
+}
+
+static void quantise(const float* x, int64_t row, int64_t rows, int64_t cols, const Quantised& q) {
+    for (int64_t g = 0; g < cols / GROUP; g++) quantise_group(x + g * GROUP, row, rows, cols, g, q);
+}
+
+// ---- products ---------------------------------------------------------------------------------------------------
+
+struct Matrix {  // kind: 0 fp32, 1 bf16, 2 fp16 (row by row), 4, 8 (panels)
+    const void* data;
+    const float* bias;
+    int64_t rows, cols, kind;
+};
+
+// R weight rows and T activation rows, R * T = 16: each sum has 16 lanes, which are joined at the end. Meanwhile AHEAD
+// lines are fetched from `next` on for every 16 columns.
+template <typename Weight, int R, int T, int AHEAD>
+static inline void dot_rows(const Weight* w, const float* x, int64_t cols, float* out, int64_t stride,
+                            const float* bias, const char* next) {
+    f16 acc[T][R];
+    for (int t = 0; t < T; t++)
+        for (int r = 0; r < R; r++) acc[t][r] = f16{};
+    const int64_t whole = cols & ~int64_t(15);
+    for (int64_t c = 0; c < whole; c += 16) {
+        f16 v[T];
+        for (int i = 0; i < AHEAD; i++) __builtin_prefetch(next + c * 4 * AHEAD + i * 64, 0, 2);
+        for (int t = 0; t < T; t++) v[t] = load16(x + t * cols + c);
+        for (int r = 0; r < R; r++) {
+            f16 u = load16(w + r * cols + c);
+            for (int t = 0; t < T; t++) acc[t][r] += u * v[t];
+        }
+    }
+    if (whole < cols) {
+        for (int r = 0; r < R; r++) {
+            Weight a[16] = {};
+            memcpy(a, w + r * cols + whole, (cols - whole) * sizeof(Weight));
+            for (int t = 0; t < T; t++) {
+                float b[16] = {};
+                memcpy(b, x + t * cols + whole, (cols - whole) * sizeof(float));
+                acc[t][r] += load16(a) * load16(b);
+            }
+        }
+    }
+    const f16 sums = sums16(&acc[0][0]);
+    for (int t = 0; t < T; t++)
+        for (int r = 0; r < R; r++) out[t * stride + r] = ((const float*)&sums)[t * R + r] + (bias ? bias[r] : 0.f);
+}
+
+// One weight row and one activation row, the same sum.
+template <typename Weight>
+static inline float dot_row(const Weight* w, const float* x, int64_t cols) {
+    f16 acc = f16{};
+    const int64_t whole = cols & ~int64_t(15);
+    for (int64_t c = 0; c < whole; c += 16) acc += load16(w + c) * load16(x + c);
+    if (whole < cols) {
+        Weight a[16] = {};
+        float b[16] = {};
+        memcpy(a, w + whole, (cols - whole) * sizeof(Weight));
+        memcpy(b, x + whole, (cols - whole) * sizeof(float));
+        acc += load16(a) * load16(b);
+    }
+    return sum16(acc);
+}
+
+template <typename Weight>
+static void rows_block(const Weight* w, const float* bias, int64_t rows, const float* x, int64_t tokens, int64_t cols,
+                       float* out, int64_t stride) {
+    if (rows == 16) {
+        const int64_t fours = tokens / 4 * 4;
+        const auto four = [&](auto ahead) {  // the next four rows are fetched while these are multiplied
+            for (int r = 0; r < 16; r += 4) {
+                const char* next = (const char*)(w + (r + 4) * cols);
+                for (int64_t t = 0; t < fours; t += 4, next += ahead * cols * 4)
+                    dot_rows<Weight, 4, 4, ahead>(w + r * cols, x + t * cols, cols, out + t * stride + r, stride,
+                                                  bias ? bias + r : 0, next);
+            }
+        };
+        if (fours >= 64)
+            four(std::integral_constant<int, 0>());
+        else if (fours >= 16)
+            four(std::integral_constant<int, 1>());
+        else if (fours >= 8)
+            four(std::integral_constant<int, 2>());
+        else if (fours)
+            four(std::integral_constant<int, 4>());
+        for (int64_t t = fours; t < tokens; t++)
+            dot_rows<Weight, 16, 1, 0>(w, x + t * cols, cols, out + t * stride, stride, bias, 0);
+    } else {  // the last rows of a matrix
+        for (int64_t r = 0; r < rows; r++)
+            for (int64_t t = 0; t < tokens; t++)
+                out[t * stride + r] = dot_row(w + r * cols, x + t * cols, cols) + (bias ? bias[r] : 0.f);
+    }
+}
+
+template <int BITS, int R, int T, int STRIDE>
+static inline void panel_tile(const uint8_t* w, int64_t panel, const float* bias, int64_t groups, const int8_t* x,
+                              const float* xs, const int32_t* minus, float* out, int64_t stride) {
+    f16 y[R][T];
+    dot_panels<BITS, R, T, STRIDE>(w, panel, groups, x, xs, minus, y);
+    for (int r = 0; r < R; r++)
+        for (int t = 0; t < T; t++)
+            store16(out + t * stride + r * ROWS, bias ? y[r][t] + load16(bias + r * ROWS) : y[r][t]);
+}
+
+// R panels for some tokens, which begin at a tile.
+template <int BITS, int R>
+static void panel_tiles(const uint8_t* w, int64_t panel, const float* bias, Quantised q, int64_t tokens, int64_t cols,
+                        float* out, int64_t stride) {
+    const int64_t groups = cols / GROUP;
+    for (int64_t t = 0, n; t < tokens; t += n) {
+        n = tile_size(tokens - t);
+        const int8_t* x = q.x + t * cols;
+        const float* xs = q.scale + t * groups;
+        const int32_t* minus = q.minus + t * groups;
+        float* o = out + t * stride;
+        if (n == 8 && R == 1)
+            panel_tile<BITS, 1, 8, 8>(w, panel, bias, groups, x, xs, minus, o, stride);
+        else if (n == 8) {  // two panels share what is read of the activations
+            panel_tile<BITS, R, 4, 8>(w, panel, bias, groups, x, xs, minus, o, stride);
+            panel_tile<BITS, R, 4, 8>(w, panel, bias, groups, x + 16, xs + 4, minus + 4, o + 4 * stride, stride);
+        } else if (n == 4)
+            panel_tile<BITS, R, 4, 4>(w, panel, bias, groups, x, xs, minus, o, stride);
+        else if (n == 2)
+            panel_tile<BITS, R, 2, 2>(w, panel, bias, groups, x, xs, minus, o, stride);
+        else
+            panel_tile<BITS, R, 1, 1>(w, panel, bias, groups, x, xs, minus, o, stride);
+    }
+}
+
+// Panels [from, to) of 16 rows of a matrix, for all tokens. out: (tokens, stride), the matrix's first column at out[0].
+static void product(const Matrix& m, int64_t from, int64_t to, const float* x, Quantised q, int64_t tokens, float* out,
+                    int64_t stride) {
+    const bool whole = m.kind == 4 || m.kind == 8;
+    const int64_t item = whole ? 1 : 4, groups = m.cols / GROUP, panel = groups * group_bytes(m.kind);
+    const int64_t part =
+        std::max<int64_t>(8, ((384 << 10) / (m.cols * item)) & ~7);  // tokens whose rows stay in the second cache
+    for (int64_t t = 0; t < tokens; t += part) {
+        const int64_t n = std::min(part, tokens - t);
+        for (int64_t p = from; p < to;) {
+            const int64_t row = p * ROWS, rows = std::min(ROWS, m.rows - row), pair = whole && n > 8 && p + 2 <= to;
+            const float* bias = m.bias ? m.bias + row : 0;
+            float* o = out + t * stride + row;
+            const uint8_t* w = (const uint8_t*)m.data + p * panel;
+            Quantised here = {q.x + t * m.cols, q.scale + t * groups, q.minus + t * groups};
+            if (m.kind == 4 && pair)
+                panel_tiles<4, 2>(w, panel, bias, here, n, m.cols, o, stride);
+            else if (m.kind == 8 && pair)
+                panel_tiles<8, 2>(w, panel, bias, here, n, m.cols, o, stride);
+            else if (m.kind == 4)
+                panel_tiles<4, 1>(w, panel, bias, here, n, m.cols, o, stride);
+            else if (m.kind == 8)
+                panel_tiles<8, 1>(w, panel, bias, here, n, m.cols, o, stride);
+            else if (m.kind == 1)
+                rows_block((const uint16_t*)m.data + row * m.cols, bias, rows, x + t * m.cols, n, m.cols, o, stride);
+            else if (m.kind == 2)
+                rows_block((const Half*)m.data + row * m.cols, bias, rows, x + t * m.cols, n, m.cols, o, stride);
+            else
+                rows_block((const float*)m.data + row * m.cols, bias, rows, x + t * m.cols, n, m.cols, o, stride);
+            p += pair ? 2 : 1;
+        }
+    }
+}
+
+static inline int64_t panels(const Matrix& m) {
+    return (m.rows + ROWS - 1) / ROWS;
+}
+static inline bool packed(const Matrix& m) {
+    return m.kind == 4 || m.kind == 8;
+}
