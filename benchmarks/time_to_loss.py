@@ -111,12 +111,11 @@ def ours(folder: Path, seconds: float, target: float, tokens: int) -> dict[str, 
     ends."""
     import torch
 
-    from craton.corpus.batches import Batches
     from craton.model import kernels
-    from craton.train.distributed import Processes, norm
-    from craton.train.loop import factor, gradients, make
-    from craton.train.objective import next_token
+    from craton.train.distributed import Processes, clip_gradients
+    from craton.train.loop import accumulate, build, lr_share
     from craton.train.plan import plan
+    from craton.train.pretrain import pretraining
     from craton.train.recipe import Recipe
 
     kernels.keep_freed_memory()
@@ -140,25 +139,25 @@ def ours(folder: Path, seconds: float, target: float, tokens: int) -> dict[str, 
     )
     recipe, config, _ = plan(recipe, [corpus], 1e12, lambda c, r: 1.0, time.monotonic(), "cpu")
     rows = heldout(folder, tokens)
-    batches = Batches([corpus], [1.0], LENGTH, ROWS, 0, False)
+    job, alone = pretraining([corpus], [1.0], recipe, config, "cpu"), Processes("cpu")
     began = time.perf_counter()
-    network, optimizers = make(config, recipe, Processes("cpu"))
+    network, optimizers = build(job.store, job.kind, recipe, alone)
     looks, looking, step, reached, next_look = [], 0.0, 0, None, 0.9
     # Four steps tell the speed, and with it how many steps the time holds; they are part of the run.
     while True:
         spent = time.perf_counter() - began - looking
         if step >= 4:
             recipe.run.steps = max(step + 1, round(step * seconds / spent))
-        gradients(network, batches.batch(step), next_token, recipe, "cpu")
-        norm(list(network.parameters()), recipe.optimizer.clip)
-        optimizers.step(factor(recipe, step))
+        sums = accumulate(network, optimizers.parameters, job, recipe, alone, step)
+        clip_gradients(optimizers.parameters, recipe.optimizer.clip, 1 / sums["loss"][1])
+        optimizers.step(lr_share(recipe, step))
         step += 1
         spent = time.perf_counter() - began - looking
         if spent >= next_look * seconds or spent >= seconds:
             next_look += 0.02
             start = time.perf_counter()
             value = bits_per_byte(
-                lambda i, t: network.loss(i, t, torch.ones_like(i, dtype=torch.float32))[0], rows, folder
+                lambda i, t: network.weighted_nll(i, t, torch.ones_like(i, dtype=torch.float32))[0], rows, folder
             )
             looking += time.perf_counter() - start
             looks.append({"seconds": spent, "bits_per_byte": value})

@@ -20,18 +20,18 @@ from torch import Tensor
 from craton.base import UserError
 from craton.corpus.store import Corpus
 
-PATTERN = 1024  # rows over which the weights come out exactly
+PATTERN = 1 << 16  # rows over which the weights come out exactly
 
 
 @dataclass
 class Batch:
-    """ids, target: (rows, time) int64. weight: (rows, time) fp32, 0 where no loss is taken. start: (rows, time) int32,
-    the first position of each token's document, or None where documents are not kept apart."""
+    """ids, target: (rows, time) int64. weight: (rows, time) fp32, 0 where no loss is taken. document_start: (rows,
+    time) int32, the first position of each token's document, or None where documents are not kept apart."""
 
     ids: Tensor
     target: Tensor
     weight: Tensor
-    start: Tensor | None
+    document_start: Tensor | None
 
 
 class _Stream:
@@ -103,14 +103,29 @@ class Batches:
                     f"{stream.corpus.folder}: {stream.corpus.length('train')} training tokens, fewer than one row of "
                     f"{length}; give more text or a smaller data.sequence_length"
                 )
-        self.length, self.rows_per_batch, self.document_mask = length, rows_per_batch, document_mask
+        self.length, self.rows, self.together, self.document_mask = length, rows_per_batch, 1, document_mask
+        self.corpora, self.weights = corpora, weights
         # Sources of PATTERN consecutive rows: shares by largest remainder, placed at random.
         share = np.array(weights, float) / sum(weights) * PATTERN
         counts = np.floor(share).astype(int)
         counts[np.argsort(counts - share)[: PATTERN - counts.sum()]] += 1
+        if (counts == 0).any():
+            corpus, weight = corpora[int(counts.argmin())], weights[int(counts.argmin())]
+            raise UserError(
+                f"{corpus.folder}: weight {weight:g} of {sum(weights):g} is less than a row in {PATTERN}, so "
+                "nothing of it would ever be read; raise it, or leave the corpus out",
+                field="weight",
+            )
         self.counts = counts
         self.pattern = np.random.default_rng([seed, 7]).permutation(np.repeat(np.arange(len(corpora)), counts))
-        self.rank = np.array([int((self.pattern[:i] == s).sum()) for i, s in enumerate(self.pattern)])
+        self.rank = np.empty(PATTERN, np.int64)  # of a place among those of its source
+        for source in range(len(corpora)):
+            places = np.flatnonzero(self.pattern == source)
+            self.rank[places] = np.arange(len(places))
+
+    def facts(self) -> dict[str, Any]:
+        """Corpora and weights."""
+        return {"corpora": [str(c.folder) for c in self.corpora], "weights": self.weights}
 
     def _place(self, row: int) -> tuple[_Stream, int]:
         """The stream of a global row and its number there."""
@@ -118,20 +133,20 @@ class Batches:
         source = int(self.pattern[i])
         return self.streams[source], block * int(self.counts[source]) + int(self.rank[i])
 
-    def batch(self, number: int, rank: int = 0, world: int = 1) -> Batch:
-        """This rank's rows of a batch. Weights sum to 1 over all ranks."""
-        mine = range(number * self.rows_per_batch + rank, (number + 1) * self.rows_per_batch, world)
+    def batch(self, number: int, share: int = 0, shares: int = 1, network: Any = None) -> Batch:
+        """A share of the rows of a batch; the network plays no part."""
+        mine = range(number * self.rows + share, (number + 1) * self.rows, shares)
         rows = [stream.row(n) for stream, n in map(self._place, mine)]
         tokens = torch.from_numpy(np.stack([t for t, _ in rows]))
         start = torch.from_numpy(np.stack([s for _, s in rows])) if self.document_mask else None
-        weight = torch.full((len(rows), self.length), 1.0 / (self.rows_per_batch * self.length))
+        weight = torch.ones(len(rows), self.length)
         return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), weight, start)
 
     def documents(self, number: int) -> list[dict[str, Any]]:
         """The documents that batch `number` is made of."""
         out = []
-        for i in range(self.rows_per_batch):
-            stream, n = self._place(number * self.rows_per_batch + i)
+        for i in range(self.rows):
+            stream, n = self._place(number * self.rows + i)
             rows = stream.corpus.rows("train")
             for document, offset, take in stream.pieces(n):
                 row = rows[stream.first[document]]

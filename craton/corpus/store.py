@@ -8,6 +8,7 @@ names.bin          document names, UTF-8, addressed by documents.npy
 tokenizer/         the tokenizer folder
 """
 
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -67,8 +68,9 @@ class Corpus:
         self._shards = {s: [np.memmap(folder / f, self.dtype, "r") for f in splits[s]["shards"]] for s in SPLITS}
         self._starts = {s: np.cumsum([0] + [len(x) for x in self._shards[s]]) for s in SPLITS}
 
-    @property
+    @cached_property
     def tokenizer(self) -> Tokenizer:
+        """The tokenizer that the corpus was made with."""
         return Tokenizer.open(self.folder / "tokenizer")
 
     def length(self, split: str) -> int:

@@ -31,9 +31,29 @@ class Linear(nn.Module):
         return y if self.bias is None else y + self.bias
 
 
+class Head(Linear):
+    """Hidden states (..., hidden) -> logits (..., vocabulary), or at once what targets cost (nll.py).
+
+    softcap bounds the logits by a tanh (arXiv 2408.00118).
+    """
+
+    def __init__(self, config: ModelConfig):
+        super().__init__(config.hidden_size, config.vocab_size)
+        self.softcap = config.final_logit_softcapping
+
+    def token_nll(self, x: Tensor, target: Tensor) -> Tensor:
+        """Negative log likelihoods of targets (batch, time), in nats, with a gradient."""
+        return nll.token_nll(x.flatten(0, 1), self.weight, target.flatten(), self.softcap).view_as(target)
+
+    def weighted_nll(self, x: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Their sum by weights (batch, time), and they themselves without a gradient."""
+        total, each = nll.weighted_nll(x.flatten(0, 1), self.weight, target.flatten(), weight.flatten(), self.softcap)
+        return total, each.view_as(target)
+
+
 def project_together(x: Tensor, *layers: nn.Module) -> Tensor:
     """The layers' outputs side by side: one product where their weights are plain."""
-    if all(type(layer) is Linear and layer.bias is None for layer in layers):
+    if all(isinstance(layer, Linear) and layer.bias is None for layer in layers):
         return ops.linear(x, *[layer.weight for layer in layers])  # type: ignore[arg-type]
     return torch.cat([layer(x) for layer in layers], -1)
 
@@ -324,7 +344,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.model = Backbone(config)
-        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        self.lm_head = Head(config)
         if config.tie_word_embeddings:
             self.tie()
 
@@ -350,14 +370,8 @@ class Decoder(nn.Module):
         ids, target, weight: (batch, time); targets of nll.IGNORE are left out. The cheapest way where weights are known
         before the forward pass. Logits are never all held at once.
         """
-        x = self.model(ids, document_start)
-        cap = self.config.final_logit_softcapping
-        total, each = nll.weighted_nll(
-            x.flatten(0, 1), self.lm_head.weight, target.flatten(), weight.flatten(), softcap=cap
-        )
-        return total, each.view_as(target)
+        return self.lm_head.weighted_nll(self.model(ids, document_start), target, weight)
 
     def token_nll(self, ids: Tensor, target: Tensor, document_start: Tensor | None = None) -> Tensor:
         """Negative log likelihood of each target (batch, time) in nats, with a gradient; 0 where it is nll.IGNORE."""
-        x, cap = self.model(ids, document_start), self.config.final_logit_softcapping
-        return nll.token_nll(x.flatten(0, 1), self.lm_head.weight, target.flatten(), softcap=cap).view_as(target)
+        return self.lm_head.token_nll(self.model(ids, document_start), target)

@@ -1,35 +1,31 @@
-"""The one training loop: batches + objective + optimizer + schedule + checkpoints + record, on one process or many."""
+"""The one training loop: a job's batches and objective, optimizers, schedule, checkpoints, on one process or many.
 
-import contextlib
-import json
+It does not know what is trained: everything that does is in the job.
+"""
+
 import math
 import os
 import shutil
 import signal
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from craton.base import Progress, UserError, count, say, span
-from craton.corpus.batches import Batch, Batches, heldout_rows
-from craton.corpus.store import Corpus
-from craton.engine.model import greedy
-from craton.model.config import ModelConfig
-from craton.model.decoder import Decoder
-from craton.model.initialise import initialise
-from craton.text.tokenizer import Tokenizer
-from craton.train import checkpoint, machine
-from craton.train.distributed import Processes, norm, whole
+from craton.base import Progress, UserError, count, fsync, say, span
+from craton.train import checkpoint
+from craton.train.distributed import Processes, box, clip_gradients, fill, gathered, local
+from craton.train.job import Job, Losses, Store, on
 from craton.train.loggers import Logger
-from craton.train.objective import Objective, next_token
-from craton.train.optim import Optimizers
+from craton.train.metrics import Metrics
+from craton.train.optim import Optimizers, groups
 from craton.train.recipe import Recipe
-from craton.weights.folder import released, write_config
+from craton.weights.tensorfile import stream_tensors
 
 SPIKE_WINDOW = 64
 
@@ -39,7 +35,7 @@ class Interrupted(Exception):
 
 
 @dataclass
-class Progressed:
+class RunState:
     """How far a run is: everything besides tensors that the next step depends on."""
 
     step: int = 0  # updates made
@@ -50,7 +46,7 @@ class Progressed:
     seconds: float = 0.0  # spent training, over all resumptions
 
 
-def factor(recipe: Recipe, step: int) -> float:
+def lr_share(recipe: Recipe, step: int) -> float:
     """Learning rate of a step as a share of the peak: linear warm-up, stable, linear decay (WSD, arXiv 2404.06395)."""
     s, steps = recipe.schedule, recipe.run.steps or 1
     warm = min(1.0, (step + 1) / s.warmup_steps) if s.warmup_steps else 1.0
@@ -59,281 +55,182 @@ def factor(recipe: Recipe, step: int) -> float:
     return min(warm, s.final_share + (1 - s.final_share) * left)
 
 
-def make(config: ModelConfig, recipe: Recipe, processes: Processes) -> tuple[Decoder, Optimizers]:
-    """Network, initialised from the seed and sharded, and its optimizers."""
-    with torch.device("meta"):
-        network = Decoder(config)
-    network = network.to_empty(device="cpu")
-    if config.tie_word_embeddings:
-        network.tie()
-    initialise(network, recipe.run.seed)
-    network.to(processes.device)
-    processes.shard(network, recipe.run.precision == "bf16")
-    o = recipe.optimizer
-    lrs = {
-        "matrix": o.matrix_lr or 0.0,
-        "embedding": o.embedding_lr or 0.0,
-        "head": o.head_lr or 0.0,
-        "norm": o.norm_lr or 0.0,
-    }
-    return network, Optimizers(network, o.name, lrs, o.momentum, (o.beta1, o.beta2), o.weight_decay or 0.0)
+def build(
+    store: Store, kind: Callable[[str, nn.Parameter], str], recipe: Recipe, processes: Processes
+) -> tuple[Any, Optimizers]:
+    """A store's network, each process its part, with the weights that the run begins with; and its optimizers."""
+    network = store.build()
+    processes.shard(network, store.units(network), store.forwards(network), recipe.run.precision == "bf16")
+    fill(network, processes.device, store.rows)
+    return network, Optimizers(groups(network, kind, recipe.optimizer), recipe.optimizer)
 
 
-def _on(batch: Batch, device: str) -> Batch:
-    if device == "cpu":
-        return batch
-    moved = [None if x is None else x.to(device, non_blocking=True) for x in vars(batch).values()]
-    return Batch(*moved)  # type: ignore[arg-type]
+def accumulate(
+    network: nn.Module, parameters: list[nn.Parameter], job: Job, recipe: Recipe, processes: Processes, number: int
+) -> dict[str, tuple[float, float]]:
+    """Add up the gradient of a batch, piece by piece. Returns the sums and counts of the whole batch by name, 'loss'
+    among them; the gradient is still to be divided by the loss's count. Collective."""
+    total_groups = job.source.rows // job.source.together
+    groups_a_piece = max(1, (recipe.data.micro_tokens or 1) // (job.cost.units * job.source.together))
+    pieces, world = processes.pieces(total_groups, groups_a_piece), processes.world
+    named: list[str] = []
+    figures: list[Tensor] = []
+    processes.begin_step()
+    for turn in range(0, min(pieces, total_groups), world):
+        share = turn + processes.rank
+        empty = share >= total_groups  # takes part, so that the others' gradients come together, and adds nothing
+        batch = on(job.source.batch(number, 0 if empty else share, pieces, network), processes.device)
+        processes.begin_piece(parameters)
+        with torch.autocast(processes.device, torch.bfloat16, enabled=recipe.run.precision == "bf16"):
+            losses = job.objective(network, batch)
+        (losses.total * 0.0 if empty else losses.total).backward()
+        named = ["loss", *losses.sums]
+        figures.append(_figures(losses) * (0.0 if empty else 1.0))
+    each = processes.stack(torch.stack(figures)).transpose(0, 1).flatten(0, 1)  # piece after piece
+    sums = torch.zeros_like(each[0])
+    for piece in each:
+        sums += piece
+    return {name: (s, c) for name, (s, c) in zip(named, sums.tolist(), strict=True)}
 
 
-def _precision(recipe: Recipe, device: str) -> Any:
-    return torch.autocast(device, torch.bfloat16) if recipe.run.precision == "bf16" else contextlib.nullcontext()
-
-
-def gradients(
-    network: Decoder, batch: Batch, objective: Objective, recipe: Recipe, device: str, world: int = 1
-) -> Tensor:
-    """Accumulate the gradient of a batch in slices of micro_tokens; returns the loss, this process's share of it."""
-    rows = max(1, (recipe.data.micro_tokens or 1) // batch.ids.shape[1])
-    total = torch.zeros((), device=device)
-    for at in range(0, batch.ids.shape[0], rows):
-        piece = _on(Batch(*(None if x is None else x[at : at + rows] for x in vars(batch).values())), device)  # type: ignore[arg-type]
-        with _precision(recipe, device):
-            loss, _ = objective(network, piece)
-        (loss * world if world > 1 else loss).backward()
-        total += loss.detach().float()
-    return total
-
-
-def seconds_a_step(config: ModelConfig, recipe: Recipe, device: str) -> float:
-    """Measured on random tokens with a throw-away network of this process: the fastest of a few steps."""
-    alone = Processes.__new__(Processes)
-    alone.rank, alone.world, alone.device, alone.mesh = 0, 1, device, None
-    network, optimizers = make(config, recipe, alone)
-    length = recipe.data.sequence_length or 512
-    micro = max(1, min(recipe.data.batch_tokens or length, 8192 if device == "cpu" else 32_768) // length)
-    ids = torch.randint(config.vocab_size, (micro, length + 1), device=device)
-    batch = Batch(
-        ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), torch.full((micro, length), 1e-6, device=device), None
-    )
-    slices = max(1, (recipe.data.batch_tokens or length) // (micro * length))
-    forward: list[float] = []
-    update: list[float] = []
-    end = time.perf_counter() + 2.0
-    while len(forward) < 3 or (time.perf_counter() < end and len(forward) < 20):
-        start = time.perf_counter()
-        with _precision(recipe, device):
-            next_token(network, batch)[0].backward()
-        _synchronise(device)
-        middle = time.perf_counter()
-        norm(list(network.parameters()), 1.0)
-        optimizers.step(0.0)
-        _synchronise(device)
-        forward.append(middle - start)
-        update.append(time.perf_counter() - middle)
-    _, world = machine.world()
-    return slices * sorted(forward)[len(forward) // 2] / world + sorted(update)[len(update) // 2]
-
-
-def _synchronise(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()
+def _figures(losses: Losses) -> Tensor:
+    """(1 + sums, 2) fp64, without a gradient."""
+    pairs = [(losses.total, losses.count), *losses.sums.values()]
+    return torch.stack([torch.stack([s.detach().double(), c.detach().double()]) for s, c in pairs])
 
 
 class Run:
     """A run in its folder: fresh or resumed, driven by `train`."""
 
-    def __init__(
-        self,
-        out: Path,
-        recipe: Recipe,
-        config: ModelConfig,
-        corpora: list[Corpus],
-        weights: list[float],
-        processes: Processes,
-        peak: float,
-        objective: Objective = next_token,
-    ):
-        self.out, self.recipe, self.config, self.corpora = out, recipe, config, corpora
-        self.processes, self.peak, self.objective, self.device = processes, peak, objective, processes.device
-        d = recipe.data
-        self.length = d.sequence_length or 1
-        self.rows = (d.batch_tokens or 0) // self.length
-        if self.rows % processes.world:
-            raise UserError(
-                f"data.batch_tokens is {self.rows} rows, which {processes.world} processes cannot share equally; set "
-                f"data.batch_tokens to a multiple of {processes.world * self.length}"
-            )
-        self.batches = Batches(corpora, weights, self.length, self.rows, recipe.run.seed, bool(d.document_mask))
-        self.heldout = heldout_rows(corpora, self.length, recipe.run.evaluate_tokens, bool(d.document_mask))
-        self.tokenizer = corpora[0].tokenizer
-        self.token_bytes = torch.from_numpy(self.tokenizer.token_bytes())
-        self.bytes_per_token = sum(c.manifest["splits"]["train"]["bytes"] for c in corpora) / max(
-            1, sum(c.length("train") for c in corpora)
-        )
-        self.network, self.optimizers = make(config, recipe, processes)
-        self.progress = Progressed()
+    def __init__(self, out: Path, job: Job, recipe: Recipe, processes: Processes, peak: float):
+        """peak: FLOP/s of the machine in a large product."""
+        self.out, self.job, self.recipe, self.processes, self.peak = out, job, recipe, processes, peak
+        self.network, self.optimizers = build(job.store, job.kind, recipe, processes)
+        self.parameters = self.optimizers.parameters
+        self.state = RunState()
         self.stopped_by: int | None = None
         self.logger = Logger(recipe.run.logger if processes.first else "none", out)
-        compile_ = recipe.run.compile == "on" or (
-            recipe.run.compile == "auto" and self.device == "cuda" and (recipe.run.steps or 0) >= 1000
-        )
-        if compile_:
-            for block in self.network.model.layers:
-                block.compile()
+        enough = processes.device == "cuda" and (recipe.run.steps or 0) >= 1000
+        if recipe.run.compile == "on" or (recipe.run.compile == "auto" and enough):
+            for unit in job.store.units(self.network):
+                for module in unit:
+                    module.compile()
+
+    @property
+    def units(self) -> int:
+        """Of cost, in all steps made."""
+        return self.state.step * self.job.source.rows * self.job.cost.units
 
     # ---- saving ----
 
+    def _tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint keeps: what is trained, and buffers."""
+        trained = {n: p for n, p in self.network.named_parameters() if p.requires_grad}
+        return {**trained, **dict(self.network.named_buffers())}
+
     def save(self) -> None:
-        """Publish a checkpoint and the model folder's weights. Collective."""
-        model, optimizer = whole(self.network.state_dict()), whole(self.optimizers.state())
+        """Publish a checkpoint and the released folder's weights. Collective."""
+        tensors = {"weights": self._tensors(), "optimizer": self.optimizers.state()}
+        path = checkpoint.save(
+            self.out / "training",
+            self.state.step,
+            tensors,
+            vars(self.state),
+            self.processes,
+            self.recipe.run.keep_checkpoints,
+        )
+        self._release(path)
+
+    def _release(self, path: Path) -> None:
+        """model.safetensors: another name of the checkpoint's file where that holds just the same, else written tensor
+        by tensor, none of which is gathered before its turn. Collective."""
+        own = {**dict(self.network.named_parameters()), **dict(self.network.named_buffers())}
+        shapes = {n: torch.empty(t.shape, dtype=t.dtype, device="meta") for n, t in own.items()}
+        released = self.job.store.published(shapes)
+        target, temporary = self.out / "model.safetensors", self.out / ".model.safetensors.tmp"
+        same = {n: t.shape for n, t in released.items()} == {n: t.shape for n, t in self._tensors().items()}
         problem = None
+        if same and self.processes.world == 1:
+            _link(path / "weights-00000.safetensors", target)
+            return
+        source = {ext: name for name, t in shapes.items() for ext in self.job.store.published({name: t})}
+        held: dict[str, Tensor] = {}
+        left = sorted(released)
+
+        def get(ext: str) -> Tensor:
+            left.remove(ext)
+            name = source[ext]
+            if name not in held:
+                held.clear()
+                held[name] = gathered(own[name])
+            return self.job.store.published({name: held[name]})[ext]
+
         if self.processes.first:
             try:
-                model = released(self.network, model)
-                path = checkpoint.save(
-                    self.out / "training",
-                    self.progress.step,
-                    model,
-                    optimizer,
-                    vars(self.progress),
-                    self.recipe.run.keep_checkpoints,
-                )
-                _link(path / "model.safetensors", self.out / "model.safetensors")
-            except UserError as error:
-                problem = str(error)
+                stream_tensors(temporary, released, get)
+                fsync(temporary)
+                os.replace(temporary, target)
+            except OSError as error:
+                problem = error.strerror or str(error)
+        for ext in list(left):  # the others take part in gathering, and all of them where writing failed
+            get(ext)
         if problem := self.processes.agree(problem):
-            raise UserError(problem)
+            raise UserError(f"{target}: cannot be written ({problem}); free some space and go on with --resume")
 
     def restore(self) -> bool:
         """Go to the newest valid checkpoint, or to the start when there is none. Returns whether there was one."""
-        path, refused = checkpoint.newest_valid(self.out / "training")
+        path, refused = checkpoint.newest_valid(self.out / "training", self.processes)
         if self.processes.first:
             for line in refused:
                 say(line)
         if path is None:
-            fresh, self.optimizers = make(self.config, self.recipe, self.processes)
-            self.network = fresh
-            self.progress = Progressed(skipped=self.progress.skipped, rollbacks=self.progress.rollbacks)
+            fill(self.network, self.processes.device, self.job.store.rows)
+            self.optimizers.clear()
+            self.state = RunState(skipped=self.state.skipped, rollbacks=self.state.rollbacks)
             return False
-        model, optimizer, state = checkpoint.load(path)
-        self._fill(model, path)
-        self.optimizers.load(optimizer)
-        known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in state.items()}
-        self.progress = Progressed(**known)
+        with checkpoint.Checkpoint(path) as opened:
+            self._take_up(opened)
+            known: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in opened.state.items()}
+        self.state = RunState(**known)
         return True
 
-    def _fill(self, model: dict[str, Tensor], where: Path) -> None:
-        """Parameters from whole tensors, each process taking its shard."""
-        from torch.distributed.tensor import DTensor, distribute_tensor
-
-        own = dict(self.network.named_parameters())
-        if set(own) != set(model):
-            raise UserError(f"{where}: holds other tensors than the recipe's model")
-        with torch.no_grad():
-            for name, p in own.items():
-                if p.shape != model[name].shape:
-                    raise UserError(
-                        f"{where}: tensor {name} has shape {tuple(model[name].shape)}, the recipe says {tuple(p.shape)}"
-                    )
-                value = model[name].to(p.device)
-                p.copy_(distribute_tensor(value, p.device_mesh, p.placements) if isinstance(p, DTensor) else value)
-
-    # ---- looking ----
-
-    def evaluate(self) -> dict[str, float]:
-        """Held-out loss: nats a token and bits a byte. Collective; empty if nothing is held out."""
-        if not self.heldout:
-            return {}
-        rank, world, sums = self.processes.rank, self.processes.world, torch.zeros(2, dtype=torch.float64)
-        rounds = -(-len(self.heldout) // world)
-        with torch.no_grad(), _precision(self.recipe, self.device):
-            for i in range(rounds):
-                at = i * world + rank
-                batch = _on(self.heldout[min(at, len(self.heldout) - 1)], self.device)
-                _, nll = next_token(self.network, batch)
-                if at < len(self.heldout):
-                    sums[0] += nll.double().sum().cpu()
-                    sums[1] += self.token_bytes[batch.target.cpu()].sum()
-        nats, size = self.processes.sum(sums.float() if self.device == "cuda" else sums).tolist()
-        return {
-            "heldout_loss": nats / (len(self.heldout) * self.length),
-            "heldout_bits_per_byte": nats / math.log(2) / max(1.0, size),
-        }
-
-    def sample(self, tokens: int = 48) -> str:
-        """A greedy continuation of the first held-out words; '' where the network is sharded."""
-        if self.processes.mesh is not None:
-            return ""
-        source = self.heldout[0].ids[0] if self.heldout else self.batches.batch(0).ids[0]
-        prompt = source[:12].tolist()
-        out = greedy(self.network, prompt, min(tokens, self.config.max_position_embeddings - 13))
-        return f"{self.tokenizer.decode(prompt)}|{self.tokenizer.decode(out)}"
+    @torch.no_grad()
+    def _take_up(self, opened: checkpoint.Checkpoint) -> None:
+        """Weights and optimizer state, each process its part. UserError if they are another network's."""
+        own, names = self._tensors(), opened.names("weights")
+        if set(own) != set(names):
+            raise UserError(f"{opened.path}: holds other tensors than the recipe's model")
+        for name, tensor in own.items():
+            if tuple(tensor.shape) != names[name]:
+                raise UserError(
+                    f"{opened.path}: tensor {name} has shape {names[name]}, the recipe says {tuple(tensor.shape)}"
+                )
+            if local(tensor).numel():
+                local(tensor).copy_(opened.read("weights", name, box(tensor)))
+        self.optimizers.load(opened.names("optimizer"), lambda name, where: opened.read("optimizer", name, where))
 
     # ---- training ----
 
     def train(self) -> None:
         """Run to the recipe's last step. Raises Interrupted after a signal, UserError when it gives up."""
-        r, p = self.recipe, self.progress
-        steps, every = r.run.steps or 0, r.run.checkpoint_every or 1
-        flops = self.config.flops_per_token(self.length)
+        steps, every = self.recipe.run.steps or 0, self.recipe.run.checkpoint_every or 1
         line = Progress()
         previous = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
-        metrics = _Metrics(self.out / "metrics.jsonl", p.step) if self.processes.first else None
-        began, rates = time.monotonic() - p.seconds, deque[float](maxlen=20)
+        metrics = Metrics(self.out / "metrics.jsonl", self.state.step) if self.processes.first else None
+        began, times = time.monotonic() - self.state.seconds, deque[float](maxlen=20)
         try:
-            while p.step < steps:
+            while self.state.step < steps:
                 start = time.perf_counter()
-                while p.cursor in p.skipped:
-                    p.cursor += 1
-                loss = self._gradients(p.cursor)
-                size = norm(list(self.network.parameters()), r.optimizer.clip)
-                if (problem := self._problem(loss, size)) is not None:
-                    line.clear()
-                    self._roll_back(problem, metrics)
-                    p = self.progress
+                row = self._step(line, metrics)
+                if row is None:
                     continue
-                share = factor(r, p.step)
-                self.optimizers.step(share)
-                p.step, p.cursor = p.step + 1, p.cursor + 1
-                p.losses = (*p.losses, loss)[-SPIKE_WINDOW:]
-                p.seconds = time.monotonic() - began
-                rates.append(time.perf_counter() - start)
-                rate = self.rows * self.length * len(rates) / sum(rates)
-                row: dict[str, Any] = {
-                    "step": p.step,
-                    "tokens": p.step * self.rows * self.length,
-                    "batch": p.cursor - 1,
-                    "loss": loss,
-                    "bits_per_byte": loss / math.log(2) / self.bytes_per_token,
-                    "lr_share": share,
-                    "gradient_norm": size,
-                    "tokens_per_second": rate,
-                    "peak_share": rate * 6 * self.config.matrix_parameters / self.peak / self.processes.world,
-                    "seconds": p.seconds,
-                }
-                if p.step % (r.run.evaluate_every or 1) == 0 or p.step == steps:
-                    row |= self.evaluate()
-                    row["sample"] = self.sample()
-                if metrics:
-                    metrics.write(row)
-                    self.logger.write(row)
-                    left = (steps - p.step) * sum(rates) / len(rates)
-                    line.show(
-                        f"step {p.step}/{steps}  loss {loss:.3f}  {row['bits_per_byte']:.3f} bits/byte  "
-                        f"{count(rate)} tok/s  {100 * row['peak_share']:.0f}% of peak  {count(rate * flops)}FLOP/s  "
-                        f"{span(left)} left"
-                    )
-                    if "heldout_loss" in row:
-                        line.clear()
-                        say(
-                            f"step {p.step:>6}  held-out {row['heldout_bits_per_byte']:.4f} bits/byte, loss "
-                            f"{row['heldout_loss']:.4f}  {row['sample'][:100]!r}"
-                        )
+                self.state.seconds = time.monotonic() - began
+                times.append(time.perf_counter() - start)
+                self._report(row, line, metrics, sum(times) / len(times))
                 stop = self.processes.agree(self.stopped_by)
-                if p.step % every == 0 or p.step == steps or stop is not None:
+                if self.state.step % every == 0 or self.state.step == steps or stop is not None:
                     self.save()
-                if stop is not None and p.step < steps:
+                if stop is not None and self.state.step < steps:
                     raise Interrupted(signal.Signals(stop).name)
         finally:
             line.clear()
@@ -343,26 +240,68 @@ class Run:
                 metrics.close()
             self.logger.close()
 
-    def _gradients(self, number: int) -> float:
-        """Accumulate a batch's gradient; returns its loss, over all processes. One process adds up the same two halves
-        as two processes do, so that both give the same bits (Muon and Adam turn rounding into visible differences)."""
-        rank, world = self.processes.rank, self.processes.world
-        shares = 2 if world == 1 and self.rows % 2 == 0 else world
-        total = torch.zeros((), device=self.device)
-        for share in range(rank, shares, world):
-            total += gradients(
-                self.network, self.batches.batch(number, share, shares), self.objective, self.recipe, self.device, world
+    def _step(self, line: Progress, metrics: Metrics | None) -> dict[str, Any] | None:
+        """One update; its figures. None if it was not made, and the run is back at its last checkpoint."""
+        state = self.state
+        while state.cursor in state.skipped:
+            state.cursor += 1
+        sums = accumulate(self.network, self.parameters, self.job, self.recipe, self.processes, state.cursor)
+        counted = sums["loss"][1]
+        if not counted > 0:
+            raise UserError(
+                f"step {state.step}: no position of batch {state.cursor} counts (the sum of weights is {counted:g}); "
+                "nothing could be learned from it"
             )
-        return float(self.processes.sum(total))
+        means = {name: s / c if c else math.nan for name, (s, c) in sums.items()}
+        norm = clip_gradients(self.parameters, self.recipe.optimizer.clip, 1 / counted)
+        if (problem := self._problem(means["loss"], norm)) is not None:
+            line.clear()
+            self._roll_back(problem, metrics)
+            return None
+        share = lr_share(self.recipe, state.step)
+        self.optimizers.step(share)
+        state.step, state.cursor = state.step + 1, state.cursor + 1
+        state.losses = (*state.losses, means["loss"])[-SPIKE_WINDOW:]
+        figures = {**means, **self.job.further(means)}
+        unit = {self.job.cost.unit: self.units, "batch": state.cursor - 1}
+        return {"step": state.step, **unit, **figures, "lr_share": share, "gradient_norm": norm}
+
+    def _report(self, row: dict[str, Any], line: Progress, metrics: Metrics | None, seconds: float) -> None:
+        """Look at the network now and then; write the step's row down. seconds: a step. Collective."""
+        state, run, cost, rows = self.state, self.recipe.run, self.job.cost, self.job.source.rows
+        steps, rate = run.steps or 0, rows * cost.units / seconds
+        matrices = rows * cost.matrix_flops / seconds
+        row |= {
+            f"{cost.unit}_per_second": rate,
+            "peak_share": matrices / self.peak / self.processes.world,
+            "seconds": state.seconds,
+        }
+        looked = None
+        if state.step % (run.evaluate_every or 1) == 0 or state.step == steps:
+            looked = self.job.look(self.network, self.processes)
+            row |= looked.figures
+        if metrics is None:
+            return
+        metrics.write(row)
+        self.logger.write(row)
+        bits = f"{row['bits_per_byte']:.3f} bits/byte  " if "bits_per_byte" in row else ""
+        line.show(
+            f"step {state.step}/{steps}  loss {row['loss']:.3f}  {bits}{count(rate)} {cost.unit}/s  "
+            f"{100 * row['peak_share']:.0f}% of peak  {count(rows * cost.flops / seconds)}FLOP/s  "
+            f"{span((steps - state.step) * seconds)} left"
+        )
+        if looked is not None and looked.line:
+            line.clear()
+            say(f"step {state.step:>6}  {looked.line}")
 
     def _stop(self, number: int, _: Any) -> None:
         self.stopped_by = number
 
-    def _problem(self, loss: float, size: float) -> str | None:
+    def _problem(self, loss: float, norm: float) -> str | None:
         """Why this step must not be taken, or None. The same on every process: loss and norm are global."""
-        if not math.isfinite(loss) or not math.isfinite(size):
-            return f"loss {loss}, gradient norm {size}"
-        past, sigmas = self.progress.losses, self.recipe.safety.spike_sigmas
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            return f"loss {loss}, gradient norm {norm}"
+        past, sigmas = self.state.losses, self.recipe.safety.spike_sigmas
         if sigmas and len(past) == SPIKE_WINDOW:
             mean = sum(past) / len(past)
             deviation = math.sqrt(sum((x - mean) ** 2 for x in past) / len(past))
@@ -370,73 +309,28 @@ class Run:
                 return f"loss {loss:.3f} after {mean:.3f} +- {deviation:.3f}"
         return None
 
-    def _roll_back(self, problem: str, metrics: "_Metrics | None") -> None:
+    def _roll_back(self, problem: str, metrics: Metrics | None) -> None:
         """Back to the last checkpoint; this batch and the one before it are left out from now on."""
-        step, batch, old = self.progress.step, self.progress.cursor, self.progress
-        if old.rollbacks >= self.recipe.safety.most_rollbacks:
+        old, most = self.state, self.recipe.safety.most_rollbacks
+        step, batch = old.step, old.cursor
+        if old.rollbacks >= most:
             raise UserError(
-                f"step {step}: {problem}; given up after {old.rollbacks} rollbacks (safety.most_rollbacks); lower "
-                f"the learning rates or look at the data of batch {batch} ('craton corpus trace')"
+                f"step {step}: {problem}; given up after {old.rollbacks} rollbacks (safety.most_rollbacks); lower the "
+                f"learning rates or look at the data of batch {batch} ('craton corpus trace')"
             )
         out = tuple(sorted({*old.skipped, max(0, batch - 1), batch}))
         self.restore()
-        self.progress.skipped, self.progress.rollbacks = out, old.rollbacks + 1
-        for p in self.network.parameters():
+        self.state.skipped, self.state.rollbacks = out, old.rollbacks + 1
+        for p in self.parameters:
             p.grad = None
         if self.processes.first:
             say(
-                f"step {step}: {problem}; rolled back to step {self.progress.step}, batches "
-                f"{max(0, batch - 1)}-{batch} are skipped ({old.rollbacks + 1} of at most "
-                f"{self.recipe.safety.most_rollbacks})"
+                f"step {step}: {problem}; rolled back to step {self.state.step}, batches {max(0, batch - 1)}-{batch} "
+                f"are skipped ({old.rollbacks + 1} of at most {most})"
             )
         if metrics:
-            metrics.rewind(
-                self.progress.step,
-                {
-                    "event": "rollback",
-                    "at_step": step,
-                    "problem": problem,
-                    "to_step": self.progress.step,
-                    "skipped": list(out),
-                },
-            )
-
-
-class _Metrics:
-    """metrics.jsonl: a line a step, and a line an event. Lines of steps that are to be made again are taken out."""
-
-    def __init__(self, path: Path, step: int):
-        self.path = path
-        self._cut(step)
-        self.file = open(path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
-
-    def _cut(self, step: int) -> None:
-        if not self.path.exists():
-            return
-        kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                row = json.loads(line)
-            except json.JSONDecodeError:
-                continue  # the last line of a killed run
-            if row.get("step", row.get("to_step", 0)) <= step:
-                kept.append(line)
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(k + "\n" for k in kept), encoding="utf-8")
-        os.replace(temporary, self.path)
-
-    def write(self, row: dict[str, Any]) -> None:
-        self.file.write(json.dumps(row) + "\n")
-        self.file.flush()
-
-    def rewind(self, step: int, event: dict[str, Any]) -> None:
-        self.file.close()
-        self._cut(step)
-        self.file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115
-        self.write(event)
-
-    def close(self) -> None:
-        self.file.close()
+            event = {"event": "rollback", "at_step": step, "problem": problem, "to_step": self.state.step}
+            metrics.rewind(self.state.step, event | {"skipped": list(out)})
 
 
 def _link(source: Path, target: Path) -> None:
@@ -448,10 +342,3 @@ def _link(source: Path, target: Path) -> None:
     except OSError:
         shutil.copyfile(source, temporary)
     os.replace(temporary, target)
-
-
-def write_release(out: Path, config: ModelConfig, tokenizer: Tokenizer) -> None:
-    """Everything of the model folder but the weights."""
-    write_config(out, config)
-    tokenizer.config["model_max_length"] = config.max_position_embeddings
-    tokenizer.save(out)

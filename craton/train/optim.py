@@ -1,19 +1,23 @@
 """Optimizers: Muon for the matrices, AdamW for embedding, head and norms; or AdamW for everything.
 
-Both work on plain and on sharded (DTensor) parameters. Muon: Jordan 2024 (kellerjordan.github.io/posts/muon) with
-Polar Express coefficients (arXiv 2505.16932) and cautious weight decay (arXiv 2510.12402).
+Which parameter is what, the job says. Both work on plain and on sharded (DTensor) parameters; frozen ones are passed
+over. Muon: Jordan 2024 (kellerjordan.github.io/posts/muon) with Polar Express coefficients (arXiv 2505.16932) and
+cautious weight decay (arXiv 2510.12402).
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 
-from craton.model import kernels
-from craton.model.ops import matmul_t
+from craton.base import UserError
+from craton.model import kernels, ops
+from craton.train.distributed import Box, box, local
+from craton.train.recipe import OptimizerPart
 
 # Each line turns singular values a bit nearer to 1 by s -> a s + b s^3 + c s^5; made for these five in this order.
 POLAR_EXPRESS = (
@@ -23,125 +27,226 @@ POLAR_EXPRESS = (
     (3.285753657755655, -2.3681294933425376, 0.46449024233003106),
     (2.3465413258596377, -1.7097828382687081, 0.42323551169305323),
 )
+_STACK_BYTES = 256 << 20  # matrices of one shape that a GPU orthogonalises at once
 
 
 def orthogonalise(g: Tensor) -> Tensor:
-    """The nearest matrix with singular values 1 to g (m, n), approximately, in g's dtype."""
+    """The nearest matrices with singular values 1 to g (..., m, n), approximately, in g's dtype."""
+    if g.device.type == "cpu" and g.ndim > 2:  # one after the other: a matrix fills a CPU's cores
+        return torch.stack([orthogonalise(matrix) for matrix in g]) if len(g) else g
     fast = g.is_cuda or "avx512_bf16" in kernels.cpu_facts().get("flags", "").split()
     x = g.bfloat16() if fast else g
-    x = x / (x.norm() * 1.02 + 1e-7)
-    tall = x.shape[0] > x.shape[1]
-    x = x.t() if tall else x
+    x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-7)
+    tall = x.shape[-2] > x.shape[-1]
+    x = x.mT if tall else x
+    product = ops.matmul_t if x.ndim == 2 else lambda a, b: a @ b.mT
     for a, b, c in POLAR_EXPRESS:
-        s = matmul_t(x, x)
-        x = a * x + matmul_t(b * s + c * matmul_t(s, s), x.t())
-    return (x.t() if tall else x).to(g.dtype)
+        s = product(x, x)
+        x = a * x + product(b * s + c * product(s, s), x.mT)
+    return (x.mT if tall else x).to(g.dtype)
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum, then orthogonalisation. lr is the spectral norm of an update, times sqrt(rows / columns) where above
-    1."""
+    """Momentum, then orthogonalisation. lr is the spectral norm of an update, times sqrt(rows / columns) where above 1.
+    A parameter of three dimensions is a stack of matrices."""
 
     def __init__(self, params: Iterable[nn.Parameter], lr: float, momentum: float, weight_decay: float):
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One update of every parameter that has a gradient."""
         for group in self.param_groups:
-            lr, mu, decay = group["lr"], group["momentum"], group["weight_decay"]
-            updates = []
+            with_gradient = [p for p in group["params"] if p.grad is not None]
+            for same in _by_shape(with_gradient):
+                updates = [self._momentum(p, group["momentum"]) for p in same]
+                for p, u in zip(same, _orthogonalised(same, updates), strict=True):
+                    weight, scale = local(p), max(1.0, p.shape[-2] / p.shape[-1]) ** 0.5
+                    if group["weight_decay"]:
+                        weight.mul_(1 - group["lr"] * group["weight_decay"] * (u * weight >= 0))
+                    weight.sub_(u * (group["lr"] * scale))
+
+    def _momentum(self, p: Tensor, mu: float) -> Tensor:
+        """This process's part of the Nesterov update."""
+        assert p.grad is not None
+        state = self.state[p]
+        if not state:
+            state["momentum"] = torch.zeros_like(p)
+        momentum, gradient = local(state["momentum"]), local(p.grad)
+        momentum.mul_(mu).add_(gradient * (1 - mu))
+        return gradient.mul_(1 - mu).add_(momentum * mu)  # the gradient is not needed again
+
+
+class ExactAdamW(torch.optim.Optimizer):
+    """AdamW (arXiv 1711.05101) in operations that each round once, so that a value's bits do not depend on where it
+    lies in its shard: PyTorch's fused one treats the last few values of a tensor otherwise than the rest."""
+
+    def __init__(self, params: Any, betas: tuple[float, float], eps: float):
+        super().__init__(params, {"betas": betas, "eps": eps})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One update of every parameter that has a gradient."""
+        for group in self.param_groups:
+            (beta1, beta2), lr = group["betas"], group["lr"]
             for p in group["params"]:
+                if p.grad is None:
+                    continue
                 state = self.state[p]
                 if not state:
-                    state["momentum"] = torch.zeros_like(p)
-                state["momentum"].lerp_(p.grad, 1 - mu)
-                updates.append(p.grad.lerp_(state["momentum"], mu))  # Nesterov; the gradient is not needed again
-            for p, u in zip(group["params"], _orthogonalise_all(updates), strict=True):
-                if decay:
-                    p.mul_(1 - lr * decay * (u * p >= 0))
-                p.add_(u, alpha=-lr * max(1.0, p.shape[0] / p.shape[1]) ** 0.5)
+                    state["step"] = torch.tensor(0.0)
+                    state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(p), torch.zeros_like(p)
+                state["step"] += 1
+                steps, g = float(state["step"]), local(p.grad)
+                mean, square = local(state["exp_avg"]), local(state["exp_avg_sq"])
+                mean.mul_(beta1).add_(g * (1 - beta1))
+                square.mul_(beta2).add_((g * g).mul_(1 - beta2))
+                size = (square / (1 - beta2**steps)).sqrt_().add_(group["eps"])
+                if group["weight_decay"]:
+                    local(p).mul_(1 - lr * group["weight_decay"])
+                local(p).sub_((mean / size).mul_(lr / (1 - beta1**steps)))
 
 
-def _orthogonalise_all(updates: list[Tensor]) -> list[Tensor]:
-    """Sharded matrices are gathered, each is orthogonalised on one rank, and shared out again."""
-    if not updates or not isinstance(updates[0], DTensor):
+def _fits_vectors(p: nn.Parameter) -> bool:
+    """Whether every shard of a parameter is whole vectors, which the fused AdamW treats all alike."""
+    return p.ndim > 1 and p.shape[-1] % 16 == 0
+
+
+def _by_shape(parameters: list[nn.Parameter]) -> list[list[nn.Parameter]]:
+    groups: dict[tuple[int, ...], list[nn.Parameter]] = {}
+    for p in parameters:
+        groups.setdefault(tuple(p.shape), []).append(p)
+    return list(groups.values())
+
+
+def _orthogonalised(parameters: list[nn.Parameter], updates: list[Tensor]) -> list[Tensor]:
+    """The updates, this process's parts of matrices of one shape, as parts of orthogonal matrices."""
+    first = parameters[0]
+    if first.ndim == 3:  # sharded by matrices, if at all
         return [orthogonalise(u) for u in updates]
-    world = dist.get_world_size()
+    if isinstance(first, DTensor):
+        return _orthogonalised_shards(parameters, updates)
+    stack = max(1, _STACK_BYTES // (2 * first.numel())) if first.is_cuda else 1
+    if stack == 1:
+        return [orthogonalise(u) for u in updates]
     out: list[Tensor] = []
-    for i, u in enumerate(updates):
-        assert isinstance(u, DTensor)
-        full, owner = u.full_tensor(), i % world
-        full = orthogonalise(full) if dist.get_rank() == owner else torch.empty_like(full)
-        dist.broadcast(full, owner)
-        out.append(distribute_tensor(full, u.device_mesh, u.placements, src_data_rank=None))
+    for at in range(0, len(updates), stack):
+        out += orthogonalise(torch.stack(updates[at : at + stack])).unbind()
     return out
 
 
-class Optimizers:
-    """The run's optimizers as one: step, learning-rate factor, and state by parameter name."""
+def _orthogonalised_shards(parameters: list[nn.Parameter], updates: list[Tensor]) -> list[Tensor]:
+    """As many matrices as there are processes at a time: each gets the rows of one of them from the others, and gives
+    them back."""
+    world, rank = dist.get_world_size(), dist.get_rank()
+    rows, columns = parameters[0].shape
+    size = -(-rows // world)  # of a shard, the last ones may be smaller
+    counts = [max(0, min(size, rows - r * size)) * columns for r in range(world)]
+    out: list[Tensor] = []
+    for at in range(0, len(updates), world):
+        some = updates[at : at + world]
+        away = [counts[rank] if i < len(some) else 0 for i in range(world)]
+        home = counts if rank < len(some) else [0] * world
+        sent = torch.cat([u.flatten() for u in some])
+        matrix = sent.new_empty(sum(home))
+        dist.all_to_all_single(matrix, sent, home, away)
+        if rank < len(some):
+            matrix = orthogonalise(matrix.view(rows, columns)).flatten()
+        received = torch.empty_like(sent)
+        dist.all_to_all_single(received, matrix, away, home)
+        out += [piece.view_as(u) for piece, u in zip(received.split(counts[rank]), some, strict=True)]
+    return out
 
-    def __init__(
-        self,
-        network: nn.Module,
-        name: str,
-        lrs: dict[str, float],
-        momentum: float,
-        betas: tuple[float, float],
-        weight_decay: float,
-    ):
-        self.names: dict[Tensor, str] = {p: n for n, p in network.named_parameters()}
-        parts: dict[str, list[nn.Parameter]] = {"matrix": [], "embedding": [], "head": [], "norm": []}
-        for n, p in network.named_parameters():
-            kind = (
-                "norm"
-                if p.ndim == 1
-                else "embedding"
-                if "embed_tokens" in n
-                else "head"
-                if "lm_head" in n
-                else "matrix"
-            )
-            parts[kind].append(p)
-        groups = [
-            {"params": ps, "lr": lrs[k], "weight_decay": weight_decay if k == "matrix" and name == "adamw" else 0.0}
-            for k, ps in parts.items()
-            if ps and (name == "adamw" or k != "matrix")
-        ]
-        self.parts: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, betas=betas, eps=1e-10, fused=True)]
-        if name == "muon":
-            self.parts.append(Muon(parts["matrix"], lrs["matrix"], momentum, weight_decay))
+
+@dataclass
+class Group:
+    """Parameters of one kind that share a learning rate."""
+
+    kind: str
+    lr: float
+    names: list[str] = field(default_factory=list)
+    params: list[nn.Parameter] = field(default_factory=list)
+
+
+def groups(network: nn.Module, kind: Callable[[str, nn.Parameter], str], o: OptimizerPart) -> list[Group]:
+    """The trained parameters by their kind, in the order of the network. UserError if there are none."""
+    lrs = {"matrix": o.matrix_lr, "embedding": o.embedding_lr, "head": o.head_lr, "norm": o.norm_lr}
+    out: dict[str, Group] = {}
+    for name, p in network.named_parameters():
+        if p.requires_grad:
+            group = out.setdefault(k := kind(name, p), Group(k, lrs[k] or 0.0))
+            group.names.append(name)
+            group.params.append(p)
+    if not out:
+        raise UserError("nothing is to be trained: every parameter of the network is frozen")
+    return list(out.values())
+
+
+class Optimizers:
+    """The run's optimizers as one: step, learning-rate share, and state by parameter name."""
+
+    def __init__(self, parts: list[Group], o: OptimizerPart):
+        self.names = {p: name for group in parts for name, p in zip(group.names, group.params, strict=True)}
+        muon = o.name == "muon"
+        decay = o.weight_decay or 0.0
+        self.parts: list[torch.optim.Optimizer] = []
+        betas, eps = (o.beta1, o.beta2), 1e-10
+        for fused in (True, False):
+            some = []
+            for g in parts:
+                params = [p for p in g.params if (p.is_cuda or _fits_vectors(p)) is fused]
+                if params and not (muon and g.kind == "matrix"):
+                    some.append({"params": params, "lr": g.lr, "weight_decay": decay if g.kind == "matrix" else 0.0})
+            if some and fused:
+                self.parts.append(torch.optim.AdamW(some, betas=betas, eps=eps, fused=True))
+            elif some:
+                self.parts.append(ExactAdamW(some, betas, eps))
+        for g in parts:
+            if muon and g.kind == "matrix":
+                self.parts.append(Muon(g.params, g.lr, o.momentum, decay))
         for part in self.parts:
             for group in part.param_groups:
                 group["peak"] = group["lr"]
 
-    def step(self, factor: float) -> None:
-        """One update at `factor` times the peak learning rates; gradients are cleared."""
+    @property
+    def parameters(self) -> list[nn.Parameter]:
+        """All that is trained."""
+        return list(self.names)
+
+    def step(self, share: float) -> None:
+        """One update at `share` of the peak learning rates; gradients are cleared."""
         for part in self.parts:
             for group in part.param_groups:
-                group["lr"] = group["peak"] * factor
+                group["lr"] = group["peak"] * share
             part.step()
             part.zero_grad()
 
-    def state(self) -> dict[str, Tensor]:
-        """'field/parameter' -> tensor, whole ones also where sharded."""
-        out = {}
-        for part in self.parts:
-            for p, fields in part.state.items():
-                for key, value in fields.items():
-                    full = value.full_tensor() if isinstance(value, DTensor) else value
-                    out[f"{key}/{self.names[p]}"] = full
-        return out
-
-    def load(self, tensors: dict[str, Tensor]) -> None:
-        by_name = {n: p for p, n in self.names.items()}
-        owner = {p: part for part in self.parts for group in part.param_groups for p in group["params"]}
+    def clear(self) -> None:
+        """As if no step had been made."""
         for part in self.parts:
             part.state.clear()
-        for key, value in tensors.items():
-            field, name = key.split("/")
+            part.zero_grad()
+
+    def state(self) -> dict[str, Tensor]:
+        """'field/parameter' -> tensor, sharded as the parameter is."""
+        return {
+            f"{key}/{self.names[p]}": value  # type: ignore[index]
+            for part in self.parts
+            for p, fields in part.state.items()
+            for key, value in fields.items()
+        }
+
+    def load(self, keys: Iterable[str], read: Callable[[str, Box], Tensor]) -> None:
+        """Take up a state: for each key of `state` its part, from read(key, where the part lies)."""
+        by_name = {n: p for p, n in self.names.items()}
+        owner = {p: part for part in self.parts for group in part.param_groups for p in group["params"]}
+        self.clear()
+        for key in keys:
+            name = key.partition("/")[2]
             p = by_name[name]
-            if isinstance(p, DTensor) and value.ndim:
-                value = distribute_tensor(value.to(p.device), p.device_mesh, p.placements)
-            elif field != "step":
-                value = value.to(p.device)
-            owner[p].state[p][field] = value.clone()
+            if key.startswith("step/"):
+                owner[p].state[p]["step"] = read(key, ((), ()))
+                continue
+            value = torch.zeros_like(p)
+            local(value).copy_(read(key, box(p)))
+            owner[p].state[p][key.partition("/")[0]] = value

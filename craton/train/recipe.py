@@ -10,25 +10,35 @@ import types
 import typing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from craton.base import UserError, nearest
+
+
+def _from_zero(default: Any) -> Any:
+    """A setting that may be 0; the others must be above it."""
+    return field(default=default, metadata={"zero": True})
+
+
+def _share(default: float) -> Any:
+    """A setting from 0 to 1."""
+    return field(default=default, metadata={"zero": True, "most": 1})
 
 
 @dataclass
 class RunPart:
     """How long, and what is kept."""
 
-    seed: int = 0
+    seed: int = _from_zero(0)
     budget: str | None = None  # '10m' of wall-clock on this machine, or '1e16flop'
     steps: int | None = None
     checkpoint_every: int | None = None  # steps
     keep_checkpoints: int = 2
     evaluate_every: int | None = None  # steps
     evaluate_tokens: int = 65_536
-    precision: str | None = None  # 'fp32' or 'bf16' (matrix products; weights stay fp32)
-    compile: str = "auto"  # torch.compile: 'on', 'off', or 'auto': on GPUs when the run is long enough to repay it
-    logger: str = "none"  # also log to 'tensorboard', 'wandb' or 'trackio'
+    precision: Literal["fp32", "bf16"] | None = None  # of matrix products; weights stay fp32
+    compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: on GPUs when the run is long enough
+    logger: Literal["none", "tensorboard", "wandb", "trackio"] = "none"  # besides metrics.jsonl
 
 
 @dataclass
@@ -60,100 +70,101 @@ class DataPart:
 class OptimizerPart:
     """Muon for matrices and AdamW for the rest, or AdamW alone."""
 
-    name: str = "muon"  # 'muon' or 'adamw'
+    name: Literal["muon", "adamw"] = "muon"
     matrix_lr: float | None = None  # Muon: update of unit spectral norm times this
     embedding_lr: float | None = None
     head_lr: float | None = None
-    norm_lr: float | None = None
-    momentum: float = 0.95
-    beta1: float = 0.8
+    norm_lr: float | None = _from_zero(None)
+    momentum: float = _from_zero(0.95)
+    beta1: float = _from_zero(0.8)
     beta2: float = 0.95
-    weight_decay: float | None = None
-    clip: float = 1.0  # global gradient norm; 0 is no clipping
+    weight_decay: float | None = _from_zero(None)
+    clip: float = _from_zero(1.0)  # global gradient norm; 0 is no clipping
 
 
 @dataclass
 class SchedulePart:
     """Learning rate: linear warm-up, stable, linear decay."""
 
-    warmup_steps: int | None = None
-    decay_share: float = 0.5  # of the steps
-    final_share: float = 0.0  # of the learning rate, at the last step
+    warmup_steps: int | None = _from_zero(None)
+    decay_share: float = _share(0.5)  # of the steps
+    final_share: float = _share(0.0)  # of the learning rate, at the last step
 
 
 @dataclass
 class SafetyPart:
     """What is done about a loss that is not finite or jumps."""
 
-    spike_sigmas: float = 8.0  # over the mean of the last 64 losses; 0 is off
-    most_rollbacks: int = 5
+    spike_sigmas: float = _from_zero(8.0)  # over the mean of the last 64 losses; 0 is off
+    most_rollbacks: int = _from_zero(5)
 
 
 @dataclass
 class Recipe:
+    """All settings, in sections."""
+
     run: RunPart = field(default_factory=RunPart)
     model: ModelPart = field(default_factory=ModelPart)
     data: DataPart = field(default_factory=DataPart)
     optimizer: OptimizerPart = field(default_factory=OptimizerPart)
     schedule: SchedulePart = field(default_factory=SchedulePart)
     safety: SafetyPart = field(default_factory=SafetyPart)
+    given: set[str] = field(default_factory=set)  # dotted keys that were asked for, be it for what they were anyway
 
 
-CHOICES = {
-    "run.precision": ("fp32", "bf16"),
-    "run.compile": ("auto", "on", "off"),
-    "run.logger": ("none", "tensorboard", "wandb", "trackio"),
-    "optimizer.name": ("muon", "adamw"),
-}
-MAY_BE_ZERO = {
-    "run.seed",
-    "optimizer.momentum",
-    "optimizer.beta1",
-    "optimizer.weight_decay",
-    "optimizer.clip",
-    "optimizer.norm_lr",
-    "schedule.warmup_steps",
-    "schedule.decay_share",
-    "schedule.final_share",
-    "safety.spike_sigmas",
-    "safety.most_rollbacks",
-}
+SECTIONS = {f.name: f.type for f in dataclasses.fields(Recipe) if f.name != "given"}
 
 
-def _types() -> dict[str, Any]:
-    """Dotted key -> type of every setting."""
+@dataclass(frozen=True)
+class _Rule:
+    """What a setting may be."""
+
+    kind: type
+    choices: tuple[Any, ...]
+    zero: bool
+    most: float | None
+
+
+def _rules() -> dict[str, _Rule]:
+    """Dotted key -> rule of every setting."""
     out = {}
-    for part in dataclasses.fields(Recipe):
-        for key, hint in typing.get_type_hints(part.type).items():
-            options = (
-                [a for a in typing.get_args(hint) if a is not type(None)]
-                if isinstance(hint, types.UnionType)
-                else [hint]
+    for section, kind in SECTIONS.items():
+        hints = typing.get_type_hints(kind)
+        for f in dataclasses.fields(kind):  # type: ignore[arg-type]
+            hint = hints[f.name]
+            if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
+                hint = next(a for a in typing.get_args(hint) if a is not type(None))
+            choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
+            out[f"{section}.{f.name}"] = _Rule(
+                str if choices else hint, choices, f.metadata.get("zero", False), f.metadata.get("most")
             )
-            out[f"{part.name}.{key}"] = options[0]
     return out
 
 
 def assign(recipe: Recipe, key: str, value: Any, where: str) -> None:
     """Set one dotted key. UserError for an unknown key (the nearest is suggested), a wrong type or a bad value."""
-    known = _types()
-    if key not in known:
-        by_name = {k.split(".")[1]: k for k in known}
-        hint = f" (did you mean '{by_name[key]}'?)" if key in by_name else nearest(key, known)
-        raise UserError(f"{where}: unknown key '{key}'{hint}")
-    kind = known[key]
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    rules = _rules()
+    if key not in rules:
+        by_name = {k.split(".")[1]: k for k in rules}
+        hint = f" (did you mean '{by_name[key]}'?)" if key in by_name else nearest(key, rules)
+        raise UserError(f"{where}: unknown key '{key}'{hint}", field=key)
+    rule = rules[key]
+    if rule.kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
-    if type(value) is not kind:
-        raise UserError(f"{where}: {key} must be {kind.__name__}, not {value!r}")
-    if key in CHOICES and value not in CHOICES[key]:
-        raise UserError(f"{where}: {key} must be one of {', '.join(CHOICES[key])}, not {value!r}")
-    if kind in (int, float) and not (value > 0 or (value == 0 and key in MAY_BE_ZERO)):
-        raise UserError(f"{where}: {key} must be positive, not {value!r}")
-    if key.startswith("schedule.") and kind is float and value > 1:
-        raise UserError(f"{where}: {key} is a share and must be at most 1, not {value!r}")
-    part, name = key.split(".")
-    setattr(getattr(recipe, part), name, value)
+    problem, number = None, value if isinstance(value, int | float) else 1
+    if type(value) is not rule.kind:  # True is no whole number
+        problem = f"must be {rule.kind.__name__}"
+    elif rule.choices and value not in rule.choices:
+        problem = f"must be one of {', '.join(rule.choices)}"
+    elif rule.kind in (int, float) and not (number > 0 or (number == 0 and rule.zero)):
+        problem = "must be positive"
+    elif rule.most is not None and number > rule.most:
+        problem = f"is a share and must be at most {rule.most}"
+    if problem:
+        raise UserError(f"{where}: {key} {problem}, not {value!r}", field=key)
+    section, name = key.split(".")
+    setattr(getattr(recipe, section), name, value)
+    recipe.given.add(key)
 
 
 def read_recipe(path: Path, recipe: Recipe) -> None:
@@ -168,10 +179,8 @@ def read_recipe(path: Path, recipe: Recipe) -> None:
         if not isinstance(values, dict):
             assign(recipe, part, values, str(path))
             continue
-        if part not in {f.name for f in dataclasses.fields(Recipe)}:
-            raise UserError(
-                f"{path}: unknown section '[{part}]'{nearest(part, [f.name for f in dataclasses.fields(Recipe)])}"
-            )
+        if part not in SECTIONS:
+            raise UserError(f"{path}: unknown section '[{part}]'{nearest(part, SECTIONS)}", field=part)
         for key, value in values.items():
             assign(recipe, f"{part}.{key}", value, str(path))
 
@@ -189,8 +198,10 @@ def parse_setting(recipe: Recipe, text: str) -> None:
 
 
 def as_dict(recipe: Recipe) -> dict[str, Any]:
-    return dataclasses.asdict(recipe)
+    """The settings as JSON can hold them."""
+    return {section: dataclasses.asdict(getattr(recipe, section)) for section in SECTIONS}
 
 
 def from_dict(values: dict[str, Any]) -> Recipe:
-    return Recipe(**{f.name: f.type(**values[f.name]) for f in dataclasses.fields(Recipe)})  # type: ignore[operator]
+    """What as_dict gave, as a recipe again."""
+    return Recipe(**{section: kind(**values[section]) for section, kind in SECTIONS.items()})  # type: ignore[operator]

@@ -12,7 +12,7 @@ import torch
 
 from craton.base import UserError, read_json
 from craton.model.decoder import Decoder, Linear
-from craton.weights.folder import read_tensors
+from craton.weights.tensorfile import read_tensors
 
 # What changes the arithmetic and is not understood must be off.
 _OFF = {

@@ -1,16 +1,11 @@
 """Model folders in the Hugging Face layout: networks to disk and back. Weights are safetensors only."""
 
 import dataclasses
-import hashlib
-import json
-import struct
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from craton.base import Progress, UserError, count, publish, read_json, say, write_json
@@ -32,6 +27,7 @@ from craton.weights import (
     stored,
 )
 from craton.weights.family import Family
+from craton.weights.tensorfile import open_tensors, read_tensors, write_tensors
 
 FAMILIES: dict[str, Family] = {
     f.model_type: f
@@ -122,77 +118,14 @@ def write_config(
     )
 
 
-# ---- safetensors files ------------------------------------------------------------------------------------------
-
-
-def _digest(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """SHA-256 over the bytes of tensors in the order of their names."""
-    h = hashlib.sha256()
-    for _, tensor in sorted(tensors, key=lambda item: item[0]):
-        h.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
-    return h.hexdigest()
-
-
-def open_tensors(path: Path) -> Any:
-    """A safetensors file opened for reading. UserError if it is missing, truncated, of another format or of a size
-    that its header does not say."""
-    if not path.is_file():
-        raise UserError(f"{path}: no such file")
-    size = path.stat().st_size
-    with open(path, "rb") as f:
-        head = f.read(8)
-        if len(head) < 8 or struct.unpack("<Q", head)[0] > min(size, 100 << 20):
-            if head[:2] in (b"PK", b"\x80\x02", b"\x80\x03", b"\x80\x04"):
-                raise UserError(f"{path}: a pickle file; opening one can run code, so only safetensors are read")
-            raise UserError(f"{path}: not a safetensors file, or truncated")
-    try:
-        return safe_open(path, "pt")
-    except (SafetensorError, json.JSONDecodeError, RuntimeError, ValueError, OSError) as error:
-        raise UserError(f"{path}: damaged safetensors file ({error})") from None
-
-
-def read_tensors(path: Path) -> dict[str, Tensor]:
-    """All tensors of one safetensors file. UserError if it is damaged, or altered since craton wrote it."""
-    with open_tensors(path) as f:
-        try:
-            tensors = {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118 (not a dict)
-        except (SafetensorError, RuntimeError, ValueError) as error:
-            raise UserError(f"{path}: damaged safetensors file ({error})") from None
-        written = (f.metadata() or {}).get("sha256")
-    if written is not None and written != _digest(tensors.items()):
-        raise UserError(f"{path}: damaged: its values are not those that were written; get the file again")
-    return tensors
-
-
-def write_tensors(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None) -> None:
-    tensors = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    with publish(path) as temporary:
-        save_file(tensors, temporary, {"format": "pt", "sha256": _digest(tensors.items()), **(metadata or {})})
-        _sort_metadata(temporary)
-
-
-def _sort_metadata(path: Path) -> None:
-    """safetensors writes metadata in a random order; in one order, equal contents are equal files."""
-    with open(path, "r+b") as f:
-        size = struct.unpack("<Q", f.read(8))[0]
-        header = json.loads(f.read(size))
-        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
-        text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
-        assert len(text) == size
-        f.seek(8)
-        f.write(text)
-
-
 # ---- networks ---------------------------------------------------------------------------------------------------
 
 
-def released(network: Decoder, tensors: dict[str, Tensor] | None = None) -> dict[str, Tensor]:
-    """The tensors that a release stores, under their published names: a tied head is stored once, as the embedding."""
-    tensors = dict(network.state_dict() if tensors is None else tensors)
-    if network.config.tie_word_embeddings:
-        tensors.pop("lm_head.weight", None)
-    pieces = FAMILIES[network.config.model_type].pieces
-    return {ext: view.reshape(shape) for name, tensor in tensors.items() for ext, view, shape in pieces(name, tensor)}
+def published(config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A decoder's tensors as a folder stores them, under their published names: a tied head once, as the embedding."""
+    pieces = FAMILIES[config.model_type].pieces
+    kept = {n: t for n, t in tensors.items() if not (config.tie_word_embeddings and n == "lm_head.weight")}
+    return {ext: view.reshape(shape) for name, t in kept.items() for ext, view, shape in pieces(name, t)}
 
 
 def write_shards(folder: Path, tensors: Iterator[tuple[str, Tensor]], total: int) -> None:
@@ -232,7 +165,7 @@ def write_network(folder: Path, network: Decoder, tokenizer: Path | None = None)
     """A folder that holds the network, under its family's published names, and the tokenizer files of another
     folder."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = released(network)
+    tensors = published(network.config, network.state_dict())
     dtype = str(next(iter(tensors.values())).dtype).removeprefix("torch.")
     write_shards(folder, iter(tensors.items()), sum(t.nbytes for t in tensors.values()))
     write_config(folder, network.config, dtype)
@@ -335,12 +268,12 @@ def load_network(folder: Path, device: str = "cpu", dtype: torch.dtype | None = 
         stored.put_packed(network, tensors)
     names = stored.prepare(scheme, network, tensors.shapes)
     _check(network, names, folder)
-    fill(network, lambda name: stored.get(scheme, tensors, name), folder)
+    load_into(network, lambda name: stored.get(scheme, tensors, name), folder)
     tensors.progress.clear()
     return network.to(device=device, dtype=dtype).eval()
 
 
-def _wanted(network: Decoder) -> Iterator[tuple[str, Tensor, list[tuple[str, Tensor, tuple[int, ...]]]]]:
+def _expected(network: Decoder) -> Iterator[tuple[str, Tensor, list[tuple[str, Tensor, tuple[int, ...]]]]]:
     """Each of the network's stored tensors with the pieces of the folder that make it."""
     pieces = FAMILIES[network.config.model_type].pieces
     for name, tensor in network.state_dict(keep_vars=True).items():
@@ -351,7 +284,7 @@ def _wanted(network: Decoder) -> Iterator[tuple[str, Tensor, list[tuple[str, Ten
 def _check(network: Decoder, shapes: dict[str, tuple[int, ...]], where: Path) -> None:
     """UserError names a missing, surplus or misshapen tensor, before any weight is read."""
     surplus = set(shapes)
-    for _, _, parts in _wanted(network):
+    for _, _, parts in _expected(network):
         for ext, _, shape in parts:
             if ext not in shapes:
                 raise UserError(f"{where}: tensor {ext} is missing")
@@ -373,11 +306,11 @@ def _check(network: Decoder, shapes: dict[str, tuple[int, ...]], where: Path) ->
         raise UserError(f"{where}: unknown tensor {min(surplus)}; is this the model that config.json describes?")
 
 
-def fill(network: Decoder, get: Callable[[str], Tensor], where: Path) -> None:
+def load_into(network: Decoder, get: Callable[[str], Tensor], where: Path) -> None:
     """Put tensors into a network on the meta device; get(name) gives a published tensor. UserError for NaN or
     infinity."""
     made: dict[str, Tensor] = {}
-    for name, tensor, parts in list(_wanted(network)):
+    for name, tensor, parts in list(_expected(network)):
         if len(parts) == 1 and parts[0][2] == tuple(tensor.shape) and parts[0][1].is_contiguous():
             made[name] = get(parts[0][0])
         else:

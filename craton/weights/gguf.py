@@ -123,7 +123,7 @@ def read(path: Path) -> tuple[Decoder, Tokenizer]:
         data, kind, heads = t.data, t.tensor_type, _heads(architecture, name, config)
         data = _paired(data, heads, True) if heads else data
         module = name.rpartition(".")[0]
-        if kind in _PACKED and type(network.get_submodule(module)) is Linear and can_pack(*shape):
+        if kind in _PACKED and isinstance(network.get_submodule(module), Linear) and can_pack(*shape):
             bias = name.replace(".weight", ".bias")
             held = (
                 tensors.get(_name(architecture, config.num_hidden_layers, bias))

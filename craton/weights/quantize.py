@@ -16,7 +16,7 @@ from craton.base import Progress, UserError, count, say
 from craton.model.decoder import Decoder, Linear
 from craton.model.packed import GROUP, PackedLinear, can_pack, replace, unpacked
 from craton.weights import stored
-from craton.weights.folder import copy_tokenizer, load_network, released, write_config, write_shards
+from craton.weights.folder import copy_tokenizer, load_network, published, write_config, write_shards
 
 _STEPS = torch.cat([torch.linspace(-9.5, -5.5, 17), torch.linspace(6.0, 9.0, 9)])  # what the largest value is mapped to
 
@@ -60,7 +60,7 @@ def packable(network: nn.Module) -> dict[str, Linear]:
     return {
         name: layer
         for name, layer in network.named_modules()
-        if type(layer) is Linear and can_pack(*layer.weight.shape) and not name.endswith("kv_b_proj")
+        if isinstance(layer, Linear) and can_pack(*layer.weight.shape) and not name.endswith("kv_b_proj")
     }
 
 
@@ -88,7 +88,7 @@ def quantise_folder(source: Path, out: Path, bits: int) -> dict[str, Any]:
             "in 32s"
         )
     widths = {name: 8 if name == "lm_head" else bits for name in layers}
-    left_out = sorted({n for n, m in network.named_modules() if type(m) is Linear} - set(layers))
+    left_out = sorted({n for n, m in network.named_modules() if isinstance(m, Linear)} - set(layers))
     experts = sum(
         p.numel() for n, p in network.named_parameters() if "experts.gate_up_proj" in n or "experts.down_proj" in n
     )
@@ -104,7 +104,7 @@ def quantise_folder(source: Path, out: Path, bits: int) -> dict[str, Any]:
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         nonlocal done
-        for name, tensor in released(network).items():
+        for name, tensor in published(network.config, network.state_dict()).items():
             if name.removesuffix(".weight") not in layers or not name.endswith(".weight"):
                 yield name, tensor.bfloat16() if tensor.dtype == torch.float32 and tensor.ndim > 1 else tensor
         for name, layer in layers.items():

@@ -126,7 +126,7 @@ def put_packed(network: Decoder, tensors: Any) -> None:
     """Replace the network's projections that the folder holds packed."""
     for name in packed_names(tensors):
         layer = dict(network.named_modules()).get(name)
-        if type(layer) is not Linear:
+        if not isinstance(layer, Linear):
             raise UserError(
                 f"{tensors.folder}: unknown packed tensor {name}; is this the model that config.json describes?"
             )

@@ -128,7 +128,7 @@ def build(out: Path, steps: int = 260, batch: int = 16) -> Path:
         rows = []
         for _ in range(batch):
             prompt, answer = conversation(r)
-            p, a = tokenizer.encode_rendered(prompt), tokenizer.marker(answer)
+            p, a = tokenizer.encode_rendered(prompt), tokenizer.encode_rendered(answer)
             rows.append((p + a, [-100] * len(p) + a))
         width = max(len(i) for i, _ in rows)
         ids = torch.tensor([i + [0] * (width - len(i)) for i, _ in rows])

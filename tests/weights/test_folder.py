@@ -13,7 +13,7 @@ from craton.base import UserError
 from craton.model.config import ModelConfig
 from craton.model.decoder import Decoder
 from craton.model.initialise import initialise
-from craton.weights.folder import load_network, read_config, released, write_config, write_tensors
+from craton.weights.folder import load_network, published, read_config, write_config, write_tensors
 from craton.weights.stored import from_mxfp4
 from tests.weights.families import make
 
@@ -52,7 +52,7 @@ def test_round_trip_through_transformers(tmp_path, tied):
     network = Decoder(config)
     initialise(network, 3)
     write_config(tmp_path, config)
-    write_tensors(tmp_path / "model.safetensors", released(network))
+    write_tensors(tmp_path / "model.safetensors", published(network))
     assert read_config(tmp_path) == config
     again = load_network(tmp_path)
     assert all(
@@ -69,7 +69,7 @@ def damaged(tmp_path):
     network = Decoder(config)
     initialise(network, 3)
     write_config(tmp_path, config)
-    write_tensors(tmp_path / "model.safetensors", released(network))
+    write_tensors(tmp_path / "model.safetensors", published(network))
     return tmp_path
 
 

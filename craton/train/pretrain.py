@@ -1,0 +1,149 @@
+"""Pretraining as a job: the next token of a corpus's documents."""
+
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from craton.base import UserError
+from craton.corpus.batches import Batch, Batches, heldout_rows
+from craton.corpus.store import Corpus
+from craton.engine.model import greedy
+from craton.model.config import ModelConfig
+from craton.model.decoder import Decoder
+from craton.model.initialise import initial_rows
+from craton.text.tokenizer import Tokenizer
+from craton.train.distributed import Processes
+from craton.train.job import Cost, Job, Looked, Losses, on
+from craton.train.recipe import Recipe
+from craton.weights.folder import published, write_config
+
+
+def next_token(network: Any, batch: Batch) -> Losses:
+    """Cross-entropy of the next token, in nats."""
+    total, _ = network.weighted_nll(batch.ids, batch.target, batch.weight, batch.document_start)
+    return Losses(total, batch.weight.sum())
+
+
+class ModelFolder:
+    """A decoder that is trained from random weights, and its folder in the Hugging Face layout."""
+
+    def __init__(self, config: ModelConfig, seed: int, tokenizer: Tokenizer | None = None):
+        self.config, self.seed, self.tokenizer = config, seed, tokenizer
+
+    def build(self) -> Decoder:
+        """The decoder on the meta device."""
+        with torch.device("meta"):
+            return Decoder(self.config)
+
+    def rows(self, name: str, shape: tuple[int, ...], first: int, count: int) -> Tensor:
+        """Drawn from the seed."""
+        return initial_rows(self.config, self.seed, name, shape, first, count)
+
+    def units(self, network: Any) -> list[list[nn.Module]]:
+        """The embedding, each block, and the head, which is the embedding's own matrix where they are tied."""
+        if self.config.tie_word_embeddings:
+            return [[network.model.embed_tokens, network.lm_head], *([b] for b in network.model.layers)]
+        return [[network.model.embed_tokens], *([b] for b in network.model.layers), [network.lm_head]]
+
+    def forwards(self, network: Any) -> Iterable[tuple[nn.Module, str]]:
+        """The losses of the network and of its head."""
+        for method in ("weighted_nll", "token_nll"):
+            yield network, method
+            yield network.lm_head, method
+
+    def published(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """As the family's checkpoints name them."""
+        return published(self.config, tensors)
+
+    def write_rest(self, out: Path) -> None:
+        """Configuration and tokenizer."""
+        assert self.tokenizer is not None
+        write_config(out, self.config)
+        self.tokenizer.config["model_max_length"] = self.config.max_position_embeddings
+        self.tokenizer.save(out)
+
+
+def kind(name: str, p: nn.Parameter) -> str:
+    """What a decoder's parameter is to the optimizers."""
+    if p.ndim == 1 or name.endswith("bias"):
+        return "norm"
+    return "embedding" if "embed_tokens" in name else "head" if "lm_head" in name else "matrix"
+
+
+class Heldout:
+    """Loss on fixed rows of the held-out documents, and a greedy continuation of the first of them."""
+
+    def __init__(self, corpora: list[Corpus], recipe: Recipe, config: ModelConfig, device: str):
+        length, mask = recipe.data.sequence_length or 1, bool(recipe.data.document_mask)
+        self.batches = heldout_rows(corpora, length, recipe.run.evaluate_tokens, mask)
+        self.config, self.device, self.bf16 = config, device, recipe.run.precision == "bf16"
+        self.tokenizer = corpora[0].tokenizer
+        self.token_bytes = torch.from_numpy(self.tokenizer.token_bytes())
+
+    def __call__(self, network: Any, processes: Processes) -> Looked:
+        """Rows are shared out; where there are too few, some are computed twice and counted once."""
+        if not self.batches:
+            return Looked({})
+        nats = torch.zeros(-(-len(self.batches) // processes.world), dtype=torch.float64)
+        context = torch.autocast(self.device, torch.bfloat16, enabled=self.bf16)
+        with torch.no_grad(), context:
+            for i in range(len(nats)):
+                batch = self.batches[min(i * processes.world + processes.rank, len(self.batches) - 1)]
+                batch = on(batch, self.device)
+                _, nll = network.weighted_nll(batch.ids, batch.target, batch.weight, batch.document_start)
+                nats[i] = nll.double().sum().cpu()
+        each = processes.stack(nats.to(self.device)).cpu().t().flatten()[: len(self.batches)]
+        total, size = float(each.sum()), sum(int(self.token_bytes[b.target].sum()) for b in self.batches)
+        tokens = sum(b.target.numel() for b in self.batches)
+        figures: dict[str, Any] = {
+            "heldout_loss": total / tokens,
+            "heldout_bits_per_byte": total / math.log(2) / max(1, size),
+        }
+        figures["sample"] = self.sample(network, processes)
+        line = f"held-out {figures['heldout_bits_per_byte']:.4f} bits/byte, loss {figures['heldout_loss']:.4f}"
+        return Looked(figures, f"{line}  {figures['sample'][:100]!r}")
+
+    def sample(self, network: Any, processes: Processes, tokens: int = 48) -> str:
+        """'' where the network is sharded."""
+        if processes.mesh is not None:
+            return ""
+        prompt = self.batches[0].ids[0, :12].tolist()
+        out = greedy(network, prompt, min(tokens, self.config.max_position_embeddings - 13))
+        return f"{self.tokenizer.decode(prompt)}|{self.tokenizer.decode(out)}"
+
+
+def pretraining(corpora: list[Corpus], weights: list[float], recipe: Recipe, config: ModelConfig, device: str) -> Job:
+    """The job of a resolved recipe. UserError if a corpus is too small for it."""
+    d = recipe.data
+    length = d.sequence_length or 1
+    rows = (d.batch_tokens or 0) // length
+    source = Batches(corpora, weights, length, rows, recipe.run.seed, bool(d.document_mask))
+    size = sum(c.manifest["splits"]["train"]["bytes"] for c in corpora)
+    bytes_per_token = size / max(1, sum(c.length("train") for c in corpora))
+
+    def further(means: dict[str, float]) -> dict[str, float]:
+        return {"bits_per_byte": means["loss"] / math.log(2) / bytes_per_token}
+
+    return Job(
+        "pretraining",
+        source,
+        next_token,
+        ModelFolder(config, recipe.run.seed, corpora[0].tokenizer),
+        Cost("tokens", length, config.flops_per_token(length) * length, 6 * config.matrix_parameters * length),
+        kind,
+        Heldout(corpora, recipe, config, device),
+        further,
+    )
+
+
+def check_shares(rows: int, world: int, length: int) -> None:
+    """UserError unless each process gets rows of a batch."""
+    if rows < world:
+        raise UserError(
+            f"data.batch_tokens is {rows} rows, too few for {world} processes; set it to at least {world * length}",
+            field="data.batch_tokens",
+        )
