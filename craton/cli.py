@@ -283,6 +283,7 @@ def serve(
 ) -> None:
     """Serve models: a page to chat with, and the APIs of OpenAI, Open Responses and Anthropic."""
     from craton.serve import run
+    from craton.serve.reply import Settings
 
     if engine not in ("craton", "vllm"):
         raise UserError(f"--engine is {engine!r}; known: craton, vllm")
@@ -321,22 +322,10 @@ def serve(
         "speculate": "lookup" if lookup else "",
         "cache_bytes": int(cache * 1e9) if cache else None,
     }
-    run.serve(
-        models,
-        host,
-        port,
-        keys,
-        origins,
-        max_wait,
-        max_queue,
-        max_body,
-        max_n,
-        timeout,
-        drain,
-        log_prompts,
-        votes,
-        **options,
+    settings = Settings(
+        keys, origins=origins, max_body=max_body, max_n=max_n, timeout=timeout, log_prompts=log_prompts, votes=votes
     )
+    run.serve(models, run.Listening(host, port, max_wait, max_queue, drain), settings, **options)
 
 
 @app.command()

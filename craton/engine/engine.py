@@ -21,7 +21,7 @@ from craton.engine.collect import Collector
 from craton.engine.draft import PromptLookup
 from craton.engine.draft_model import DraftModel
 from craton.engine.generation import Generation, Slice
-from craton.engine.request import Completion, Counters, EngineEvent, Sampling
+from craton.engine.request import Completion, Counters, EngineEvent, Sampling, TokenLogprob
 from craton.engine.runner import Runner, cache_dtype
 from craton.engine.scheduler import Scheduler
 from craton.engine.structured import Grammars, Matcher
@@ -57,7 +57,7 @@ class Engine:
         end_ids: tuple[int, ...] = (),
     ):
         config = self.config = network.config
-        self.tokenizer, self.most_running = tokenizer, most_running
+        self.tokenizer = tokenizer
         self.end_ids = tuple(dict.fromkeys([*config.eos_token_ids, *end_ids]))
         if speculate not in ("", "lookup"):
             raise UserError(f"speculate is {speculate!r}; known: '', 'lookup'", field="speculate")
@@ -312,7 +312,7 @@ class Engine:
         self.counters.generated_tokens += len(added)
         if finish:
             return self._finish(answer, finish, tuple(added), text)
-        return EngineEvent(answer.completion, tuple(added), text)
+        return EngineEvent(answer.completion, tuple(added), text, _newest(answer.completion, added))
 
     def _text(self, answer: Answer, new: list[int], last: bool) -> tuple[str, str | None]:
         if answer.text is None:
@@ -333,7 +333,7 @@ class Engine:
         if all(a.completion.finish_reason for a in siblings):
             del self.requests[completion.request]
         self.counters.finished += reason != "cancelled"
-        return EngineEvent(completion, added, text)
+        return EngineEvent(completion, added, text, _newest(completion, added), True)
 
     # ---- whole answers ----
 
@@ -398,6 +398,12 @@ class Engine:
         """(texts, hidden): the mean of the last hidden states over a text's tokens, scaled to length 1."""
         numbers = [self.add(t, Sampling(max_tokens=0), embed=True) for t in texts]
         return torch.tensor([c.embedding for (c,) in self._run(numbers)])
+
+
+def _newest(completion: Completion, added: Sequence[int]) -> tuple[TokenLogprob, ...]:
+    """Scores of the tokens that were added last."""
+    scores = completion.logprobs
+    return tuple(scores[len(scores) - len(added) :]) if scores and added else ()
 
 
 def _default_cache(device: torch.device, bytes_a_token: int, context: int) -> int:

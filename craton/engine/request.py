@@ -121,15 +121,14 @@ class Completion:
 
 @dataclass(frozen=True)
 class EngineEvent:
-    """What one step added to an answer. completion is the answer so far; it is whole when finish_reason is set."""
+    """What one step added to an answer. completion goes on growing in the engine's thread until it is whole, at the
+    event that says finished; the other fields stay as they are."""
 
     completion: Completion
     token_ids: tuple[int, ...]
     text: str
-
-    @property
-    def finished(self) -> bool:
-        return self.completion.finish_reason is not None
+    logprobs: tuple[TokenLogprob, ...] = ()  # of token_ids, where they were asked for
+    finished: bool = False
 
 
 @dataclass

@@ -72,14 +72,14 @@ class Grammars:
         else:
             return None
         if len(text) > _MOST_SCHEMA:
-            raise UserError(f"{name} has {len(text)} characters, at most {_MOST_SCHEMA} are accepted")
+            raise UserError(f"{name} has {len(text)} characters, at most {_MOST_SCHEMA} are accepted", field=name)
         try:
             if name == "json_schema":
                 schema = json.loads(text)
                 if not isinstance(schema, dict | bool):
-                    raise UserError("json_schema must be an object")
+                    raise UserError("json_schema must be an object", field=name)
                 if isinstance(schema, dict) and not isinstance(schema.get("x-guidance", {}), dict):
-                    raise UserError("json_schema: x-guidance must be an object")
+                    raise UserError("json_schema: x-guidance must be an object", field=name)
                 if isinstance(schema, dict):
                     schema = {**schema, "x-guidance": {"whitespace_flexible": False, **schema.get("x-guidance", {})}}
                 grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema))
@@ -88,12 +88,12 @@ class Grammars:
             else:
                 grammar = LLMatcher.grammar_from_lark(text)
         except (ValueError, RecursionError) as error:
-            raise UserError(f"{name} cannot be read ({_first_line(error)})") from None
+            raise UserError(f"{name} cannot be read ({_first_line(error)})", field=name) from None
         if problem := LLMatcher.validate_grammar(grammar, self.tokenizer):
-            raise UserError(f"{name} cannot be met or read ({_first_line(problem)})")
+            raise UserError(f"{name} cannot be met or read ({_first_line(problem)})", field=name)
         matcher = LLMatcher(self.tokenizer, grammar, log_level=0)
         if matcher.is_error():
-            raise UserError(f"{name} cannot be met or read ({_first_line(matcher.get_error())})")
+            raise UserError(f"{name} cannot be met or read ({_first_line(matcher.get_error())})", field=name)
         return Matcher(self, matcher)
 
 

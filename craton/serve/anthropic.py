@@ -3,27 +3,63 @@
 import asyncio
 import json
 import secrets
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
+from fastapi import APIRouter
+from fastapi.responses import Response
+
+from craton.engine.converse import AnswerParts, Ask, prepare, schema_text
 from craton.engine.request import Completion
-from craton.serve.ask import Answers, ApiError, Ask, Served, prepare, run, schema_text, text_of
-from craton.serve.openai import choose, thinking_of
-from craton.serve.schema import CountTokensRequest, MessagesRequest
+from craton.serve import shapes
+from craton.serve.dialect import choose_tools, thinking_of
+from craton.serve.reply import Reply, State, named_event, whole
+from craton.serve.schema_anthropic import CountTokensRequest, MessagesRequest
+from craton.serve.served import ApiError, Served, run
+from craton.text.dialogue import Part
+from craton.text.messages import joined, parts_of, text_of
 
 
-def _messages(body: CountTokensRequest) -> list[dict[str, Any]]:
+def routes(state: State) -> APIRouter:
+    """/v1/messages."""
+    router = APIRouter()
+
+    @router.post(
+        "/v1/messages",
+        summary="A message, as Anthropic's API has it",
+        responses=shapes.documented(shapes.MESSAGE, True, "/v1/messages"),
+        response_class=Response,
+        **state.security(),
+    )
+    async def messages(body: MessagesRequest) -> Reply:
+        return Reply(answer(state.counted(body), body), bool(body.stream), state)
+
+    @router.post(
+        "/v1/messages/count_tokens",
+        summary="Tokens of a message",
+        responses=shapes.documented(shapes.COUNTED, False, "/v1/messages/count_tokens"),
+        response_class=Response,
+        **state.security(),
+    )
+    async def count_tokens(body: CountTokensRequest) -> Reply:
+        return Reply(count(state.counted(body), body), False, state)
+
+    return router
+
+
+# ---- to the engine ----------------------------------------------------------------------------------------------
+
+
+def _parts(content: Any) -> Any:
+    plain = content is None or isinstance(content, str)
+    return parts_of(content if plain else [p.model_dump() for p in content])
+
+
+def messages_of(body: CountTokensRequest) -> list[dict[str, Any]]:
     """In OpenAI's shape: results of tools are messages of their own there."""
     out: list[dict[str, Any]] = []
     if body.system:
-        out.append(
-            {
-                "role": "system",
-                "content": text_of(
-                    body.system if isinstance(body.system, str) else [p.model_dump() for p in body.system]
-                ),
-            }
-        )
+        out.append({"role": "system", "content": _parts(body.system)})
     for m in body.messages:
         if isinstance(m.content, str):
             out.append({"role": m.role, "content": m.content})
@@ -31,42 +67,34 @@ def _messages(body: CountTokensRequest) -> list[dict[str, Any]]:
         parts, message = [], dict[str, Any](role=m.role)
         for block in m.content:
             if block.type == "tool_result":
-                content = (
-                    block.content
-                    if block.content is None or isinstance(block.content, str)
-                    else [p.model_dump() for p in block.content]
-                )
-                text = text_of(content)
-                out.append(
-                    {
-                        "role": "tool",
-                        "tool_call_id": block.tool_use_id.removeprefix("toolu_"),
-                        "content": f"Error: {text}" if block.is_error else text,
-                    }
-                )
+                out.append(_tool_result(block))
             elif block.type == "tool_use":
-                call = {
-                    "id": block.id.removeprefix("toolu_"),
-                    "type": "function",
-                    "function": {"name": block.name, "arguments": json.dumps(block.input, ensure_ascii=False)},
-                }
+                function = {"name": block.name, "arguments": json.dumps(block.input, ensure_ascii=False)}
+                call = {"id": block.id.removeprefix("toolu_"), "type": "function", "function": function}
                 message.setdefault("tool_calls", []).append(call)
             elif block.type == "thinking":
                 message["reasoning_content"] = message.get("reasoning_content", "") + block.thinking
             else:
                 parts.append(block.model_dump())
         if parts or len(message) > 1 or not m.content:
-            out.append({**message, "content": text_of(parts)})
+            out.append({**message, "content": parts_of(parts)})
     return out
 
 
+def _tool_result(block: Any) -> dict[str, Any]:
+    content = _parts(block.content)
+    if block.is_error:
+        content = f"Error: {content}" if isinstance(content, str) else joined("Error:", content)
+    return {"role": "tool", "tool_call_id": block.tool_use_id.removeprefix("toolu_"), "content": content}
+
+
 def ask_of(body: CountTokensRequest) -> Ask:
-    messages, prefix = _messages(body), None
+    messages, prefix = messages_of(body), None
     if messages[-1]["role"] == "assistant" and "tool_calls" not in messages[-1]:
         last = messages.pop()
         if not last["content"] and last.get("reasoning_content"):
             raise ApiError(400, "messages: the last one holds only thinking; an answer can go on from text", "messages")
-        prefix = last["content"]  # the answer goes on from there
+        prefix = text_of(last["content"])  # the answer goes on from there
     c = body.tool_choice
     if c is not None and c.type == "tool" and c.name is None:
         raise ApiError(400, "tool_choice: type 'tool' needs a name", "tool_choice.name")
@@ -84,7 +112,7 @@ def ask_of(body: CountTokensRequest) -> Ask:
         }
         for t in body.tools or ()
     ]
-    tools, mode = choose(listed, choice)
+    tools, mode = choose_tools(listed, choice)
     sampling: dict[str, Any] = {}
     if body.output_config and body.output_config.format:
         sampling["json_schema"] = schema_text(body.output_config.format.schema_)
@@ -108,26 +136,31 @@ def ask_of(body: CountTokensRequest) -> Ask:
     )
 
 
-async def count_tokens(served: Served, body: CountTokensRequest) -> AsyncIterator[bytes]:
-    prepared = await asyncio.to_thread(prepare, served, ask_of(body))
-    yield json.dumps({"input_tokens": len(prepared.ids)}).encode()
+# ---- from the engine --------------------------------------------------------------------------------------------
 
 
-def _usage(a: Answers) -> dict[str, Any]:
+async def count(served: Served, body: CountTokensRequest) -> AsyncIterator[bytes]:
+    """The body of count_tokens."""
+    prepared = await asyncio.to_thread(prepare, served.talker, ask_of(body))
+    yield whole({"input_tokens": len(prepared.ids)})
+
+
+def _usage(parts: AnswerParts) -> dict[str, Any]:
     return {
-        "input_tokens": a.prompt_tokens - a.cached_tokens,
-        "output_tokens": a.completion_tokens,
-        "cache_read_input_tokens": a.cached_tokens,
+        "input_tokens": parts.prompt_tokens - parts.cached_tokens,
+        "output_tokens": parts.completion_tokens,
+        "cache_read_input_tokens": parts.cached_tokens,
         "cache_creation_input_tokens": 0,
         "cache_creation": None,
         "inference_geo": None,
-        "output_tokens_details": {"thinking_tokens": a.reasoning_tokens},
+        "output_tokens_details": {"thinking_tokens": parts.reasoning_tokens},
         "server_tool_use": None,
         "service_tier": "standard",
     }
 
 
 def _stop(c: Completion, calls: bool) -> tuple[str, str | None]:
+    """stop_reason and stop_sequence."""
     if c.finish_reason == "length":
         return "max_tokens", None
     if isinstance(c.stop_reason, str):
@@ -135,7 +168,7 @@ def _stop(c: Completion, calls: bool) -> tuple[str, str | None]:
     return ("tool_use" if calls else "end_turn"), None
 
 
-def _head(served: Served, answers: Answers) -> dict[str, Any]:
+def _head(served: Served, parts: AnswerParts) -> dict[str, Any]:
     return {
         "id": f"msg_{secrets.token_hex(12)}",
         "type": "message",
@@ -146,115 +179,106 @@ def _head(served: Served, answers: Answers) -> dict[str, Any]:
         "stop_sequence": None,
         "stop_details": None,
         "container": None,
-        "usage": _usage(answers),
+        "usage": _usage(parts),
     }
 
 
-async def messages(served: Served, body: MessagesRequest) -> AsyncIterator[bytes]:
+class _Blocks:
+    """The content blocks of a message in the making, and the events that tell of them: the one reading of what the
+    engine says."""
+
+    def __init__(self, emit: Callable[..., None], hide_reasoning: bool):
+        self.emit, self.hide_reasoning = emit, hide_reasoning
+        self.blocks: list[dict[str, Any]] = []
+        self.arguments: dict[int, list[str]] = {}  # JSON of a tool's input, by block
+        self.open = ""  # kind of the last block, while it grows
+
+    def feed(self, parts: list[Part]) -> None:
+        """What a step added."""
+        for p in parts:
+            if p.kind == "call" or self.open != p.kind:
+                self.begin(p.kind, p.text, p.id)
+            at = len(self.blocks) - 1
+            if p.kind == "content":
+                self.blocks[at]["text"] += p.text
+                self._delta(type="text_delta", text=p.text)
+            elif p.kind == "reasoning" and not self.hide_reasoning:
+                self.blocks[at]["thinking"] += p.text
+                self._delta(type="thinking_delta", thinking=p.text)
+            elif p.kind == "arguments":
+                self.arguments.setdefault(at, []).append(p.text)
+                self._delta(type="input_json_delta", partial_json=p.text)
+
+    def begin(self, kind: str, text: str = "", id_: str = "") -> None:
+        """A new block; the last one grows no more."""
+        self.close()
+        self.open = "arguments" if kind == "call" else kind
+        if kind == "reasoning":
+            block: dict[str, Any] = {"type": "thinking", "thinking": "", "signature": ""}
+        elif kind == "call":
+            block = {"type": "tool_use", "id": f"toolu_{id_}", "name": text, "input": {}, "caller": {"type": "direct"}}
+        else:
+            block = {"type": "text", "text": "", "citations": None}
+        self.blocks.append(block)
+        self.emit("content_block_start", index=len(self.blocks) - 1, content_block=block)
+
+    def close(self) -> None:
+        """The last block is whole."""
+        if self.open == "reasoning":
+            self._delta(type="signature_delta", signature="")
+        if self.open:
+            self.emit("content_block_stop", index=len(self.blocks) - 1)
+        self.open = ""
+
+    def content(self) -> list[dict[str, Any]]:
+        """All blocks, inputs of tools as objects."""
+        for at, pieces in self.arguments.items():
+            try:
+                self.blocks[at]["input"] = json.loads("".join(pieces))
+            except json.JSONDecodeError:  # cut off at max_tokens
+                self.blocks[at]["input"] = {}
+        return self.blocks
+
+    def _delta(self, **delta: Any) -> None:
+        self.emit("content_block_delta", index=len(self.blocks) - 1, delta=delta)
+
+
+async def answer(served: Served, body: MessagesRequest) -> AsyncIterator[bytes]:
+    """The body of the response, in pieces where it is streamed."""
     if body.thinking is not None and body.thinking.type == "enabled" and body.thinking.budget_tokens is None:
         raise ApiError(400, "thinking: type 'enabled' needs budget_tokens", "thinking.budget_tokens")
     ask = ask_of(body)
     answers = await run(served, ask)
-    try:
-        async for chunk in _stream(served, answers, ask) if body.stream else _whole(served, answers, ask):
-            yield chunk
-    finally:
-        answers.close()
-
-
-def _block(kind: str, text: str, id_: str) -> dict[str, Any]:
-    if kind == "reasoning":
-        return {"type": "thinking", "thinking": "", "signature": ""}
-    if kind == "call":
-        return {"type": "tool_use", "id": f"toolu_{id_}", "name": text, "input": {}, "caller": {"type": "direct"}}
-    return {"type": "text", "text": "", "citations": None}
-
-
-async def _whole(served: Served, answers: Answers, ask: Ask) -> AsyncIterator[bytes]:
-    content: list[dict[str, Any]] = []
-    arguments: dict[int, str] = {}
-    finished, calls = None, False
-    async for deltas in answers:
-        for d in deltas:
-            for p in d.parts:
-                kind = {"content": "text", "reasoning": "thinking", "call": "", "arguments": "tool_use"}[p.kind]
-                if not content or content[-1]["type"] != kind:
-                    content.append(_block(p.kind, p.text, p.id))
-                block = content[-1]
-                if p.kind == "arguments":
-                    arguments[len(content) - 1] = arguments.get(len(content) - 1, "") + p.text
-                elif p.kind == "content":
-                    block["text"] += p.text
-                elif p.kind == "reasoning" and not ask.hide_reasoning:
-                    block["thinking"] += p.text
-            finished, calls = d.finished or finished, d.calls
-    assert finished is not None
-    for at, text in arguments.items():
-        try:
-            content[at]["input"] = json.loads(text)
-        except json.JSONDecodeError:  # cut off at max_tokens
-            content[at]["input"] = {}
-    reason, sequence = _stop(finished, calls)
-    if all(b["type"] == "thinking" for b in content):
-        content.append(_block("content", "", ""))
-    yield json.dumps(
-        {**_head(served, answers), "content": content, "stop_reason": reason, "stop_sequence": sequence},
-        ensure_ascii=False,
-    ).encode()
-
-
-async def _stream(served: Served, answers: Answers, ask: Ask) -> AsyncIterator[bytes]:
     out: list[bytes] = []
 
     def emit(type_: str, **values: Any) -> None:
-        data = json.dumps({"type": type_, **values}, ensure_ascii=False, separators=(",", ":"))
-        out.append(f"event: {type_}\ndata: {data}\n\n".encode())
+        if body.stream:
+            out.append(named_event(type_, {"type": type_, **values}))
 
-    index, open_, finished, calls, shown = -1, "", None, False, False
-
-    def begin(kind: str, text: str, id_: str) -> None:
-        nonlocal index, open_
-        end()
-        index, open_ = index + 1, "arguments" if kind == "call" else kind
-        emit("content_block_start", index=index, content_block=_block(kind, text, id_))
-
-    def end() -> None:
-        nonlocal open_
-        if open_:
-            if open_ == "reasoning":
-                emit("content_block_delta", index=index, delta={"type": "signature_delta", "signature": ""})
-            emit("content_block_stop", index=index)
-        open_ = ""
-
-    started = False
-    async for deltas in answers:
-        if not started:
-            started = True
-            emit("message_start", message=_head(served, answers))
-        for d in deltas:
-            for p in d.parts:
-                if p.kind == "call" or open_ != p.kind:
-                    begin(p.kind, p.text, p.id)
-                shown = shown or p.kind != "reasoning"
-                if p.kind == "content":
-                    emit("content_block_delta", index=index, delta={"type": "text_delta", "text": p.text})
-                elif p.kind == "reasoning" and not ask.hide_reasoning:
-                    emit("content_block_delta", index=index, delta={"type": "thinking_delta", "thinking": p.text})
-                elif p.kind == "arguments":
-                    emit("content_block_delta", index=index, delta={"type": "input_json_delta", "partial_json": p.text})
-            finished, calls = d.finished or finished, d.calls
-        if out:
+    blocks, finished, calls, started = _Blocks(emit, ask.hide_reasoning), None, False, False
+    try:
+        async for deltas in answers:
+            if not started:
+                started = True
+                emit("message_start", message=_head(served, answers.parts))
+            for d in deltas:
+                blocks.feed(d.parts)
+                finished, calls = d.finished or finished, d.calls
+            if out:
+                yield b"".join(out)
+                out.clear()
+        assert finished is not None
+        if all(b["type"] == "thinking" for b in blocks.blocks):
+            blocks.begin("content")
+        blocks.close()
+        reason, sequence = _stop(finished, calls)
+        stopped = {"stop_reason": reason, "stop_sequence": sequence}
+        if body.stream:
+            delta = {**stopped, "stop_details": None, "container": None}
+            emit("message_delta", delta=delta, usage=_usage(answers.parts))
+            emit("message_stop")
             yield b"".join(out)
-            out.clear()
-    assert finished is not None
-    if not shown:
-        begin("content", "", "")
-    end()
-    reason, text = _stop(finished, calls)
-    emit(
-        "message_delta",
-        delta={"stop_reason": reason, "stop_sequence": text, "stop_details": None, "container": None},
-        usage=_usage(answers),
-    )
-    emit("message_stop")
-    yield b"".join(out)
+        else:
+            yield whole({**_head(served, answers.parts), "content": blocks.content(), **stopped})
+    finally:
+        answers.close()

@@ -16,8 +16,9 @@ from typing import Any
 import httpx
 
 from craton.base import UserError, publish, read_json, say
-from craton.serve.ask import EFFORT, Ask, Prepared, Served, open_served, prepare
-from craton.text.dialogue import Parser, Part
+from craton.engine.converse import EFFORT, Ask, Prepared, answer_prepared, open_talker, prepare
+from craton.serve.guard import local
+from craton.text.dialogue import Part
 
 FAINT, PLAIN = "\033[2m", "\033[0m"
 SETTINGS: dict[str, tuple[type, str]] = {
@@ -54,9 +55,9 @@ class Local:
     """A model folder or GGUF file in this process."""
 
     def __init__(self, path: str):
-        self.served: Served = open_served(Path(path).resolve().name, path, 60.0, 1, lambda name, value: None)
-        self.name, self.base = self.served.name, self.served.pretrained_only
-        if not self.base and self.served.dialogue is None:
+        self.talker = open_talker(Path(path).resolve().name, path)
+        self.name, self.base = self.talker.name, self.talker.pretrained_only
+        if not self.base and self.talker.dialogue is None:
             raise UserError(f"{path}: tokenizer_config.json has no chat_template; use 'craton generate'")
 
     def answer(self, c: Conversation) -> Iterator[Part]:
@@ -64,42 +65,65 @@ class Local:
         sampling = {k: v for k, v in c.settings.items() if k not in ("thinking", "model")}
         thinking = c.settings.get("thinking")
         ask = Ask(sampling, thinking=None if thinking is None else thinking != "off", budget=EFFORT.get(thinking or ""))
-        engine = self.served.engine
-        room = engine.context - min(sampling.get("max_tokens") or engine.context, engine.context // 2)
+        context = self.talker.engine.context
+        room = context - min(sampling.get("max_tokens") or context, context // 2)
         if self.base:
-            ids = self.served.tokenizer.encode("".join(m["content"] for m in c.messages))
+            ids = self.talker.tokenizer.encode("".join(m["content"] for m in c.messages))
             if len(ids) > room:
                 say(f"(the text has {len(ids)} tokens; the first {len(ids) - room} no longer fit the context)")
             ask.prompt = ids[-room:]
-            prepared = prepare(self.served, ask)
+            prepared = prepare(self.talker, ask)
         else:
             prepared = self._fitting(c, ask, room)
-        parser = Parser(
-            self.served.dialogue if prepared.may_think else None, False, prepared.opened, prepared.may_think
-        )
-        for event in engine.stream(prepared.ids, prepared.sampling):
-            yield from parser.feed(event.text, event.finished)
+        for delta in answer_prepared(self.talker, prepared):
+            yield from delta.parts
 
     def _fitting(self, c: Conversation, ask: Ask, room: int) -> Prepared:
         """The newest part of the conversation that leaves room for an answer."""
+        head = [{"role": "system", "content": c.system}] if c.system else []
         for dropped in range(0, len(c.messages), 2):
-            head = [{"role": "system", "content": c.system}] if c.system else []
             ask.messages = [*head, *c.messages[dropped:]]
-            prepared = prepare(self.served, ask)
-            if len(prepared.ids) <= room:
+            last = dropped + 2 >= len(c.messages)
+            try:
+                prepared = prepare(self.talker, ask)
+            except UserError as error:
+                if error.code != "context_length_exceeded" or last:
+                    raise
+                continue
+            if len(prepared.ids) <= room or last:
                 break
         if dropped:
             say(f"(the conversation is too long for the context; its first {dropped} messages are left out)")
         return prepared
 
 
+def key_for(url: str) -> str:
+    """The API key for an address, '' for none: CRATON_API_KEY, which is for whatever server is named, but not over an
+    open network; OPENAI_API_KEY for OpenAI alone, or the server that OPENAI_BASE_URL names."""
+    parts = httpx.URL(url)
+    if parts.scheme != "https" and not local(parts.host):
+        return ""
+    if key := os.environ.get("CRATON_API_KEY", "").split(",")[0].strip():
+        return key
+    theirs = httpx.URL(os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com")
+    return os.environ.get("OPENAI_API_KEY", "") if parts.host == theirs.host else ""
+
+
+def _withheld(url: str) -> str:
+    """Why a key that is set was not sent."""
+    parts = httpx.URL(url)
+    if parts.scheme != "https" and not local(parts.host):
+        return "; keys are sent over https only, and this address is not"
+    return "; OPENAI_API_KEY goes to OpenAI alone" if os.environ.get("OPENAI_API_KEY") else ""
+
+
 class Remote:
-    """A server that speaks OpenAI's API. The key comes from CRATON_API_KEY or OPENAI_API_KEY."""
+    """A server that speaks OpenAI's API."""
 
     def __init__(self, url: str, model: str | None):
         url = url.rstrip("/")
         self.url = url if url.endswith("/v1") else f"{url}/v1"
-        key = os.environ.get("CRATON_API_KEY", "").split(",")[0] or os.environ.get("OPENAI_API_KEY", "")
+        key = key_for(self.url)
         self.client = httpx.Client(
             headers={"authorization": f"Bearer {key}"} if key else {}, timeout=httpx.Timeout(30, read=600)
         )
@@ -125,7 +149,7 @@ class Remote:
 
     def _check(self, got: httpx.Response) -> None:
         if got.status_code == 401:
-            raise UserError(f"{self.url}: the server wants an API key; set CRATON_API_KEY or OPENAI_API_KEY")
+            raise UserError(f"{self.url}: the server wants an API key; set CRATON_API_KEY{_withheld(self.url)}")
         if got.is_error:
             try:
                 message = str(got.json()["error"]["message"])

@@ -6,6 +6,7 @@ A request without a key where one is needed learns nothing: the same 401 whateve
 import asyncio
 import hashlib
 import hmac
+import ipaddress
 import json
 import logging
 import re
@@ -18,8 +19,17 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 log = logging.getLogger("craton.serve")
 OPEN = {"/health", "/ready"}  # need no key, nor does the page, which says nothing of the server
 HEADER_SECONDS, BODY_SECONDS, MOST_CONNECTIONS = 15.0, 60.0, 2048
+HEAD_BYTES = 64 << 10  # of a request, at most
 _STRANGE = re.compile(rb"NaN|Infinity|\\u[dD][89a-fA-F]")
 Send = Callable[[dict[str, Any]], Any]
+
+
+def local(host: str) -> bool:
+    """Whether only this machine can connect."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def error_body(
@@ -80,6 +90,7 @@ class Guard:
     def __init__(
         self,
         app: Any,
+        *,
         keys: list[str],
         hosts: set[str] | None,
         open_paths: set[str],
@@ -122,27 +133,18 @@ class Guard:
 
     async def _guarded(self, scope: dict[str, Any], receive: Any, send: Send) -> None:
         headers = dict(scope["headers"])
-        if (
-            self.hosts is not None
-            and re.sub(r":\d*$", "", headers.get(b"host", b"").decode("latin-1")).lower().rstrip(".") not in self.hosts
-        ):
-            await send_error(
-                scope, send, 403, "this Host is not served; a server without keys answers to local names only"
-            )
+        host = re.sub(r":\d*$", "", headers.get(b"host", b"").decode("latin-1")).lower().rstrip(".")
+        if self.hosts is not None and host not in self.hosts:
+            message = "this Host is not served; a server without keys answers to local names only"
+            await send_error(scope, send, 403, message)
             return
-        scope["owner"] = ""
-        if self.keys:
-            owner = self._owner(headers)
-            if owner is None and scope["path"] not in self.open:
-                await send_error(
-                    scope,
-                    send,
-                    401,
-                    "an API key is needed: Authorization: Bearer KEY",
-                    headers={"www-authenticate": "Bearer", "connection": "close"},
-                )
-                return
-            scope["owner"] = owner or ""
+        owner = self._owner(headers) if self.keys else ""
+        if owner is None and scope["path"] not in self.open:
+            asked = {"www-authenticate": "Bearer", "connection": "close"}
+            message = "an API key is needed: Authorization: Bearer KEY"
+            await send_error(scope, send, 401, message, headers=asked)
+            return
+        scope["owner"] = owner or ""
         if scope["method"] != "POST" or scope["path"] not in self.posts:
             await self.app(scope, receive, send)
             return
@@ -150,57 +152,50 @@ class Guard:
         if kind != "application/json":  # a page elsewhere cannot send this without asking first
             await send_error(scope, send, 415, "the body must be JSON, with Content-Type: application/json")
             return
-        try:
-            too_long = int(headers.get(b"content-length", b"0")) > self.most_bytes
-        except ValueError:
-            too_long = True
-        body = bytearray()
+        body = await self._body(scope, headers, receive, send)
+        if body is not None:
+            await self.app(scope, _replay(body, receive), send)
+
+    async def _body(self, scope: dict[str, Any], headers: dict[bytes, bytes], receive: Any, send: Send) -> bytes | None:
+        """A request's body; None if it was refused, or nobody waits for an answer."""
+        close = {"connection": "close"}
         try:
             async with asyncio.timeout(BODY_SECONDS):
-                more = not too_long
-                while more:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        return
-                    body += message.get("body", b"")
-                    more = message.get("more_body", False)
-                    if too_long := len(body) > self.most_bytes:
-                        break
+                body = await self._read(headers, receive)
         except TimeoutError:
-            await send_error(
-                scope,
-                send,
-                408,
-                f"the body did not arrive within {BODY_SECONDS:.0f} s",
-                headers={"connection": "close"},
-            )
-            return
-        if too_long:
-            await send_error(
-                scope, send, 413, f"the body is larger than {self.most_bytes} bytes", headers={"connection": "close"}
-            )
-            return
+            message = f"the body did not arrive within {BODY_SECONDS:.0f} s"
+            await send_error(scope, send, 408, message, headers=close)
+            return None
+        if body is None:
+            return None
+        if len(body) > self.most_bytes:
+            message = f"the body is larger than {self.most_bytes} bytes"
+            await send_error(scope, send, 413, message, headers=close)
+            return None
         if _STRANGE.search(body) and not _plain_json(body):
-            await send_error(
-                scope,
-                send,
-                400,
-                "the body is not JSON that can be written again: it has NaN, Infinity or half a character",
-            )
-            return
+            message = "the body is not JSON that can be written again: it has NaN, Infinity or half a character"
+            await send_error(scope, send, 400, message)
+            return None
         if self.log_prompts:
             log.info("body: %s", json.dumps(body[:100_000].decode("utf-8", "replace")))
-        given = False
+        return bytes(body)
 
-        async def replay() -> dict[str, Any]:
-            nonlocal given
-            if given:
-                message: dict[str, Any] = await receive()
-                return message
-            given = True
-            return {"type": "http.request", "body": bytes(body), "more_body": False}
-
-        await self.app(scope, replay, send)
+    async def _read(self, headers: dict[bytes, bytes], receive: Any) -> bytearray | None:
+        """As much of a body as is more than allowed; None if the client is gone."""
+        too_long = bytearray(self.most_bytes + 1)
+        try:
+            if int(headers.get(b"content-length", b"0")) > self.most_bytes:
+                return too_long
+        except ValueError:
+            return too_long
+        body, more = bytearray(), True
+        while more and len(body) <= self.most_bytes:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                return None
+            body += message.get("body", b"")
+            more = message.get("more_body", False)
+        return body
 
     def _owner(self, headers: dict[bytes, bytes]) -> str | None:
         """Whose key this is; every key is compared, in constant time."""
@@ -214,12 +209,29 @@ class Guard:
         return found
 
 
-class Protocol(HttpToolsProtocol):
-    """uvicorn's, with a limit on the time that a request's head may take and on connections."""
+def _replay(body: bytes, receive: Any) -> Callable[[], Any]:
+    """A `receive` that gives a body that was read already, then what comes after it."""
+    given = False
 
-    deadline: asyncio.TimerHandle | None = None
+    async def replay() -> dict[str, Any]:
+        nonlocal given
+        if given:
+            message: dict[str, Any] = await receive()
+            return message
+        given = True
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    return replay
+
+
+class Protocol(HttpToolsProtocol):
+    """uvicorn's, with limits on the time and the bytes that a request's head may take, and on connections."""
+
+    deadline: Any = None
+    head_bytes: int | None = 0  # of the head that is coming; None: it is complete
 
     def connection_made(self, transport: Any) -> None:
+        """A connection more, or one too many."""
         super().connection_made(transport)
         if len(self.connections) > MOST_CONNECTIONS:
             transport.abort()
@@ -227,16 +239,34 @@ class Protocol(HttpToolsProtocol):
         self._expect()
 
     def data_received(self, data: bytes) -> None:
+        """Bytes of a head are counted before the parser keeps them."""
         if self.deadline is None and (self.cycle is None or self.cycle.response_complete):
             self._expect()
-        super().data_received(data)
+        while data and not self.transport.is_closing():
+            if self.head_bytes is None:
+                super().data_received(data)
+                return
+            piece, data = data[: HEAD_BYTES - self.head_bytes], data[HEAD_BYTES - self.head_bytes :]
+            self.head_bytes += len(piece)
+            super().data_received(piece)
+            if self.head_bytes is not None and self.head_bytes >= HEAD_BYTES:
+                self._expected()
+                self.transport.abort()
 
     def on_headers_complete(self) -> None:
+        """The head is there."""
+        self.head_bytes = None
         self._expected()
         super().on_headers_complete()
         self.scope["extensions"] = {"craton.abort": {"call": self.transport.abort}}
 
+    def on_message_complete(self) -> None:
+        """What comes next is another head."""
+        self.head_bytes = 0
+        super().on_message_complete()
+
     def connection_lost(self, exc: Exception | None) -> None:
+        """Nothing is waited for any more."""
         self._expected()
         super().connection_lost(exc)
 

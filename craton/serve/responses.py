@@ -8,9 +8,17 @@ from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
-from craton.serve.ask import ApiError, Ask, Served, run, schema_text, text_of
-from craton.serve.openai import choose, logprobs_of, thinking_of
-from craton.serve.schema import ResponsesRequest
+from fastapi import APIRouter, Request
+from fastapi.responses import JSONResponse, Response
+
+from craton.engine.converse import Ask, schema_text
+from craton.serve import shapes
+from craton.serve.dialect import check_stream_options, choose_tools, logprobs_of, thinking_of
+from craton.serve.reply import Reply, State, named_event, whole
+from craton.serve.schema_responses import ResponsesRequest
+from craton.serve.served import Answers, ApiError, Served, run
+from craton.text.dialogue import Part
+from craton.text.messages import joined, parts_of
 
 _MOST, _MOST_BYTES = 1000, 64 << 20
 
@@ -44,6 +52,50 @@ class Store:
         self.bytes -= self.kept.pop((owner, name))[2]
 
 
+def routes(state: State) -> APIRouter:
+    """/v1/responses."""
+    router, store = APIRouter(), Store()
+    one = "/v1/responses/{response_id}"
+
+    @router.post(
+        "/v1/responses",
+        summary="A response",
+        responses=shapes.documented(shapes.RESPONSE, True, "/v1/responses"),
+        response_class=Response,
+        **state.security(),
+    )
+    async def create(body: ResponsesRequest, request: Request) -> Reply:
+        work = respond(state.counted(body), body, store, request.scope["owner"])
+        return Reply(work, bool(body.stream), state)
+
+    @router.post("/v1/responses/compact", include_in_schema=False)
+    async def compact() -> Response:
+        raise ApiError(404, "compaction is not supported", code="not_supported")
+
+    @router.get(
+        one,
+        summary="A stored response",
+        responses=shapes.documented(shapes.RESPONSE, False, one),
+        response_class=Response,
+        **state.security(),
+    )
+    async def read(response_id: str, request: Request) -> Response:
+        return JSONResponse(store.get(request.scope["owner"], response_id)[0])
+
+    @router.delete(
+        one,
+        summary="Forget a stored response",
+        responses=shapes.documented(shapes.DELETED, False, "/v1/responses/"),
+        response_class=Response,
+        **state.security(),
+    )
+    async def delete(response_id: str, request: Request) -> Response:
+        store.delete(request.scope["owner"], response_id)
+        return JSONResponse({"id": response_id, "object": "response", "deleted": True})
+
+    return router
+
+
 def messages_of(body: ResponsesRequest) -> list[dict[str, Any]]:
     """Input items in the shape of chat messages."""
     if isinstance(body.input, str):
@@ -62,29 +114,25 @@ def messages_of(body: ResponsesRequest) -> list[dict[str, Any]]:
 
     for item in body.input:
         if item.type == "message":
-            content = text_of(item.content if isinstance(item.content, str) else [p.model_dump() for p in item.content])
+            content = _parts(item.content)
             if item.role == "assistant":
                 message = assistant()
-                message["content"] = "\n".join(filter(None, (message["content"], content)))
+                message["content"] = joined(message["content"], content)
             else:
                 out.append({"role": item.role, "content": content})
         elif item.type == "reasoning":
-            thought = text_of([p.model_dump() for p in item.content or item.summary])
+            thought = "\n".join(p.text for p in item.content or item.summary)
         elif item.type == "function_call":
             assistant().setdefault("tool_calls", []).append(
                 {"id": item.call_id, "type": "function", "function": {"name": item.name, "arguments": item.arguments}}
             )
         else:
-            out.append(
-                {
-                    "role": "tool",
-                    "tool_call_id": item.call_id,
-                    "content": text_of(
-                        item.output if isinstance(item.output, str) else [p.model_dump() for p in item.output]
-                    ),
-                }
-            )
+            out.append({"role": "tool", "tool_call_id": item.call_id, "content": _parts(item.output)})
     return out
+
+
+def _parts(content: Any) -> Any:
+    return parts_of(content if isinstance(content, str) else [p.model_dump() for p in content])
 
 
 def ask_of(body: ResponsesRequest, before: list[dict[str, Any]]) -> tuple[Ask, list[dict[str, Any]]]:
@@ -110,7 +158,7 @@ def ask_of(body: ResponsesRequest, before: list[dict[str, Any]]) -> tuple[Ask, l
         {"type": "function", "function": {k: v for k, v in t.model_dump(exclude={"type"}).items() if v is not None}}
         for t in body.tools or ()
     ]
-    tools, mode = choose(listed, choice)
+    tools, mode = choose_tools(listed, choice)
     conversation = [*before, *messages_of(body)]
     first = [{"role": "system", "content": body.instructions}] if body.instructions else []
     effort = body.reasoning.effort if body.reasoning else None
@@ -197,6 +245,15 @@ class _Items:
         self.items: list[dict[str, Any]] = []
         self.open: str | None = None  # kind of the last item, while it grows
 
+    def feed(self, parts: list[Part], scores: list[dict[str, Any]]) -> None:
+        """What a step added; scores are of its first content."""
+        for p in parts:
+            if p.kind == "call":
+                self.add("call", p.text, [], p.id)
+            else:
+                self.add(p.kind, p.text, scores if p.kind == "content" else [])
+                scores = [] if p.kind == "content" else scores
+
     def add(self, kind: str, text: str, scores: list[dict[str, Any]], call_id: str = "") -> None:
         if kind == "call" or self.open != kind:
             self.close()
@@ -266,9 +323,9 @@ class _Items:
         self.open = None
 
 
-async def responses(served: Served, body: ResponsesRequest, store: Store, owner: str) -> AsyncIterator[bytes]:
-    if body.stream_options is not None and not body.stream:
-        raise ApiError(400, "stream_options needs stream: true", "stream_options")
+async def respond(served: Served, body: ResponsesRequest, store: Store, owner: str) -> AsyncIterator[bytes]:
+    """The body of the answer, in pieces where it is streamed."""
+    check_stream_options(body)
     before = store.get(owner, body.previous_response_id)[1] if body.previous_response_id else []
     ask, conversation = ask_of(body, before)
     answers = await run(served, ask)
@@ -277,10 +334,7 @@ async def responses(served: Served, body: ResponsesRequest, store: Store, owner:
     def emit(type_: str, **values: Any) -> None:
         nonlocal number
         if body.stream:
-            data = json.dumps(
-                {"type": type_, "sequence_number": number, **values}, ensure_ascii=False, separators=(",", ":")
-            )
-            out.append(f"event: {type_}\ndata: {data}\n\n".encode())
+            out.append(named_event(type_, {"type": type_, "sequence_number": number, **values}))
             number += 1
 
     try:
@@ -290,45 +344,43 @@ async def responses(served: Served, body: ResponsesRequest, store: Store, owner:
         finished = None
         async for deltas in answers:
             for d in deltas:
-                scores = logprobs_of(served.tokenizer, d.logprobs)
-                for p in d.parts:
-                    if p.kind == "call":
-                        items.add("call", p.text, [], p.id)
-                    else:
-                        items.add(p.kind, p.text, scores if p.kind == "content" else [])
-                        scores = [] if p.kind == "content" else scores
+                items.feed(d.parts, logprobs_of(served.talker.tokenizer, d.logprobs))
                 finished = d.finished or finished
             if out:
                 yield b"".join(out)
                 out.clear()
         assert finished is not None
-        cut = finished.finish_reason == "length"
-        if not any(i["type"] != "reasoning" for i in items.items):
-            items.add("content", "", [])
-        items.close(not cut)
-        usage = {
-            "input_tokens": answers.prompt_tokens,
-            "output_tokens": answers.completion_tokens,
-            "total_tokens": answers.prompt_tokens + answers.completion_tokens,
-            "input_tokens_details": {"cached_tokens": answers.cached_tokens, "cache_write_tokens": 0},
-            "output_tokens_details": {"reasoning_tokens": answers.reasoning_tokens},
-        }
-        response |= {
-            "output": items.items,
-            "usage": usage,
-            "status": "incomplete" if cut else "completed",
-            "completed_at": None if cut else int(time.time()),
-        }
-        response["incomplete_details"] = {"reason": "max_output_tokens"} if cut else None
+        _complete(response, items, answers, finished.finish_reason == "length")
         if response["store"]:
             store.put(owner, response, [*conversation, _as_message(items.items)])
         if body.stream:
             emit(f"response.{response['status']}", response=response)
             yield b"".join(out)
         else:
-            yield json.dumps(response, ensure_ascii=False).encode()
+            yield whole(response)
     finally:
         answers.close()
+
+
+def _complete(response: dict[str, Any], items: "_Items", answers: Answers, cut: bool) -> None:
+    """What is known of a response at its end."""
+    if not any(i["type"] != "reasoning" for i in items.items):
+        items.add("content", "", [])
+    items.close(not cut)
+    parts = answers.parts
+    response["usage"] = {
+        "input_tokens": parts.prompt_tokens,
+        "output_tokens": parts.completion_tokens,
+        "total_tokens": parts.prompt_tokens + parts.completion_tokens,
+        "input_tokens_details": {"cached_tokens": parts.cached_tokens, "cache_write_tokens": 0},
+        "output_tokens_details": {"reasoning_tokens": parts.reasoning_tokens},
+    }
+    response |= {
+        "output": items.items,
+        "status": "incomplete" if cut else "completed",
+        "completed_at": None if cut else int(time.time()),
+        "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
+    }
 
 
 def _as_message(items: list[dict[str, Any]]) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 import ctypes
 import gc
-import ipaddress
 import logging
 import os
 import shutil
@@ -10,15 +9,19 @@ import socket
 import sys
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import uvicorn
 
 from craton.base import UserError, count, say
-from craton.serve.app import Metrics, Settings, create_app
-from craton.serve.ask import Served, open_served
-from craton.serve.guard import Protocol
+from craton.model.paging import BLOCK
+from craton.serve.app import create_app
+from craton.serve.guard import Protocol, local
+from craton.serve.metrics import Metrics
+from craton.serve.reply import Settings
+from craton.serve.served import Served, open_served
 
 
 def populate(caches: list[Any]) -> None:
@@ -68,14 +71,6 @@ def named(models: list[str]) -> dict[str, str]:
     return out
 
 
-def local(host: str) -> bool:
-    """Whether only this machine can connect."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 def check_keys(host: str, keys: list[str]) -> None:
     """UserError if others could connect and none needs a key."""
     if not local(host) and not keys:
@@ -84,78 +79,78 @@ def check_keys(host: str, keys: list[str]) -> None:
         )
 
 
-def serve(
-    models: list[str],
-    host: str,
-    port: int,
-    keys: list[str],
-    origins: list[str],
-    max_wait: float,
-    max_queue: int,
-    max_body: int,
-    max_n: int,
-    timeout: float,
-    drain: float,
-    log_prompts: bool,
-    votes: Path | None,
-    **options: Any,
-) -> None:
-    """Until SIGTERM or SIGINT. Raises UserError for what cannot be served."""
-    check_keys(host, keys)
-    paths, listener = named(models), _listen(host, port)
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    for noisy in ("httpx", "asyncio", "multipart"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+@dataclass
+class Listening:
+    """Where a server listens, and how it treats requests. See `craton serve --help`."""
+
+    host: str = "127.0.0.1"
+    port: int = 8000
+    max_wait: float = 30.0
+    max_queue: int = 256
+    drain: float = 30.0
+
+
+def serve(models: list[str], where: Listening, settings: Settings, **options: Any) -> None:
+    """Until SIGTERM or SIGINT. options: of the engine. Raises UserError for what cannot be served."""
+    check_keys(where.host, settings.keys)
+    paths, listener = named(models), _listen(where.host, where.port)
+    _log_to_stderr()
     served: dict[str, Served] = {}
     metrics = Metrics(served)
     for name, path in paths.items():
-        began = time.perf_counter()
-        one = served[name] = open_served(name, path, max_wait, max_queue, metrics.observe, **options)
-        one.worker.warm_up()
-        cache = one.engine.scheduler.pool.total * 16
-        what = (
-            "only pretrained, continues text"
-            if one.pretrained_only
-            else "chat"
-            if one.dialogue
-            else "no chat template: completions only"
-        )
-        say(
-            f"{name}: {what}; context {count(one.engine.context)}, cache {count(cache)} tokens, prompts at "
-            f"{count(one.worker.rate)} tokens/s; ready in {time.perf_counter() - began:.1f} s"
-        )
-    hosts = None if keys else {"localhost", "127.0.0.1", "[::1]", host if ":" not in host else f"[{host}]"}
-    settings = Settings(keys, hosts, origins, max_body, max_n, timeout, log_prompts, votes)
+        _open(served, name, path, where, metrics, options)
+    if not settings.keys:
+        own = where.host if ":" not in where.host else f"[{where.host}]"
+        settings.hosts = {"localhost", "127.0.0.1", "[::1]", own}
     app = create_app(served, settings, metrics)
     sys.setswitchinterval(0.001)  # the engine's thread must not wait long for the one that writes
     gc.collect()
     gc.freeze()  # a full collection would go through every module, in the middle of an answer
     config = uvicorn.Config(
         app,
-        host=host,
-        port=port,
+        host=where.host,
+        port=where.port,
         http=Protocol,
         loop="uvloop",
         ws="none",
         access_log=False,
         log_config=None,
         server_header=False,
-        timeout_graceful_shutdown=int(drain),
+        timeout_graceful_shutdown=int(where.drain),
         timeout_keep_alive=30,
         backlog=2048,
-        h11_max_incomplete_event_size=1 << 16,
     )
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
-    address = f"[{host}]" if ":" in host else host
-    say(
-        f"http://{address}:{listener.getsockname()[1]}  (page at /, API at /v1{', key needed' if keys else ''}); "
-        "Ctrl-C ends"
-    )
-    caches = [
-        t for s in served.values() if (c := s.engine.runner.cache).keys.device.type == "cpu" for t in (c.keys, c.values)
-    ]
+    address = f"[{where.host}]" if ":" in where.host else where.host
+    key = ", key needed" if settings.keys else ""
+    say(f"http://{address}:{listener.getsockname()[1]}  (page at /, API at /v1{key}); Ctrl-C ends")
+    runners = [s.talker.engine.runner for s in served.values()]
+    caches = [t for r in runners if r.device.type == "cpu" for t in (r.cache.keys, r.cache.values)]
     threading.Thread(target=populate, args=(caches,), daemon=True).start()
     uvicorn.Server(config).run(sockets=[listener])
+
+
+def _log_to_stderr() -> None:
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    for noisy in ("httpx", "asyncio", "multipart"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def _open(
+    served: dict[str, Served], name: str, path: str, where: Listening, metrics: Metrics, options: dict[str, Any]
+) -> None:
+    """Load a model, warm it up, and say what it is."""
+    began = time.perf_counter()
+    one = served[name] = open_served(name, path, where.max_wait, where.max_queue, metrics.observe, **options)
+    one.worker.warm_up()
+    talker, pool = one.talker, one.talker.engine.scheduler.pool
+    what = "chat" if talker.dialogue else "no chat template: completions only"
+    if talker.pretrained_only:
+        what = "only pretrained, continues text"
+    say(
+        f"{name}: {what}; context {count(talker.engine.context)}, cache {count(pool.total * BLOCK)} tokens, prompts at "
+        f"{count(one.worker.rate)} tokens/s; ready in {time.perf_counter() - began:.1f} s"
+    )
 
 
 def _listen(host: str, port: int) -> socket.socket:

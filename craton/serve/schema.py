@@ -22,10 +22,10 @@ Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 Count = Annotated[int, Field(ge=1, le=2**30)]
 Schema = dict[str, JsonValue]
-No = Annotated[bool, AfterValidator(lambda v: _no(v)), Field(json_schema_extra={"const": False})]
+OnlyFalse = Annotated[bool, AfterValidator(lambda v: _only_false(v)), Field(json_schema_extra={"const": False})]
 
 
-def _no(value: bool) -> bool:
+def _only_false(value: bool) -> bool:
     if value:
         raise ValueError("only false is supported")
     return value
@@ -154,7 +154,7 @@ class FormatSchema(Strict):
 
 class StreamOptions(Strict):
     include_usage: bool | None = None
-    include_obfuscation: No | None = None
+    include_obfuscation: OnlyFalse | None = None
 
 
 class Structured(Strict):
@@ -227,7 +227,7 @@ class ChatRequest(Sampled):
     chat_template_kwargs: dict[str, JsonValue] | None = None  # handed to the model's template
     modalities: list[Literal["text"]] | None = None
     service_tier: Literal["auto", "default"] | None = None
-    store: No | None = None
+    store: OnlyFalse | None = None
     metadata: Metadata | None = None  # no effect
     safety_identifier: Text | None = None  # no effect
     prompt_cache_key: Text | None = None  # no effect: equal beginnings are always shared
@@ -292,256 +292,6 @@ class DetokenizeRequest(Strict):
 
     model: Model | None = None
     tokens: Annotated[list[Token], Field(max_length=10_000_000)]
-
-
-# ---- Open Responses ---------------------------------------------------------------------------------------------
-
-
-class InputImage(Strict):
-    type: Literal["input_image"]
-    image_url: str
-    detail: Literal["auto", "low", "high"] | None = None
-
-
-class RefusalPart(Strict):
-    type: Literal["refusal"]
-    refusal: Text
-
-
-class ItemMessage(Strict):
-    type: Literal["message"] = "message"
-    id: Text | None = None
-    role: Literal["user", "assistant", "system", "developer"]
-    content: Text | list[Annotated[TextPart | InputImage | RefusalPart, Field(discriminator="type")]]
-    status: Literal["in_progress", "completed", "incomplete"] | None = None
-    phase: Literal["commentary", "final_answer"] | None = None
-
-
-class ItemCall(Strict):
-    type: Literal["function_call"]
-    id: Text | None = None
-    call_id: Annotated[str, Field(min_length=1, max_length=64)]
-    name: Name
-    arguments: Text
-    status: Literal["in_progress", "completed", "incomplete"] | None = None
-
-
-class ItemOutput(Strict):
-    type: Literal["function_call_output"]
-    id: Text | None = None
-    call_id: Annotated[str, Field(min_length=1, max_length=64)]
-    output: Text | list[TextPart]
-    status: Literal["in_progress", "completed", "incomplete"] | None = None
-
-
-class ReasoningPart(Strict):
-    type: Literal["reasoning_text", "summary_text"]
-    text: Text
-
-
-class ItemReasoning(Strict):
-    type: Literal["reasoning"]
-    id: Text | None = None
-    summary: list[ReasoningPart]
-    content: list[ReasoningPart] | None = None
-    encrypted_content: None = None
-    status: Literal["in_progress", "completed", "incomplete"] | None = None
-
-
-class ResponseTool(Strict):
-    type: Literal["function"]
-    name: Name
-    description: Text | None = None
-    parameters: Schema | None = None
-    strict: bool | None = None
-
-
-class ResponseToolChoice(Strict):
-    type: Literal["function"]
-    name: Name
-
-
-class ResponseAllowedTools(Strict):
-    type: Literal["allowed_tools"]
-    mode: Literal["none", "auto", "required"]
-    tools: Annotated[list[ResponseToolChoice], Field(min_length=1)]
-
-
-class TextFormatSchema(Strict):
-    type: Literal["json_schema"]
-    name: Name
-    description: Text | None = None
-    schema_: Annotated[Schema, Field(alias="schema")]
-    strict: bool | None = None
-
-
-class ResponseText(Strict):
-    format: Annotated[FormatText | FormatObject | TextFormatSchema, Field(discriminator="type")] | None = None
-    verbosity: Literal["medium"] | None = None
-
-
-class ResponseStreamOptions(Strict):
-    include_obfuscation: No | None = None
-
-
-class ResponsesRequest(Strict):
-    """POST /v1/responses, as the Open Responses specification has it."""
-
-    model: Model
-    input: (
-        Text
-        | Annotated[list[ItemMessage | ItemCall | ItemOutput | ItemReasoning], Field(min_length=1, max_length=100_000)]
-    )
-    instructions: Text | None = None
-    previous_response_id: Annotated[str, Field(max_length=64)] | None = None
-    stream: bool | None = None
-    stream_options: ResponseStreamOptions | None = None
-    store: bool | None = None
-    include: list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] | None = (
-        None  # reasoning is never encrypted
-    )
-    tools: Annotated[list[ResponseTool], Field(max_length=128)] | None = None
-    tool_choice: Literal["none", "auto", "required"] | ResponseToolChoice | ResponseAllowedTools | None = None
-    parallel_tool_calls: bool | None = None
-    text: ResponseText | None = None
-    reasoning: ResponseReasoning | None = None
-    temperature: Temperature | None = None
-    top_p: TopP | None = None
-    presence_penalty: Penalty | None = None
-    frequency_penalty: Penalty | None = None
-    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
-    max_output_tokens: Count | None = None
-    max_tool_calls: None = None
-    truncation: Literal["disabled"] | None = None
-    background: No | None = None
-    service_tier: Literal["auto", "default"] | None = None
-    metadata: Metadata | None = None
-    user: Text | None = None  # no effect
-    safety_identifier: Text | None = None
-    prompt_cache_key: Text | None = None
-
-
-# ---- Anthropic --------------------------------------------------------------------------------------------------
-
-
-class CacheControl(Strict):
-    type: Literal["ephemeral"]  # no effect: equal beginnings are always shared
-    ttl: Literal["5m", "1h"] | None = None
-
-
-class AnthropicText(Strict):
-    type: Literal["text"]
-    text: Text
-    cache_control: CacheControl | None = None
-    citations: None = None
-
-
-class AnthropicSource(Strict):
-    type: Literal["base64"]
-    media_type: Literal["image/jpeg", "image/png", "image/gif", "image/webp"]
-    data: str
-
-
-class AnthropicImage(Strict):
-    type: Literal["image"]
-    source: AnthropicSource
-    cache_control: CacheControl | None = None
-
-
-class AnthropicThinking(Strict):
-    type: Literal["thinking"]
-    thinking: Text
-    signature: Text
-
-
-class DirectCaller(Strict):
-    type: Literal["direct"]
-
-
-class AnthropicToolUse(Strict):
-    type: Literal["tool_use"]
-    id: Annotated[str, Field(min_length=1, max_length=64)]
-    name: Name
-    input: dict[str, JsonValue]
-    cache_control: CacheControl | None = None
-    caller: DirectCaller | None = None
-    toolset_name: None = None
-
-
-class AnthropicToolResult(Strict):
-    type: Literal["tool_result"]
-    tool_use_id: Annotated[str, Field(min_length=1, max_length=64)]
-    content: Text | list[Annotated[AnthropicText | AnthropicImage, Field(discriminator="type")]] | None = None
-    is_error: bool | None = None
-    cache_control: CacheControl | None = None
-
-
-class AnthropicUser(Strict):
-    role: Literal["user"]
-    content: Text | list[Annotated[AnthropicText | AnthropicImage | AnthropicToolResult, Field(discriminator="type")]]
-
-
-class AnthropicAssistant(Strict):
-    role: Literal["assistant"]
-    content: Text | list[Annotated[AnthropicText | AnthropicThinking | AnthropicToolUse, Field(discriminator="type")]]
-
-
-AnthropicMessage = Annotated[AnthropicUser | AnthropicAssistant, Field(discriminator="role")]
-
-
-class AnthropicTool(Strict):
-    type: Literal["custom"] | None = None
-    name: Name
-    description: Text | None = None
-    input_schema: Schema
-    strict: bool | None = None
-    cache_control: CacheControl | None = None
-
-
-class AnthropicToolChoice(Strict):
-    type: Literal["auto", "any", "tool", "none"]
-    name: Name | None = None
-    disable_parallel_tool_use: bool | None = None
-
-
-class AnthropicMetadata(Strict):
-    user_id: Text | None = None  # no effect
-
-
-class AnthropicFormat(Strict):
-    type: Literal["json_schema"]
-    schema_: Annotated[Schema, Field(alias="schema")]
-
-
-class AnthropicOutput(Strict):
-    effort: Literal["low", "medium", "high", "xhigh", "max"] | None = None
-    format: AnthropicFormat | None = None
-
-
-class CountTokensRequest(Strict):
-    """POST /v1/messages/count_tokens."""
-
-    model: Model
-    messages: Annotated[list[AnthropicMessage], Field(min_length=1, max_length=100_000)]
-    system: Text | list[AnthropicText] | None = None
-    tools: Annotated[list[AnthropicTool], Field(max_length=128)] | None = None
-    tool_choice: AnthropicToolChoice | None = None
-    thinking: Thinking | None = None
-    output_config: AnthropicOutput | None = None
-    cache_control: CacheControl | None = None
-
-
-class MessagesRequest(CountTokensRequest):
-    """POST /v1/messages."""
-
-    max_tokens: Count
-    stream: bool | None = None
-    temperature: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
-    top_p: TopP | None = None
-    top_k: Annotated[int, Field(ge=0, le=2**30)] | None = None
-    stop_sequences: Annotated[list[Stop], Field(max_length=64)] | None = None
-    metadata: AnthropicMetadata | None = None
-    service_tier: Literal["auto", "standard_only"] | None = None
 
 
 # ---- votes ------------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from typing import Any
 
 from craton.base import UserError
 from craton.engine.engine import Engine
-from craton.engine.request import Completion, EngineEvent, Sampling, TokenLogprob
+from craton.engine.request import EngineEvent, Sampling
 from craton.engine.structured import Matcher
 
 log = logging.getLogger("craton.serve")
@@ -24,7 +24,7 @@ _FORGET = 0.9  # weight of the past in running means
 _GUESS = 256  # tokens an answer has, as long as none has finished
 
 
-class Refused(Exception):
+class Overloaded(Exception):
     """Too much to do. retry_after: seconds until it could be done."""
 
     def __init__(self, retry_after: float, why: str):
@@ -32,20 +32,8 @@ class Refused(Exception):
         self.retry_after = max(1, math.ceil(retry_after))
 
 
-class Failed(Exception):
+class Unavailable(Exception):
     """The engine failed, or the server is stopping."""
-
-
-@dataclass
-class Piece:
-    """What some steps added to one answer."""
-
-    index: int
-    text: str
-    token_ids: list[int]
-    logprobs: list[TokenLogprob]
-    finished: Completion | None  # the whole answer, at its end
-    cached: int  # tokens of the prompt
 
 
 @dataclass(eq=False)
@@ -57,7 +45,7 @@ class Stream:
     arrived: float = field(default_factory=time.monotonic)
     request: int | None = None
     first: float | None = None  # when the first token came
-    ready: deque[Piece] = field(default_factory=deque)
+    ready: deque[EngineEvent] = field(default_factory=deque)
     waiter: asyncio.Future[None] | None = None
     error: Exception | None = None
     began: bool = False  # its prompt is being computed, or done
@@ -67,8 +55,8 @@ class Stream:
     def done(self) -> bool:
         return not self.left or self.error is not None
 
-    async def take(self) -> list[Piece]:
-        """At least one piece, or [] at the end. Raises what went wrong."""
+    async def take(self) -> list[EngineEvent]:
+        """At least one event, or [] at the end. Raises what went wrong."""
         while self.error or not self.ready:
             if self.error:
                 raise self.error
@@ -145,7 +133,7 @@ class Worker:
     def expected_wait(self, answers: int) -> float:
         """Seconds until a request that comes now would begin."""
         wait = (self.backlog + self.backlog_inbox) / self.rate if self.rate else 0.0
-        most = self.engine.most_running
+        most = self.engine.scheduler.max_running
         ahead = sum(s.left for s in self.alive) + answers - most
         short = self.waiting > 0 and not self.backlog_inbox and self.engine.scheduler.pool.free < 2
         if ahead > 0 or short:
@@ -159,18 +147,20 @@ class Worker:
         sampling: Sampling,
         matcher: Matcher | None = None,
         embed: bool = False,
-        further: bool = False,
+        already_admitted: bool = False,
     ) -> Stream:
-        """further: another part of a request that was let in. Raises Refused if it would wait too long, Failed if the
-        engine has. What is wrong with the request itself is raised by `Stream.take`."""
+        """A request for the engine. already_admitted: it is a further part of one that was let in.
+
+        Raises Overloaded if it would wait too long, and Unavailable if the server is stopping or its engine's thread
+        has ended. What is wrong with the request itself is raised by `Stream.take`."""
         if self.stopping or not self.thread.is_alive():
-            raise Failed("the server is stopping")
+            raise Unavailable("the server is stopping")
         wait = self.expected_wait(sampling.n)
-        if len(self.alive) >= self.max_queue and not further:
+        if len(self.alive) >= self.max_queue and not already_admitted:
             seconds = 1 / (self.finish_rate or 1)
-            raise Refused(seconds, f"{len(self.alive)} requests are being served, which is the most")
-        if wait > self.max_wait and not further:
-            raise Refused(wait - self.max_wait, f"the wait is about {wait:.0f} s, more than {self.max_wait:.0f} s")
+            raise Overloaded(seconds, f"{len(self.alive)} requests are being served, which is the most")
+        if wait > self.max_wait and not already_admitted:
+            raise Overloaded(wait - self.max_wait, f"the wait is about {wait:.0f} s, more than {self.max_wait:.0f} s")
         stream = Stream(self, sampling.n)
         self.alive.add(stream)
         self.backlog_inbox += len(prompt)
@@ -185,7 +175,7 @@ class Worker:
                 self._post(self._drop, stream, error)
             except Exception as error:
                 log.exception("a request could not be added")
-                self._post(self._drop, stream, Failed(f"{type(error).__name__}: {error}"))
+                self._post(self._drop, stream, Unavailable(f"{type(error).__name__}: {error}"))
             finally:
                 self._post(self._arrived, len(prompt))
 
@@ -201,7 +191,7 @@ class Worker:
         """Turn away what has waited too long; called now and then."""
         now = time.monotonic()
         for stream in [s for s in self.alive if not s.began and not s.cancelled and now - s.arrived > self.max_wait]:
-            stream.fail(Refused(self.expected_wait(0), f"it has waited {self.max_wait:.0f} s"))
+            stream.fail(Overloaded(self.expected_wait(0), f"it has waited {self.max_wait:.0f} s"))
             stream.cancelled = True
             self.cancel(stream)
 
@@ -212,7 +202,7 @@ class Worker:
             await asyncio.sleep(0.05)
         self.stopping = True
         for stream in list(self.alive):
-            stream.fail(Failed("the server is stopping"))
+            stream.fail(Unavailable("the server is stopping"))
         self._send(lambda: None)
         await asyncio.to_thread(self.thread.join, 10)
 
@@ -224,17 +214,17 @@ class Worker:
         if error:
             stream.fail(error)
 
-    def _deliver(self, pieces: list[tuple[Stream, Piece]], seconds: float, tokens: int) -> None:
+    def _deliver(self, arrived: list[tuple[Stream, EngineEvent]], seconds: float, tokens: int) -> None:
         now = time.monotonic()
-        for stream, piece in pieces:
-            if stream.first is None and (piece.token_ids or piece.finished):
+        for stream, event in arrived:
+            if stream.first is None and (event.token_ids or event.finished):
                 stream.first = now
-                if piece.token_ids:
+                if event.token_ids:
                     self.observe("time_to_first_token", now - stream.arrived)
-            stream.ready.append(piece)
-            if piece.finished is not None:
+            stream.ready.append(event)
+            if event.finished:
                 stream.left -= 1
-                if piece.finished.finish_reason != "cancelled":
+                if event.completion.finish_reason != "cancelled":
                     self._finished(now)
                 if not stream.left:
                     self._drop(stream)
@@ -283,27 +273,11 @@ class Worker:
         events = self.engine.step()
         seconds = time.perf_counter() - began
         self._measure(seconds, self.engine.counters.computed_tokens - before)
-        self._post(self._deliver, self._pieces(events), seconds, sum(len(e.token_ids) for e in events))
-
-    def _pieces(self, events: list[EngineEvent]) -> list[tuple[Stream, Piece]]:
-        out = []
-        for event in events:
-            c = event.completion
-            if (stream := self.streams.get(c.request)) is None:
-                continue
-            new = c.logprobs[len(c.logprobs) - len(event.token_ids) :] if c.logprobs and event.token_ids else []
-            out.append(
-                (
-                    stream,
-                    Piece(
-                        c.index, event.text, list(event.token_ids), new, c if event.finished else None, c.cached_tokens
-                    ),
-                )
-            )
+        arrived = [(s, e) for e in events if (s := self.streams.get(e.completion.request)) is not None]
         for event in events:
             if event.completion.request not in self.engine.requests:
                 self.streams.pop(event.completion.request, None)
-        return out
+        self._post(self._deliver, arrived, seconds, sum(len(e.token_ids) for e in events))
 
     def _measure(self, seconds: float, tokens: int) -> None:
         engine = self.engine
@@ -321,5 +295,5 @@ class Worker:
         self.engine.fail_all()
         self.backlog = self.running = self.waiting = 0
         for stream in self.streams.values():
-            self._post(self._drop, stream, Failed(why))
+            self._post(self._drop, stream, Unavailable(why))
         self.streams.clear()

@@ -9,11 +9,12 @@ import json
 import re
 import secrets
 import string
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from craton.base import UserError
+from craton.text.messages import text_of
 from craton.text.tokenizer import Tokenizer
 
 ID, ID_LENGTH = "\0", 9  # stands for a call's id, nine letters and digits as Mistral's models want
@@ -82,7 +83,7 @@ class Dialogue:
         special = self.tokenizer.chat_template.special if self.tokenizer.chat_template else {}
         for name in ("self", "messages", "tools", "add_generation_prompt", "documents", *special):
             if name in more:
-                raise UserError(f"chat_template_kwargs: {name} cannot be set there")
+                raise UserError(f"chat_template_kwargs: {name} cannot be set there", field="chat_template_kwargs")
         shown = [self._message(m) for m in messages]
         if tools and not self.calls.native:
             text = _HERMES.format(tools="\n".join(json.dumps(t["function"], ensure_ascii=False) for t in tools))
@@ -104,6 +105,8 @@ class Dialogue:
 
     def _message(self, m: dict[str, Any]) -> dict[str, Any]:
         out = {k: v for k, v in m.items() if v is not None}
+        if "content" in out:  # no template here takes pictures yet
+            out["content"] = text_of(out["content"])
         if out["role"] == "developer":
             out["role"] = "system"
         calls = out.get("tool_calls")
@@ -186,7 +189,8 @@ def _object(call: dict[str, Any]) -> Any:
     try:
         return json.loads(call["function"]["arguments"] or "{}")
     except json.JSONDecodeError:
-        raise UserError(f"messages: the arguments of tool call {call.get('id')!r} are not JSON") from None
+        message = f"messages: the arguments of tool call {call.get('id')!r} are not JSON"
+        raise UserError(message, field="messages") from None
 
 
 # ---- learning the format from the template ----------------------------------------------------------------------
@@ -320,12 +324,23 @@ class Parser:
         self.state = "lead" if thinking else "start" if may_think and self.markers else "content"
         self.buffer, self.call = "", -1
         self.depth, self.quoted, self.escaped = 0, False, False
+        self.steps: dict[str, Callable[[bool], Iterator[Part]]] = {
+            "start": self._start,
+            "lead": self._lead,
+            "think": self._think,
+            "gap": self._gap,
+            "content": self._content,
+            "name": self._name,
+            "arguments": self._arguments,
+            "after": self._after,
+        }
 
     def feed(self, text: str, last: bool = False) -> Iterator[Part]:
+        """The parts that more text makes certain. last: no more comes."""
         self.buffer += text
         while True:
             before = self.state, len(self.buffer)
-            yield from getattr(self, "_" + self.state)(last)
+            yield from self.steps[self.state](last)
             if (self.state, len(self.buffer)) == before:
                 return
 

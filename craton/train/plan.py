@@ -74,159 +74,201 @@ def plan(
 ) -> tuple[Recipe, ModelConfig, list[str]]:
     """Resolve every None of the recipe. Returns it, the model's configuration and the reasons, a line each.
 
-    began: time.monotonic() at the command's start, so that a time budget covers all of the command.
+    began: time.monotonic() at the command's start, so that a time budget covers all of the command. peak: FLOP/s of all
+    processes. UserError if what is asked for cannot be.
     """
-    r = replace(
-        recipe, **{k: replace(getattr(recipe, k)) for k in ("run", "model", "data", "optimizer", "schedule", "safety")}
-    )
-    why: list[str] = []
-    corpus = corpora[0]
-    available = sum(c.length("train") for c in corpora)
-    if r.run.precision is None:
-        r.run.precision = "bf16" if device == "cuda" else "fp32"
-    if r.data.document_mask is None:
-        r.data.document_mask = device == "cpu"
-        why.append(
-            "attention stays inside documents: the CPU kernel skips the rest"
-            if device == "cpu"
-            else "attention may cross documents: a mask would cost speed here"
-        )
-    if r.data.sequence_length is None:
-        r.data.sequence_length = 512 if device == "cpu" else 2048
-    if available < r.data.sequence_length + 1:
-        raise UserError(
-            f"{corpus.folder}: {available} training tokens, fewer than one row of data.sequence_length "
-            f"{r.data.sequence_length}; give more text"
-        )
-    budget = parse_budget(r.run.budget) if r.run.budget else None
-    depth = r.model.num_hidden_layers
+    sections = {k: replace(getattr(recipe, k)) for k in ("run", "model", "data", "optimizer", "schedule", "safety")}
+    planner = _Planner(replace(recipe, **sections), corpora, peak, measure, began, device)
+    planner.rows()
+    depth = planner.depth()
+    config = shape(planner.r, depth, corpora[0])
+    planner.check_tokenizers()
+    planner.length(config, depth)
+    planner.rates(config)
+    planner.intervals(config)
+    planner.fix(config, depth)
+    return planner.r, config, planner.why
 
-    if depth is None:
-        if budget is None and r.run.steps is None:
-            raise UserError("say how much to train: --budget 10m, --budget 1e15flop, --depth 4 or --steps 500")
-        if budget is None:
-            depth = 4
-            why.append("depth 4: the default when only --steps is given")
-        else:
-            kind, amount = budget
-            compute = amount if kind == "flop" else 0.6 * peak * max(1.0, amount - (time.monotonic() - began)) * 0.9
-            depth = next((d for d in range(24, 1, -1) if _wanted(r, d, corpus, available, compute)), 1)
-            if kind == "seconds":
-                # The guess was 60 % of peak; small models reach less.
-                while depth > 1:
-                    c = shape(r, depth, corpus)
-                    batch = _batch(r, compute / c.flops_per_token(r.data.sequence_length))
-                    rate = batch / measure(c, _with_batch(r, batch))
-                    tokens = rate * (amount - (time.monotonic() - began)) * 0.9
-                    if tokens >= _fewest(r, depth, corpus, available):
-                        break
-                    depth -= 1
-            why.append(
-                f"depth {depth}: the nearest to {TOKENS_PER_PARAMETER} tokens a parameter that the budget allows"
+
+class _Planner:
+    """A recipe on its way from what was asked to what is done. `r` is filled in, `why` says the reasons."""
+
+    def __init__(self, recipe: Recipe, corpora: list[Corpus], peak: float, measure: Measure, began: float, device: str):
+        self.r, self.corpora, self.peak, self.measure, self.began = recipe, corpora, peak, measure, began
+        self.cpu = device == "cpu"
+        self.why: list[str] = []
+        self.available = sum(c.length("train") for c in corpora)
+        self.budget = parse_budget(recipe.run.budget) if recipe.run.budget else None
+        self.given_batch = recipe.data.batch_tokens
+
+    def left(self) -> float:
+        """Seconds of a time budget that are left."""
+        assert self.budget is not None
+        return self.budget[1] - (time.monotonic() - self.began)
+
+    def rows(self) -> None:
+        """Precision, and what a row of a batch is."""
+        r = self.r
+        r.run.precision = r.run.precision or ("fp32" if self.cpu else "bf16")
+        if r.data.document_mask is None:
+            r.data.document_mask = self.cpu
+            self.why.append(
+                "attention stays inside documents: the CPU kernel skips the rest"
+                if self.cpu
+                else "attention may cross documents: a mask would cost speed here"
             )
-    config = shape(r, depth, corpus)
-    for other in corpora[1:]:
-        if (
-            other.manifest["files"]["tokenizer/tokenizer.json"]["sha256"]
-            != corpus.manifest["files"]["tokenizer/tokenizer.json"]["sha256"]
-        ):
+        r.data.sequence_length = r.data.sequence_length or (512 if self.cpu else 2048)
+        if self.available < r.data.sequence_length + 1:
             raise UserError(
-                f"{other.folder}: built with another tokenizer than {corpus.folder}; build it with --tokenizer "
-                f"{corpus.folder}/tokenizer"
+                f"{self.corpora[0].folder}: {self.available} training tokens, fewer than one row of "
+                f"data.sequence_length {r.data.sequence_length}; give more text"
             )
-    flops = config.flops_per_token(r.data.sequence_length)
-    target = float(TOKENS_PER_PARAMETER * config.matrix_parameters)
-    if r.run.steps is None:
-        if budget is None:
-            tokens = min(target, MOST_EPOCHS * available)
-            why.append(
+
+    def depth(self) -> int:
+        """The number of layers, given or derived."""
+        r = self.r
+        if r.model.num_hidden_layers is not None:
+            return r.model.num_hidden_layers
+        if self.budget is None:
+            if r.run.steps is None:
+                raise UserError("say how much to train: --budget 10m, --budget 1e15flop, --depth 4 or --steps 500")
+            self.why.append("depth 4: the default when only --steps is given")
+            return 4
+        kind, amount = self.budget
+        compute = amount if kind == "flop" else 0.6 * self.peak * max(1.0, self.left()) * 0.9
+        depth = next((d for d in range(24, 1, -1) if self._enough(d, compute)), 1)
+        if kind == "seconds":
+            depth = self._measured_depth(depth, compute)
+        self.why.append(
+            f"depth {depth}: the nearest to {TOKENS_PER_PARAMETER} tokens a parameter that the budget allows"
+        )
+        return depth
+
+    def _enough(self, depth: int, compute: float) -> bool:
+        """Whether so much compute gives a depth the tokens it needs."""
+        c = shape(self.r, depth, self.corpora[0])
+        return compute / c.flops_per_token(self.r.data.sequence_length or 512) >= self._fewest(depth)
+
+    def _measured_depth(self, depth: int, compute: float) -> int:
+        """The guess was 60 % of peak; small models reach less."""
+        while depth > 1:
+            c = shape(self.r, depth, self.corpora[0])
+            batch = _batch(self.r, compute / c.flops_per_token(self.r.data.sequence_length or 512))
+            rate = batch / self.measure(c, _with_batch(self.r, batch))
+            if rate * self.left() * 0.9 >= self._fewest(depth):
+                break
+            depth -= 1
+        return depth
+
+    def _fewest(self, depth: int) -> float:
+        """Tokens from which a depth beats the next smaller one: then both are equally far, as ratios, from
+        TOKENS_PER_PARAMETER, since tokens within a budget fall as parameters grow. (Measured at 80 s: depth 2 with 3.4
+        tokens a parameter ends at 1.510 bits per byte, depth 1 with 28 at 1.519.)"""
+        smaller = shape(self.r, depth - 1, self.corpora[0]).matrix_parameters if depth > 1 else 0
+        return min(TOKENS_PER_PARAMETER * smaller, MOST_EPOCHS * self.available)
+
+    def check_tokenizers(self) -> None:
+        """All corpora have the same ids."""
+        first, *others = self.corpora
+        name = "tokenizer/tokenizer.json"
+        for other in others:
+            if other.manifest["files"][name]["sha256"] != first.manifest["files"][name]["sha256"]:
+                raise UserError(
+                    f"{other.folder}: built with another tokenizer than {first.folder}; build it with --tokenizer "
+                    f"{first.folder}/tokenizer"
+                )
+
+    def length(self, config: ModelConfig, depth: int) -> None:
+        """Steps and tokens a step."""
+        r = self.r
+        target = float(TOKENS_PER_PARAMETER * config.matrix_parameters)
+        if r.run.steps is None:
+            tokens = self._tokens(config, target)
+            batch = _batch(r, tokens)
+            r.run.steps = int(tokens / batch)
+            if r.run.steps < FEWEST_STEPS:
+                raise UserError(
+                    f"--budget {r.run.budget or f'depth {depth}'}: too small for any model here "
+                    f"({r.run.steps} steps of {batch} tokens, at least {FEWEST_STEPS} needed); give more"
+                )
+        else:
+            batch = _batch(r, min(target, 4 * self.available))
+        r.data.batch_tokens = batch
+        self.why.append(
+            f"batch of {batch} tokens: grows as the 0.383 power of the {count(r.run.steps * batch)} tokens"
+            if self.given_batch is None
+            else f"batch of {batch} tokens, as given"
+        )
+        most = 8192 if self.cpu else 32_768
+        r.data.micro_tokens = r.data.micro_tokens or min(batch, max(r.data.sequence_length or 1, most))
+
+    def _tokens(self, config: ModelConfig, target: float) -> float:
+        """Tokens to train on."""
+        r = self.r
+        if self.budget is None:
+            tokens = min(target, MOST_EPOCHS * self.available)
+            self.why.append(
                 f"{count(tokens)} tokens: {TOKENS_PER_PARAMETER} a parameter"
                 if tokens == target
                 else f"{count(tokens)} tokens: {MOST_EPOCHS} passes over the corpus"
             )
-        elif budget[0] == "flop":
-            tokens = budget[1] / flops
+            return tokens
+        if self.budget[0] == "flop":
+            return self.budget[1] / config.flops_per_token(r.data.sequence_length or 512)
+        guess = _batch(r, min(target, 4 * self.available))
+        step = self.measure(config, _with_batch(r, guess))
+        left = self.left()
+        self.why.append(f"{count(guess / step)} tokens/s measured at this size, {span(left)} left of {r.run.budget}")
+        # What is not steps: evaluations, checkpoints, samples, report; and a margin for noise.
+        return max(0.0, 0.92 * left - 3) / step * guess
+
+    def rates(self, config: ModelConfig) -> None:
+        """Learning rates, weight decay, warm-up."""
+        o, batch, steps = self.r.optimizer, self.r.data.batch_tokens or 1, self.r.run.steps or 1
+        scale = math.sqrt(batch / 8192) if batch < 8192 else 1.0
+        if o.name == "muon":
+            o.matrix_lr = o.matrix_lr or 0.02 * scale
+            o.embedding_lr = o.embedding_lr or (0.2 if not config.tie_word_embeddings else 0.01) * scale
+            o.head_lr = o.head_lr or 0.004 * scale * math.sqrt(256 / config.hidden_size)
+            norm_lr = 0.01 * scale
         else:
-            guess = _batch(r, min(target, 4 * available))
-            step = measure(config, _with_batch(r, guess))
-            left = budget[1] - (time.monotonic() - began)
-            # What is not steps: evaluations, checkpoints, samples, report; and a margin for noise.
-            tokens = max(0.0, 0.92 * left - 3) / step * guess
-            why.append(f"{count(guess / step)} tokens/s measured at this size, {span(left)} left of {r.run.budget}")
-        batch = _batch(r, tokens)
-        r.run.steps = int(tokens / batch)
-        if r.run.steps < FEWEST_STEPS:
+            norm_lr = min(0.004, 0.003 * math.sqrt(256 / config.hidden_size)) * scale
+            o.matrix_lr, o.embedding_lr = o.matrix_lr or norm_lr, o.embedding_lr or norm_lr
+            o.head_lr = o.head_lr or norm_lr
+        o.norm_lr = o.norm_lr if o.norm_lr is not None else norm_lr
+        o.weight_decay = o.weight_decay if o.weight_decay is not None else 0.1
+        if self.r.schedule.warmup_steps is None:
+            most = 40 if o.name == "muon" else steps
+            self.r.schedule.warmup_steps = min(most, max(1, steps // 20))
+
+    def intervals(self, config: ModelConfig) -> None:
+        """How often is saved and looked."""
+        run, steps = self.r.run, self.r.run.steps or 1
+        step_flops = (self.r.data.batch_tokens or 1) * config.flops_per_token(self.r.data.sequence_length or 512)
+        # An eighth of the run, but no more than about ten minutes at 40 % of peak: that is what a crash may cost.
+        run.checkpoint_every = run.checkpoint_every or max(10, min(steps // 8, int(600 * 0.4 * self.peak / step_flops)))
+        run.evaluate_every = run.evaluate_every or max(10, steps // 8)
+
+    def fix(self, config: ModelConfig, depth: int) -> None:
+        """The model's sizes into the recipe, checked against the rows."""
+        r = self.r
+        r.model.num_hidden_layers = depth
+        for key in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"):
+            setattr(r.model, key, getattr(config, key))
+        r.model.max_position_embeddings = config.max_position_embeddings
+        batch, length, steps = r.data.batch_tokens or 0, r.data.sequence_length or 1, r.run.steps or 0
+        if batch % length or batch < length:
+            raise UserError(f"data.batch_tokens {batch} must be a multiple of data.sequence_length {length}")
+        if length > config.max_position_embeddings:
             raise UserError(
-                f"--budget {r.run.budget or f'depth {depth}'}: too small for any model here ({r.run.steps} steps of "
-                f"{batch} tokens, at least {FEWEST_STEPS} needed); give more"
+                f"data.sequence_length {length} is longer than model.max_position_embeddings "
+                f"{config.max_position_embeddings}"
             )
-    else:
-        batch = _batch(r, min(target, 4 * available))
-    r.data.batch_tokens = batch
-    steps, tokens = r.run.steps, r.run.steps * batch
-    why.append(
-        f"batch of {batch} tokens: grows as the 0.383 power of the {count(tokens)} tokens"
-        if recipe.data.batch_tokens is None
-        else f"batch of {batch} tokens, as given"
-    )
-    if r.data.micro_tokens is None:
-        r.data.micro_tokens = min(batch, max(r.data.sequence_length, 8192 if device == "cpu" else 32_768))
-    o = r.optimizer
-    scale = math.sqrt(batch / 8192) if batch < 8192 else 1.0
-    if o.name == "muon":
-        o.matrix_lr = o.matrix_lr or 0.02 * scale
-        o.embedding_lr = o.embedding_lr or (0.2 if not config.tie_word_embeddings else 0.01) * scale
-        o.head_lr = o.head_lr or 0.004 * scale * math.sqrt(256 / config.hidden_size)
-        o.norm_lr = o.norm_lr if o.norm_lr is not None else 0.01 * scale
-        o.weight_decay = o.weight_decay if o.weight_decay is not None else 0.1
-    else:
-        peak_lr = min(0.004, 0.003 * math.sqrt(256 / config.hidden_size)) * scale
-        o.matrix_lr, o.embedding_lr, o.head_lr = o.matrix_lr or peak_lr, o.embedding_lr or peak_lr, o.head_lr or peak_lr
-        o.norm_lr = o.norm_lr if o.norm_lr is not None else peak_lr
-        o.weight_decay = o.weight_decay if o.weight_decay is not None else 0.1
-    if r.schedule.warmup_steps is None:
-        r.schedule.warmup_steps = min(40, max(1, steps // 20)) if o.name == "muon" else max(1, steps // 20)
-    # An eighth of the run, but no more than about ten minutes at 40 % of peak: that is what a crash may cost.
-    r.run.checkpoint_every = r.run.checkpoint_every or max(10, min(steps // 8, int(600 * 0.4 * peak / (batch * flops))))
-    r.run.evaluate_every = r.run.evaluate_every or max(10, steps // 8)
-    r.model.num_hidden_layers = depth
-    for key in (
-        "hidden_size",
-        "intermediate_size",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-        "max_position_embeddings",
-    ):
-        setattr(r.model, key, getattr(config, key))
-    if batch % r.data.sequence_length or batch < r.data.sequence_length:
-        raise UserError(
-            f"data.batch_tokens {batch} must be a multiple of data.sequence_length {r.data.sequence_length}"
+        tokens = steps * batch
+        self.why.append(
+            f"{steps} steps, {count(tokens)} tokens = {tokens / config.matrix_parameters:.1f} a parameter, "
+            f"{tokens / self.available:.1f} passes over the corpus, {tokens * config.flops_per_token(length):.2g} FLOP"
         )
-    if r.data.sequence_length > config.max_position_embeddings:
-        raise UserError(
-            f"data.sequence_length {r.data.sequence_length} is longer than model.max_position_embeddings "
-            f"{config.max_position_embeddings}"
-        )
-    why.append(
-        f"{steps} steps, {count(tokens)} tokens = {tokens / config.matrix_parameters:.1f} a parameter, "
-        f"{tokens / available:.1f} passes over the corpus, {tokens * flops:.2g} FLOP"
-    )
-    return r, config, why
-
-
-def _wanted(r: Recipe, depth: int, corpus: Corpus, available: int, compute: float) -> bool:
-    c = shape(r, depth, corpus)
-    tokens = compute / c.flops_per_token(r.data.sequence_length or 512)
-    return tokens >= _fewest(r, depth, corpus, available)
-
-
-def _fewest(r: Recipe, depth: int, corpus: Corpus, available: int) -> float:
-    """Tokens from which a depth beats the next smaller one: then both are equally far, as ratios, from
-    TOKENS_PER_PARAMETER, since tokens within a budget fall as parameters grow. (Measured at 80 s: depth 2 with 3.4
-    tokens a parameter ends at 1.510 bits per byte, depth 1 with 28 at 1.519.)"""
-    smaller = shape(r, depth - 1, corpus).matrix_parameters if depth > 1 else 0
-    return min(TOKENS_PER_PARAMETER * smaller, MOST_EPOCHS * available)
 
 
 def _batch(r: Recipe, tokens: float) -> int:

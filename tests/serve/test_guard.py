@@ -15,10 +15,12 @@ import tiny
 import uvicorn
 from conftest import Running
 
-from craton.serve import app as app_module
+from craton.serve import reply as reply_module
 from craton.serve import guard
-from craton.serve.app import Metrics, Settings, create_app
-from craton.serve.ask import open_served
+from craton.serve.app import create_app
+from craton.serve.metrics import Metrics
+from craton.serve.reply import Settings
+from craton.serve.served import open_served
 
 HI = {"model": "chat", "messages": [{"role": "user", "content": "Tell me a joke."}]}
 KEYS = ["key-of-alice-0123456789", "key-of-bob-9876543210"]
@@ -60,9 +62,9 @@ class InProcess:
     def idle(self, seconds: float = 10) -> bool:
         """Whether nothing runs and every block is back, soon."""
         until = time.monotonic() + seconds
-        pool = self.served.engine.scheduler.pool
+        pool = self.served.talker.engine.scheduler.pool
         while time.monotonic() < until:
-            if not self.served.worker.alive and not self.served.engine.busy and pool.free == pool.total:
+            if not self.served.worker.alive and not self.served.talker.engine.busy and pool.free == pool.total:
                 return True
             time.sleep(0.02)
         return False
@@ -78,7 +80,7 @@ def start(chat_folder, monkeypatch):
 
     def go(settings=None, constants=None, **more):
         for name, value in (constants or {}).items():
-            monkeypatch.setattr(guard if hasattr(guard, name) else app_module, name, value)
+            monkeypatch.setattr(guard if hasattr(guard, name) else reply_module, name, value)
         running.append(InProcess(chat_folder, settings or Settings(), **more))
         return running[-1]
 
@@ -318,12 +320,12 @@ def test_disconnect_frees_the_cache(start):
             if stream:
                 c.recv(100)
             until = time.monotonic() + 5
-            while not s.served.engine.scheduler.running and time.monotonic() < until:
+            while not s.served.talker.engine.scheduler.running and time.monotonic() < until:
                 time.sleep(0.005)
-            assert s.served.engine.scheduler.running
+            assert s.served.talker.engine.scheduler.running
         began = time.monotonic()
         assert s.idle(2) and time.monotonic() - began < 1.5
-    assert s.served.engine.counters.cancelled >= 2
+    assert s.served.talker.engine.counters.cancelled >= 2
 
 
 def test_a_reader_that_takes_nothing_is_cut_off(start):
@@ -349,7 +351,7 @@ def test_a_reader_that_takes_nothing_is_cut_off(start):
     )
     time.sleep(0.3)
     assert s.client.post("/v1/chat/completions", json=HI).status_code == 200  # others are served meanwhile
-    assert s.idle(20) and s.served.engine.counters.cancelled
+    assert s.idle(20) and s.served.talker.engine.counters.cancelled
     c.close()
 
 
@@ -376,18 +378,18 @@ def test_a_reader_that_takes_nothing_until_time_is_up(start):
         b"%d\r\n\r\n" % len(body) + body
     )
     time.sleep(1.5)
-    assert s.idle(5) and s.served.engine.counters.cancelled
+    assert s.idle(5) and s.served.talker.engine.counters.cancelled
     c.close()
 
 
 def test_what_waited_too_long_is_never_an_empty_answer():
     """An error comes before what the engine still delivers."""
-    from craton.serve.worker import Failed, Stream
+    from craton.serve.worker import Unavailable, Stream
 
     stream = Stream(None, 1)
     stream.ready.append(object())
-    stream.fail(Failed("late"))
-    with pytest.raises(Failed):
+    stream.fail(Unavailable("late"))
+    with pytest.raises(Unavailable):
         asyncio.run(stream.take())
 
 
@@ -427,7 +429,7 @@ def test_predicted_wait(start):
 def test_waited_too_long(start):
     """A request that was let in and does not begin within the bound gets 429 too."""
     s = start(max_wait=0.5, max_queue=1000)
-    s.served.engine.most_running = 1
+    s.served.talker.engine.scheduler.max_running = 1
     s.served.worker.finish_rate = 1e9  # as if everything were done at once
     body = {**HI, "ignore_eos": True, "max_tokens": 3900}
 
@@ -448,11 +450,11 @@ def test_waited_too_long(start):
 
 def test_a_failing_step_does_not_take_the_server_with_it(start, monkeypatch):
     s = start()
-    broken = s.served.engine.step
-    monkeypatch.setattr(s.served.engine, "step", lambda: 1 / 0)
+    broken = s.served.talker.engine.step
+    monkeypatch.setattr(s.served.talker.engine, "step", lambda: 1 / 0)
     got = s.client.post("/v1/chat/completions", json=HI)
     assert got.status_code == 503 and "division" in got.json()["error"]["message"]
-    monkeypatch.setattr(s.served.engine, "step", broken)
+    monkeypatch.setattr(s.served.talker.engine, "step", broken)
     assert (
         s.client.post("/v1/chat/completions", json=HI).json()["choices"][0]["message"]["content"] == tiny.SHORT
         and s.idle()

@@ -101,7 +101,7 @@ def conversation(r: random.Random) -> tuple[str, str]:
     return prompt + (thought if off else ""), ("" if off else thought) + answer + "<|im_end|>"
 
 
-def build(out: Path, steps: int = 260, batch: int = 16) -> Path:
+def build(out: Path, steps: int = 360, batch: int = 16) -> Path:
     """Train it (about 20 s) and write its folder."""
     torch.manual_seed(0)
     r = random.Random(0)

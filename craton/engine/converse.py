@@ -1,0 +1,278 @@
+"""Conversations: messages -> ask -> tokens -> parts of an answer. The one path below chat, tasks and every HTTP
+dialect, whole or streamed, so that all give the same text."""
+
+import json
+import time
+from collections import deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from craton.base import UserError, read_json
+from craton.engine.engine import Engine
+from craton.engine.model import load_model
+from craton.engine.request import Completion, EngineEvent, Reasoning, Sampling, TokenLogprob
+from craton.engine.structured import Matcher
+from craton.text import dialogue
+from craton.text.dialogue import Dialogue, Parser, Part
+from craton.text.tokenizer import Tokenizer
+
+# Tokens of thinking that OpenAI's efforts allow. None: as long as the model wants.
+EFFORT: dict[str, int | None] = {"minimal": 256, "low": 1024, "medium": 4096, "high": None, "xhigh": None, "max": None}
+NEUTRAL = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+_FORMS = ("json_schema", "regex", "choice", "grammar")
+
+
+@dataclass
+class Talker:
+    """A model that can be spoken to."""
+
+    name: str
+    engine: Engine
+    tokenizer: Tokenizer
+    dialogue: Dialogue | None  # None: it has no chat template
+    defaults: dict[str, float]  # of sampling, from generation_config.json
+    pretrained_only: bool  # it goes on with text rather than answering
+    created: int = field(default_factory=lambda: int(time.time()))
+
+
+def open_talker(name: str, path: str, **options: Any) -> Talker:
+    """A model folder, a GGUF file, or MODEL+ADAPTER. options: of load_model. UserError as load_model raises it."""
+    if not Path(path).exists() and "+" in path:
+        path, _, options["adapter"] = path.partition("+")
+    model, folder = load_model(path, **options), Path(path)
+    found, defaults, pretrained = None, dict[str, float](), False
+    if model.tokenizer.chat_template is not None:
+        found = dialogue.learn(model.tokenizer, model.network.config.eos_token_ids)
+    if folder.is_dir():
+        defaults = _defaults(folder / "generation_config.json")
+        record = folder / "record.json"
+        pretrained = record.is_file() and read_json(record).get("objective") == "pretraining"
+    if found and found.turn_end is not None:
+        model.engine_options["end_ids"] = (found.turn_end,)
+    return Talker(name, model.engine, model.tokenizer, found, defaults, pretrained)
+
+
+def _defaults(file: Path) -> dict[str, float]:
+    """Sampling that the model's publisher recommends."""
+    own = read_json(file) if file.is_file() else {}
+    if own.get("do_sample") is False:
+        return {"temperature": 0.0}
+    return {k: own[k] for k in NEUTRAL if isinstance(own.get(k), int | float) and not isinstance(own[k], bool)}
+
+
+@dataclass
+class Ask:
+    """sampling: fields of Sampling by name; None means the model's default. messages: OpenAI's shape, contents in parts
+    (craton/text/messages.py); or a prompt in tokens, which is not a conversation."""
+
+    sampling: dict[str, Any]
+    prompt: list[int] | None = None
+    messages: list[dict[str, Any]] = field(default_factory=list)
+    tools: list[dict[str, Any]] = field(default_factory=list)
+    choice: str = "auto"  # "none", "auto" or "required"; a named tool is the only one and required
+    parallel: bool = True
+    thinking: bool | None = None
+    budget: int | None = None
+    effort: str | None = None
+    prefix: str | None = None  # how the answer begins
+    template: dict[str, Any] = field(default_factory=dict)
+    hide_reasoning: bool = False
+
+
+@dataclass
+class Prepared:
+    """An ask in tokens."""
+
+    ids: list[int]
+    sampling: Sampling
+    matcher: Matcher | None
+    opened: bool = False  # the prompt leaves the model thinking
+    may_think: bool = False
+    tools: bool = False
+
+
+def sampling_values(talker: Talker, given: dict[str, Any]) -> dict[str, Any]:
+    """Fields of Sampling: what was given over the model's defaults."""
+    values = {**talker.defaults, **{k: v for k, v in given.items() if v is not None}}
+    if values.get("top_k") == -1:  # as transformers and vLLM write it
+        values["top_k"] = 0
+    return values
+
+
+def prepare(talker: Talker, ask: Ask) -> Prepared:
+    """From messages to tokens; takes a thread's time. Raises UserError for what the model or its template refuses."""
+    values = sampling_values(talker, ask.sampling)
+    prepared = Prepared([], Sampling(), None)
+    if ask.prompt is not None:
+        prepared.ids = ask.prompt
+    else:
+        _render(talker, ask, values, prepared)
+    room = talker.engine.context - len(prepared.ids)
+    if values.get("max_tokens") is None:
+        if room < 1:
+            raise UserError(
+                f"the prompt has {len(prepared.ids)} tokens, the context is {talker.engine.context}, which leaves no "
+                "room for an answer; shorten it",
+                field="messages" if ask.prompt is None else "prompt",
+                code="context_length_exceeded",
+            )
+        values["max_tokens"] = room
+    prepared.sampling = Sampling(**values)
+    prepared.matcher = talker.engine.matcher(prepared.sampling)
+    return prepared
+
+
+def _render(talker: Talker, ask: Ask, values: dict[str, Any], prepared: Prepared) -> None:
+    """A conversation through the template; tools and thinking become constraints in values."""
+    d = talker.dialogue
+    if d is None:
+        raise UserError(f"the model {talker.name!r} has no chat template; use /v1/completions", field="model")
+    tools = prepared.tools = bool(ask.tools) and ask.choice != "none"
+    shown = ask.tools if tools else []
+    text, prepared.opened = d.render(ask.messages, shown, ask.thinking, ask.effort, ask.prefix, ask.template)
+    prepared.ids = d.tokenizer.encode_rendered(text)
+    if ask.prefix and any(values.get(k) for k in _FORMS):
+        raise UserError(
+            "a schema and an answer that was begun exclude each other; leave out the last message or the schema"
+        )
+    prepared.may_think = d.thinking is not None and not ask.prefix and ask.thinking is not False
+    if d.thinking and prepared.may_think:
+        begin = d.tokenizer.encode_rendered(d.thinking[0])
+        if prepared.opened or len(begin) == 1:
+            values["reasoning"] = Reasoning(d.thinking[1], None if prepared.opened else begin[0], ask.budget)
+    if tools:
+        _constrain_to_tools(d, ask, values)
+    if tools or d.thinking:
+        values["show_special"] = d.show_special(tools)
+
+
+def _constrain_to_tools(d: Dialogue, ask: Ask, values: dict[str, Any]) -> None:
+    schema = values.pop("json_schema", None)
+    if schema is not None and ask.choice == "required":
+        raise UserError(
+            "response_format cannot be met by an answer that must call a tool; leave one of them out",
+            field="response_format",
+        )
+    values["stop_before"] = d.calls.opening.split("\n")[0] or d.calls.opening
+    if ask.choice == "required":  # nothing but calls, which no stop text may break
+        values["stop"] = ()
+    if any(values.get(k) for k in _FORMS):
+        raise UserError("tools and structured_outputs exclude each other", field="tools")
+    values["grammar"] = d.grammar(ask.tools, ask.choice, ask.parallel, schema if ask.choice == "auto" else None)
+
+
+# ---- what comes back --------------------------------------------------------------------------------------------
+
+
+@dataclass
+class AnswerDelta:
+    """Something new in one answer."""
+
+    index: int
+    parts: list[Part]
+    logprobs: list[TokenLogprob]  # of content
+    finished: Completion | None  # the whole answer, at its end
+    calls: bool  # whether the answer has called a tool, so far
+
+
+class AnswerParts:
+    """The answers to one request, from engine events to parts, counted."""
+
+    def __init__(self, talker: Talker, prepared: Prepared):
+        self.talker, self.prepared, self.n = talker, prepared, prepared.sampling.n
+        self.prompt_tokens, self.cached_tokens = len(prepared.ids), 0
+        self.completion_tokens = self.reasoning_tokens = 0
+        self.plain = not (prepared.may_think or prepared.tools)
+        own = None if self.plain else talker.dialogue
+        self.parsers = [Parser(own, prepared.tools, prepared.opened, prepared.may_think) for _ in range(self.n)]
+        self.unplaced: list[list[TokenLogprob]] = [[] for _ in range(self.n)]  # not known yet to be content
+        self.aligned = [_Aligned(talker.tokenizer, prepared.sampling.show_special) for _ in range(self.n)]
+
+    def feed(self, events: list[EngineEvent]) -> list[AnswerDelta]:
+        """In their order. UserError for an answer that its grammar did not let end."""
+        # Each step by itself where scores must be told apart: of thinking, of calls, of the answer.
+        events = _joined(events) if self.prepared.sampling.logprobs is None else events
+        return [self._delta(event) for event in events]
+
+    def _delta(self, event: EngineEvent) -> AnswerDelta:
+        index = event.completion.index
+        parser = self.parsers[index]
+        before = parser.state
+        parts = [*parser.feed(event.text), *(parser.feed("", last=True) if event.finished else ())]
+        logprobs, content = list(event.logprobs), "".join(p.text for p in parts if p.kind == "content")
+        if logprobs and not self.plain:
+            logprobs = self._of_content(index, logprobs, before, parser.state, bool(content))
+        if logprobs or content:
+            logprobs = self.aligned[index].take(logprobs, content)
+        self.cached_tokens = max(self.cached_tokens, event.completion.cached_tokens)
+        done = event.completion if event.finished else None
+        if done is not None:
+            self.completion_tokens += len(done.token_ids)
+            self.reasoning_tokens += done.reasoning_tokens
+            if done.finish_reason == "error":
+                raise UserError(str(done.stop_reason))
+        calls = parser.call >= 0 and parser.state not in ("name", "arguments")
+        return AnswerDelta(index, parts, logprobs, done, calls)
+
+    def _of_content(
+        self, index: int, new: list[TokenLogprob], before: str, after: str, shown: bool
+    ) -> list[TokenLogprob]:
+        """Those of the answer, not of thinking or of calls."""
+        if before == "start":
+            new = self.unplaced[index] + new
+            self.unplaced[index] = new if after == "start" else []
+        return new if before == "content" or (after == "content" and shown) else []
+
+
+class _Aligned:
+    """Log-probabilities held until the text of their tokens is out, so that they join to it."""
+
+    def __init__(self, tokenizer: Tokenizer, shown: tuple[int, ...]):
+        self.tokenizer, self.held, self.start, self.sent = tokenizer, deque[TokenLogprob](), 0, 0
+        self.hidden = tokenizer.special_ids.difference(shown)  # no part of the text
+
+    def take(self, new: list[TokenLogprob], text: str) -> list[TokenLogprob]:
+        """Scores whose text is out, now that `text` is."""
+        self.held.extend(s for s in new if s.token not in self.hidden)
+        if text and not self.sent and not text[0].isspace():  # white space that was dropped before the answer
+            first = b"".join(self.tokenizer.bytes_of(s.token) for s in self.held)
+            self.start = len(first.lstrip()) - len(first)
+        self.sent += len(text.encode())
+        out = []
+        while self.held and (self.start < self.sent or not self.tokenizer.bytes_of(self.held[0].token)):
+            out.append(self.held.popleft())
+            self.start += len(self.tokenizer.bytes_of(out[-1].token))
+        return out
+
+
+def _joined(events: list[EngineEvent]) -> list[EngineEvent]:
+    """What has come of each answer as one event: a reader that is behind gets fewer, larger ones."""
+    if len(events) == 1:
+        return events
+    out: dict[int, EngineEvent] = {}
+    for e in events:
+        index = e.completion.index
+        if (o := out.get(index)) is not None:
+            e = EngineEvent(e.completion, o.token_ids + e.token_ids, o.text + e.text, finished=e.finished)
+        out[index] = e
+    return list(out.values())
+
+
+def answer(talker: Talker, ask: Ask) -> Iterator[AnswerDelta]:
+    """The answers to an ask as they come, in this thread, which steps the engine. Raises UserError as `prepare`."""
+    prepared = prepare(talker, ask)
+    yield from answer_prepared(talker, prepared)
+
+
+def answer_prepared(talker: Talker, prepared: Prepared) -> Iterator[AnswerDelta]:
+    """The same from what `prepare` gave."""
+    parts = AnswerParts(talker, prepared)
+    for event in talker.engine.stream(prepared.ids, prepared.sampling, prepared.matcher):
+        yield from parts.feed([event])
+
+
+def schema_text(schema: Any) -> str:
+    """A JSON schema as Sampling takes it."""
+    return json.dumps(schema, ensure_ascii=False)

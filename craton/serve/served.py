@@ -1,0 +1,99 @@
+"""A model behind the server: spoken to through its worker, and listed for clients."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from typing import Any
+
+from craton.engine.converse import (
+    NEUTRAL,
+    AnswerDelta,
+    AnswerParts,
+    Ask,
+    Prepared,
+    Talker,
+    open_talker,
+    prepare,
+)
+from craton.serve.worker import Stream, Unavailable, Worker
+
+
+class ApiError(Exception):
+    """An answer that is an error. param: the field at fault."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        param: str | None = None,
+        code: str | None = None,
+        headers: dict[str, str] | None = None,
+    ):
+        super().__init__(message)
+        self.status, self.message, self.param, self.code, self.headers = status, message, param, code, headers or {}
+
+
+@dataclass
+class Served:
+    """A model that can be spoken to, and the thread that steps it."""
+
+    talker: Talker
+    worker: Worker
+
+    @property
+    def name(self) -> str:
+        """As requests name it."""
+        return self.talker.name
+
+    def describe(self) -> dict[str, Any]:
+        """As /v1/models lists it: OpenAI's fields, Anthropic's, and ours."""
+        talker, d = self.talker, self.talker.dialogue
+        return {
+            "id": talker.name,
+            "object": "model",
+            "created": talker.created,
+            "owned_by": "craton",
+            "type": "model",
+            "display_name": talker.name,
+            "created_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(talker.created)),
+            "context_length": talker.engine.context,
+            "defaults": {**NEUTRAL, **talker.defaults},
+            "chat": d is not None,
+            "thinks": bool(d and d.thinking),
+            "tools": d is not None,
+            "images": False,
+            "pretrained_only": talker.pretrained_only,
+        }
+
+
+def open_served(name: str, path: str, max_wait: float, max_queue: int, observe: Any, **options: Any) -> Served:
+    """A model for serving; its worker is not started yet. Raises UserError as open_talker does."""
+    talker = open_talker(name, path, **options)
+    return Served(talker, Worker(talker.engine, max_wait, max_queue, observe))
+
+
+class Answers:
+    """A request that runs. Iterate for deltas; close it whatever happens."""
+
+    def __init__(self, served: Served, prepared: Prepared, already_admitted: bool = False):
+        self.served, self.parts = served, AnswerParts(served.talker, prepared)
+        self.stream: Stream = served.worker.submit(
+            prepared.ids, prepared.sampling, prepared.matcher, already_admitted=already_admitted
+        )
+
+    async def __aiter__(self) -> AsyncIterator[list[AnswerDelta]]:
+        while events := await self.stream.take():
+            deltas = self.parts.feed(events)
+            if any(d.finished and d.finished.finish_reason == "cancelled" for d in deltas):
+                raise Unavailable("the request was cancelled")
+            yield deltas
+
+    def close(self) -> None:
+        """No more is wanted."""
+        self.stream.close()
+
+
+async def run(served: Served, ask: Ask) -> Answers:
+    """Prepared in a thread, then submitted. Raises UserError and Overloaded."""
+    return Answers(served, await asyncio.to_thread(prepare, served.talker, ask))
