@@ -300,18 +300,7 @@ def serve(
         raise UserError(f"--port is {port}, must be from 0 to 65535")
     keys, origins = run.read_keys(api_keys), allow_origin or []
     if engine == "vllm":
-        here = (
-            "max_wait",
-            "max_body",
-            "max_n",
-            "timeout",
-            "drain",
-            "cache",
-            "lookup",
-            "device",
-            "votes",
-            "log_prompts",
-        )
+        here = tuple("max_wait max_body max_n timeout drain cache lookup device votes log_prompts".split())
         if given := [n for n in here if str(context.get_parameter_source(n)).endswith("COMMANDLINE")]:
             raise UserError(
                 f"--{given[0].replace('_', '-')} is of craton's engine and means nothing to vLLM; leave it out"

@@ -6,7 +6,6 @@
 4. encode   batches again, tokens into shards; the manifest is written last and makes the corpus exist
 """
 
-import fcntl
 import json
 import multiprocessing
 import os
@@ -22,14 +21,28 @@ from typing import Any
 import numpy as np
 
 from craton import __version__
-from craton.base import Progress, UserError, count, digest, fsync, nearest, read_json, say, sha256, span, write_json
+from craton.base import (
+    Progress,
+    UserError,
+    claim,
+    count,
+    digest,
+    fsync,
+    nearest,
+    read_json,
+    remove_inside,
+    say,
+    sha256,
+    span,
+    write_json,
+)
 from craton.corpus import sources
 from craton.corpus.clean import INDEX, STEPS, Dropped, Evaluation, clean, evaluation_grams, read_batch
 from craton.corpus.dedup import exact_copies, near_copies
 from craton.corpus.store import DOCUMENT, SPLITS, manifest_digest
 from craton.text.tokenizer import Tokenizer, choose_vocab_size, train_tokenizer
 
-BATCH_BYTES = 1 << 20
+BATCH_CHARACTERS = 1 << 20
 SHARD_TOKENS = 128 << 20
 TOKENIZER_SAMPLE = 48 << 20  # characters that a tokenizer is trained on
 HELDOUT_SHARE, HELDOUT_MOST = 0.02, 2 << 20  # of the bytes, and at most
@@ -46,7 +59,6 @@ class BuildOptions:
     tokenizer: str | None = None  # a tokenizer folder; None trains one
     vocab_size: int | None = None  # None: by corpus size
     skip_bad: bool = False
-    seed: int = 0
 
 
 class _Pool:
@@ -59,6 +71,7 @@ class _Pool:
         self.pending: set[Future[Any]] = set()
 
     def submit(self, *call: Any) -> None:
+        """A call in a worker; waits while enough are on their way. Raises what an earlier one raised."""
         while len(self.pending) >= 2 * self.workers:
             self._collect(FIRST_COMPLETED)
         self.pending.add(self.executor.submit(*call))
@@ -69,9 +82,11 @@ class _Pool:
             future.result()
 
     def finish(self) -> None:
+        """Wait for all."""
         self._collect("ALL_COMPLETED")
 
     def close(self) -> None:
+        """No more workers."""
         self.executor.shutdown(cancel_futures=True)
 
 
@@ -136,7 +151,7 @@ def _batches(documents: Iterator[sources.Document]) -> Iterator[list[sources.Doc
     for document in documents:
         batch.append(document)
         size += len(document.text)
-        if size >= BATCH_BYTES or len(batch) >= 4096:
+        if size >= BATCH_CHARACTERS or len(batch) >= 4096:
             yield batch
             batch, size = [], 0
     if batch:
@@ -170,22 +185,29 @@ def _tokenizer(folder: Path) -> Tokenizer:
     return _OPENED[folder]
 
 
-def _heldout(index: np.ndarray, keep: np.ndarray) -> np.ndarray:
-    """(n,) True for the held-out documents: in order of their hash, up to HELDOUT_SHARE of the bytes."""
-    chosen = np.zeros(len(index), bool)
-    kept = np.flatnonzero(keep)
-    room = min(HELDOUT_MOST, HELDOUT_SHARE * int(index["bytes"][kept].sum()))
-    for i in kept[np.argsort(index["exact"][kept, 0], kind="stable")]:
-        if index["bytes"][i] <= room:
-            chosen[i] = True
-            room -= int(index["bytes"][i])
-    if not chosen.any() and len(kept) > 1:
-        chosen[kept[np.argmin(index["bytes"][kept])]] = True
+def heldout_documents(index: np.ndarray, keep: np.ndarray) -> np.ndarray:
+    """(n,) True for the parts of held-out documents: whole documents, in order of their hash, up to HELDOUT_SHARE of
+    the bytes. Parts of a document lie together in the index; a document of which a part were trained on would not be
+    held out."""
+    chosen, kept = np.zeros(len(index), bool), np.flatnonzero(keep)
+    if not len(kept):
+        return chosen
+    first = np.concatenate([[0], np.flatnonzero(np.diff(index["name"][kept])) + 1])  # of each document, in kept
+    parts = np.split(kept, first[1:])
+    size = np.add.reduceat(index["bytes"][kept].astype(np.int64), first)
+    room = min(HELDOUT_MOST, HELDOUT_SHARE * int(size.sum()))
+    for document in np.argsort(index["exact"][kept[first], 0], kind="stable"):
+        if size[document] <= room:
+            chosen[parts[document]] = True
+            room -= int(size[document])
+    if not chosen.any() and len(parts) > 1:
+        chosen[parts[int(np.argmin(size))]] = True
     return chosen
 
 
 def build(options: BuildOptions, out: Path) -> dict[str, Any]:
-    """Build the corpus and return its manifest. Raises UserError for bad input, leaving nothing behind."""
+    """Build the corpus and return its manifest. Raises UserError for bad input, leaving nothing behind; what was done
+    before a full disk or a kill is taken up by the next call."""
     _check(options)
     files, passed = sources.find(options.sources)
     evaluation = None if "decontaminate" in options.skip else _evaluation(options.decontaminate)
@@ -194,296 +216,311 @@ def build(options: BuildOptions, out: Path) -> dict[str, Any]:
         given = Tokenizer.open(Path(options.tokenizer))
         given.document_id  # noqa: B018 (refuses a tokenizer without a document token now, not after an hour)
     mark = _fingerprint(options, files)
-    if out.exists() and not out.is_dir():
-        raise UserError(f"{out}: is a file; give a folder for --out")
     if (out / "manifest.json").exists():
-        manifest = read_json(out / "manifest.json")
+        manifest: dict[str, Any] = read_json(out / "manifest.json")
         if manifest.get("fingerprint") == mark:
             say(f"{out} is already built from these sources with these options; nothing to do")
             return manifest
-        raise UserError(f"{out}: already holds another corpus; give another --out, or remove it first")
-    work, made = out / ".work", not out.exists()
-    if out.exists() and any(out.iterdir()) and not work.exists():
-        raise UserError(f"{out}: folder in use (not empty); give another --out")
-    work.mkdir(parents=True, exist_ok=True)
-    lock = open(work / "lock", "w")  # noqa: SIM115 (held until the end)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise UserError(f"{out}: folder in use: another build is writing it") from None
-    pool = _Pool()
-    try:
+        raise UserError(f"{out}: already holds another corpus; give another --out, or remove it first", field="out")
+    with claim(out, ".work", resume=True):
+        work = out / ".work"
         state = work / "fingerprint"
         if state.exists() and state.read_text() != mark:
-            for path in work.iterdir():
-                if path.name != "lock":
-                    shutil.rmtree(path) if path.is_dir() else path.unlink()
+            remove_inside(work, {".lock"})
         state.write_text(mark)
-        return _build(options, out, work, files, passed, evaluation, given, mark, pool)
-    except UserError:
-        pool.close()
-        shutil.rmtree(out if made else work)
-        raise
-    except OSError as error:
-        raise UserError(
-            f"{out}: cannot write ({error.strerror}); mend it and run the same command again, it will go on"
-        ) from None
-    finally:
-        pool.close()
-        lock.close()
+        job = _Build(options, out, files, passed, evaluation, given, mark)
+        try:
+            return job.run()
+        except UserError:  # what is wrong is the input: nothing of this is of use
+            job.pool.close()
+            remove_inside(work, {".lock"})
+            raise
+        except OSError as error:
+            raise UserError(
+                f"{out}: cannot write ({error.strerror}); mend it and run the same command again, it will go on",
+                code="cannot_write",
+            ) from None
+        finally:
+            job.pool.close()
 
 
-def _build(
-    options: BuildOptions,
-    out: Path,
-    work: Path,
-    files: list[sources.SourceFile],
-    passed: list[Path],
-    evaluation: Evaluation | None,
-    given: Tokenizer | None,
-    mark: str,
-    pool: _Pool,
-) -> dict[str, Any]:
-    began, progress = time.monotonic(), Progress()
-    counts: Counter[str] = Counter()
-    dropped: dict[str, Dropped] = {}
-    bad: list[str] = []
+class _Build:
+    """One build, stage by stage. Each stage leaves its work in .work, and adds to what is known of the parts."""
 
-    # 1. clean
-    batches: list[Path] = []
-    size = found_before = 0
-    for number, batch in enumerate(_batches(sources.read(files, options.skip_bad, bad.append))):
-        path = work / f"clean-{number:06d}"
-        batches.append(path)
-        size += sum(len(d.text) for d in batch)
-        if path.with_suffix(".json").exists():
-            found_before += 1
-        else:
-            pool.submit(clean, batch, frozenset(options.skip), options.mask_personal, evaluation, path)
-        progress.show(
-            f"clean    {count(size)}B read, {size / 1e6 / (time.monotonic() - began):.1f} MB/s, {batch[-1].name}"
+    def __init__(
+        self,
+        options: BuildOptions,
+        out: Path,
+        files: list[sources.SourceFile],
+        passed: list[Path],
+        evaluation: Evaluation | None,
+        given: Tokenizer | None,
+        mark: str,
+    ):
+        self.options, self.out, self.work, self.mark = options, out, out / ".work", mark
+        self.files, self.passed, self.evaluation, self.given = files, passed, evaluation, given
+        self.began, self.progress, self.pool = time.monotonic(), Progress(), _Pool()
+        self.counts: Counter[str] = Counter()
+        self.dropped: dict[str, Dropped] = {}
+        self.bad: list[str] = []
+        self.batches: list[Path] = []
+        self.cleaned: list[np.ndarray] = []  # INDEX rows of each batch
+
+    def run(self) -> dict[str, Any]:
+        """All stages; returns the manifest."""
+        self.clean()
+        self.index = np.concatenate(self.cleaned) if self.cleaned else np.empty(0, INDEX)
+        self.offsets = np.cumsum([0] + [len(c) for c in self.cleaned])
+        seconds = span(time.monotonic() - self.began)
+        say(
+            f"clean    {self.counts['documents']} documents, {count(self.counts['bytes'])}B in {seconds}; "
+            f"{len(self.index)} parts left"
         )
-    pool.finish()
-    progress.clear()
-    if found_before:
-        say(f"went on from an earlier run: {found_before} of {len(batches)} batches were already clean")
-    cleaned = []
-    for path in batches:
-        part = read_json(path.with_suffix(".json"))
-        counts.update(part["counts"])
-        for why, facts in part["dropped"].items():
-            dropped.setdefault(why, Dropped()).merge(Dropped(**facts))
-        cleaned.append(np.load(path.with_suffix(".npy"), allow_pickle=False))
-    index = np.concatenate(cleaned) if cleaned else np.empty(0, INDEX)
-    cleaned_in = time.monotonic() - began
-    say(
-        f"clean    {counts['documents']} documents, {count(counts['bytes'])}B in {span(cleaned_in)}; {len(index)} "
-        "parts left"
-    )
+        self.dedup()
+        self.learn_tokenizer()
+        self.encode()
+        return self.publish()
 
-    # 2. dedup
-    copy = exact_copies(index["exact"]) if "exact" not in options.skip else np.zeros(len(index), bool)
-    near = near_copies(index["bands"]) & ~copy if "near" not in options.skip else np.zeros(len(index), bool)
-    keep = ~(copy | near)
-    for why, which in (("exact_duplicate", copy), ("near_duplicate", near)):
-        if which.any():
-            dropped[why] = Dropped(int(which.sum()), int(index["bytes"][which].sum()))
-    _dedup_examples(batches, cleaned, {"exact_duplicate": copy, "near_duplicate": near}, dropped)
-    if not keep.any():
-        reasons = ", ".join(
-            f"{why} {d.documents}" for why, d in sorted(dropped.items(), key=lambda x: -x[1].documents)[:4]
+    # ---- 1 ----
+
+    def clean(self) -> None:
+        """Every document through the per-document steps, in batches."""
+        size = found_before = 0
+        documents = sources.read(self.files, self.options.skip_bad, self.bad.append)
+        for number, batch in enumerate(_batches(documents)):
+            path = self.work / f"clean-{number:06d}"
+            self.batches.append(path)
+            size += sum(len(d.text) for d in batch)
+            if path.with_suffix(".json").exists():
+                found_before += 1
+            else:
+                skip, personal = frozenset(self.options.skip), self.options.mask_personal
+                self.pool.submit(clean, batch, skip, personal, self.evaluation, path)
+            speed = size / 1e6 / (time.monotonic() - self.began)
+            self.progress.show(f"clean    {count(size)}B read, {speed:.1f} MB/s, {batch[-1].name}")
+        self.pool.finish()
+        self.progress.clear()
+        if found_before:
+            say(f"went on from an earlier run: {found_before} of {len(self.batches)} batches were already clean")
+        for path in self.batches:
+            part = read_json(path.with_suffix(".json"))
+            self.counts.update(part["counts"])
+            for why, facts in part["dropped"].items():
+                self.dropped.setdefault(why, Dropped()).merge(Dropped(**facts))
+            self.cleaned.append(np.load(path.with_suffix(".npy"), allow_pickle=False))
+
+    # ---- 2 ----
+
+    def dedup(self) -> None:
+        """Which parts are kept, and which of those are held out. UserError if none is kept."""
+        skip, index = self.options.skip, self.index
+        none = np.zeros(len(index), bool)
+        copy = exact_copies(index["exact"]) if "exact" not in skip else none
+        near = near_copies(index["bands"]) & ~copy if "near" not in skip else none
+        self.keep = ~(copy | near)
+        copies = {"exact_duplicate": copy, "near_duplicate": near}
+        for why, which in copies.items():
+            if which.any():
+                self.dropped[why] = Dropped(int(which.sum()), int(index["bytes"][which].sum()))
+        self._show_copies(copies)
+        if not self.keep.any():
+            most = sorted(self.dropped.items(), key=lambda x: -x[1].documents)[:4]
+            reasons = ", ".join(f"{why} {d.documents}" for why, d in most)
+            raise UserError(
+                f"{self.options.sources[0]}: no document is left after the filters ({reasons or 'no text'}); "
+                "--skip quality keeps them"
+            )
+        self.held = heldout_documents(index, self.keep)
+        say(
+            f"dedup    {int(copy.sum())} exact and {int(near.sum())} near duplicates dropped, {int(self.keep.sum())} "
+            f"kept, {int(self.held.sum())} held out"
         )
-        raise UserError(
-            f"{options.sources[0]}: no document is left after the filters ({reasons or 'no text'}); --skip quality "
-            "keeps them"
-        )
-    held = _heldout(index, keep)
-    say(
-        f"dedup    {int(copy.sum())} exact and {int(near.sum())} near duplicates dropped, {int(keep.sum())} kept, "
-        f"{int(held.sum())} held out"
-    )
+        if not self.held.any():
+            say("dedup    nothing is held out, since there is one document only: give several to have a held-out loss")
 
-    # 3. tokenizer
-    folder, kept_bytes = work / "tokenizer", int(index["bytes"][keep].sum())
-    offsets = np.cumsum([0] + [len(c) for c in cleaned])
-    if given is None and not (folder / "tokenizer_config.json").exists():
-        vocab, start = options.vocab_size or choose_vocab_size(kept_bytes), time.monotonic()
-        folder.mkdir(exist_ok=True)
-        progress.show("tokenizer")
-        tokenizer = train_tokenizer(_sample(batches, offsets, keep & ~held, kept_bytes), vocab)
-        tokenizer.save(folder)
-        say(f"tokenizer {tokenizer.vocab_size} tokens learned in {span(time.monotonic() - start)}")
-    elif given is not None:
-        folder.mkdir(exist_ok=True)
-        given.save(folder)
-    tokenizer = Tokenizer.open(folder)
-    dtype = "uint16" if tokenizer.vocab_size <= 65_536 else "uint32"
+    def _show_copies(self, copies: dict[str, np.ndarray]) -> None:
+        """A few examples of what was dropped."""
+        for why, which in copies.items():
+            for at in np.flatnonzero(which)[:3]:
+                number = int(np.searchsorted(self.offsets, at, "right")) - 1
+                document = read_batch(self.batches[number])[at - self.offsets[number]]
+                text = " ".join(document["text"][:400].split())[:160]
+                self.dropped[why].examples.append({"document": document["name"], "text": text})
 
-    # 4. encode
-    same = (index["name"][1:] == index["name"][:-1]) & (index["part"][1:] == index["part"][:-1] + 1)
-    follows = np.concatenate([[False], same & keep[:-1] & (held[1:] == held[:-1])])
-    began_encoding = time.monotonic()
-    for n, path in enumerate(batches):
-        part = slice(offsets[n], offsets[n + 1])
-        tokens = path.with_name(f"tokens-{n:06d}.npy")
-        if not tokens.exists():
-            pool.submit(_encode, path, keep[part], ~follows[part][keep[part]], folder, dtype, tokens)
-        progress.show(f"encode   batch {n + 1} of {len(batches)}")
-    pool.finish()
-    progress.clear()
-    manifest = _write(options, out, work, batches, offsets, index, keep, held, follows, tokenizer, dtype)
-    seconds = time.monotonic() - began
-    say(
-        f"encode   {count(sum(s['tokens'] for s in manifest['splits'].values()))} tokens in "
-        f"{span(time.monotonic() - began_encoding)}"
-    )
-    licenses = manifest.pop("licenses")
-    manifest |= {
-        "fingerprint": mark,
-        "craton": __version__,
-        "options": asdict(options),
-        "counts": {**counts, "kept": int(keep.sum()), "kept_bytes": kept_bytes},
-        "dropped": {why: asdict(d) for why, d in sorted(dropped.items())},
-        "passed_over": {
-            "files": len(passed),
-            "types": Counter(p.suffix or "(none)" for p in passed),
-            "bad": len(bad),
-            "examples": bad[:5],
-        },
-        "evaluation": {"items": evaluation.items, "too_short": evaluation.too_short} if evaluation else None,
-        "sources": [
-            {
-                "name": name,
-                "documents": int((kept := keep & (index["source"] == i)).sum()),
-                "bytes": int(index["bytes"][kept].sum()),
-                "license": sorted(licenses.get(i, set())),
-            }
-            for i, name in enumerate(options.sources)
-        ],
-        "seconds": round(seconds, 2),
-    }
-    manifest = json.loads(json.dumps(manifest))
-    manifest["digest"] = manifest_digest(manifest)
-    write_json(out / "manifest.json", manifest)
-    shutil.rmtree(work)
-    say(f"{out}: {count(counts['bytes'])}B in {span(seconds)} ({counts['bytes'] / 1e6 / seconds:.1f} MB/s)")
-    return manifest
+    # ---- 3 ----
 
+    def learn_tokenizer(self) -> None:
+        """The given tokenizer, or one that is trained on what is kept."""
+        folder = self.work / "tokenizer"
+        self.kept_bytes = int(self.index["bytes"][self.keep].sum())
+        if self.given is not None:
+            folder.mkdir(exist_ok=True)
+            self.given.save(folder)
+        elif not (folder / "tokenizer_config.json").exists():
+            vocab, start = self.options.vocab_size or choose_vocab_size(self.kept_bytes), time.monotonic()
+            folder.mkdir(exist_ok=True)
+            self.progress.show("tokenizer")
+            tokenizer = train_tokenizer(self._sample(), vocab)
+            tokenizer.save(folder)
+            say(f"tokenizer {tokenizer.vocab_size} tokens learned in {span(time.monotonic() - start)}")
+        self.tokenizer = Tokenizer.open(folder)
+        self.dtype = "uint16" if self.tokenizer.vocab_size <= 65_536 else "uint32"
 
-def _dedup_examples(
-    batches: list[Path], cleaned: list[np.ndarray], copies: dict[str, np.ndarray], dropped: dict[str, Dropped]
-) -> None:
-    for why, which in copies.items():
-        at = np.flatnonzero(which)[:3]
-        offset = 0
-        for path, rows in zip(batches, cleaned, strict=True):
-            mine = at[(at >= offset) & (at < offset + len(rows))] - offset
-            if len(mine):
-                documents = read_batch(path)
-                for i in mine:
-                    d = documents[i]
-                    dropped[why].examples.append(
-                        {"document": d["name"], "text": " ".join(d["text"][:400].split())[:160]}
-                    )
-            offset += len(rows)
-
-
-def _sample(batches: list[Path], offsets: np.ndarray, use: np.ndarray, total: int) -> Iterator[str]:
-    """Texts for the tokenizer: every document, or every k-th where that is enough."""
-    step = max(1, -(-total // TOKENIZER_SAMPLE))
-    for n, path in enumerate(batches):
-        for i, document in enumerate(read_batch(path)):
-            at = int(offsets[n]) + i
-            if use[at] and at % step == 0:
-                yield document["text"]
-
-
-def _write(
-    options: BuildOptions,
-    out: Path,
-    work: Path,
-    batches: list[Path],
-    offsets: np.ndarray,
-    index: np.ndarray,
-    keep: np.ndarray,
-    held: np.ndarray,
-    follows: np.ndarray,
-    tokenizer: Tokenizer,
-    dtype: str,
-) -> dict[str, Any]:
-    """Shards, document rows, names and tokenizer; returns the part of the manifest that describes them."""
-    for stale in [*out.glob("*.bin"), *out.glob("documents.npy")]:
-        stale.unlink()
-    shards: dict[str, list[str]] = {s: [] for s in SPLITS}
-    length = dict.fromkeys(SPLITS, 0)
-    rows = []
-    licenses: dict[int, set[str]] = {}
-    open_shards: dict[str, Any] = {}
-    with open(out / "names.bin", "wb") as names:
-        for n, path in enumerate(batches):
-            with open(path.with_name(f"tokens-{n:06d}.npy"), "rb") as f:
-                lengths, ids = np.load(f, allow_pickle=False), np.load(f, allow_pickle=False)
-            at, taken = 0, 0
+    def _sample(self) -> Iterator[str]:
+        """Texts for the tokenizer: every part that is trained on, or every k-th where that is enough."""
+        use, step = self.keep & ~self.held, max(1, -(-self.kept_bytes // TOKENIZER_SAMPLE))
+        for n, path in enumerate(self.batches):
             for i, document in enumerate(read_batch(path)):
-                g = int(offsets[n]) + i
-                if not keep[g]:
-                    continue
-                split = SPLITS[int(held[g])]
-                piece = ids[at : at + int(lengths[taken])]
-                at, taken = at + len(piece), taken + 1
-                if split not in open_shards or length[split] // SHARD_TOKENS >= len(shards[split]):
-                    if split in open_shards:
-                        open_shards[split].close()
-                    shards[split].append(f"{split}-{len(shards[split]):05d}.bin")
-                    open_shards[split] = open(out / shards[split][-1], "wb")  # noqa: SIM115
-                open_shards[split].write(piece.tobytes())
-                label = document["name"].encode("utf-8", "replace")[:65_535]
-                rows.append(
-                    (
-                        SPLITS.index(split),
-                        follows[g],
-                        index["source"][g],
-                        length[split],
-                        len(piece),
-                        index["bytes"][g],
-                        names.tell(),
-                        len(label),
-                        index["exact"][g],
-                    )
-                )
-                names.write(label)
-                length[split] += len(piece)
-                if document["license"]:
-                    licenses.setdefault(int(index["source"][g]), set()).add(document["license"])
-    for shard in open_shards.values():
-        shard.close()
-    table = np.array(rows, DOCUMENT)
-    with open(out / "documents.npy", "wb") as rows_file:
-        np.save(rows_file, table)
-    (out / "tokenizer").mkdir(exist_ok=True)
-    tokenizer.save(out / "tokenizer")
-    paths = [
-        out / "documents.npy",
-        out / "names.bin",
-        *(out / s for names_ in shards.values() for s in names_),
-        *sorted((out / "tokenizer").iterdir()),
-    ]
-    for path in paths:
-        fsync(path)
-    return {
-        "format": "craton-corpus-1",
-        "dtype": dtype,
-        "vocab_size": tokenizer.vocab_size,
-        "document_id": tokenizer.document_id,
-        "splits": {
-            s: {
-                "tokens": length[s],
-                "documents": int((table["split"] == i).sum()),
-                "bytes": int(table["bytes"][table["split"] == i].sum()),
-                "shards": shards[s],
+                at = int(self.offsets[n]) + i
+                if use[at] and at % step == 0:
+                    yield document["text"]
+
+    # ---- 4 ----
+
+    def encode(self) -> None:
+        """Tokens of every batch."""
+        index, keep, held, start = self.index, self.keep, self.held, time.monotonic()
+        same = (index["name"][1:] == index["name"][:-1]) & (index["part"][1:] == index["part"][:-1] + 1)
+        self.follows = np.concatenate([[False], same & keep[:-1] & (held[1:] == held[:-1])])
+        for n, path in enumerate(self.batches):
+            part = slice(self.offsets[n], self.offsets[n + 1])
+            tokens = path.with_name(f"tokens-{n:06d}.npy")
+            if not tokens.exists():
+                fresh = ~self.follows[part][keep[part]]
+                self.pool.submit(_encode, path, keep[part], fresh, self.work / "tokenizer", self.dtype, tokens)
+            self.progress.show(f"encode   batch {n + 1} of {len(self.batches)}")
+        self.pool.finish()
+        self.progress.clear()
+        self.encoded_in = time.monotonic() - start
+
+    def publish(self) -> dict[str, Any]:
+        """Shards, rows and names, and last the manifest, which makes the corpus exist."""
+        writer = _Writer(self.out, self.dtype)
+        writer.write(self.batches, self.offsets, self.index, self.keep, self.held, self.follows)
+        manifest = writer.describe(self.tokenizer)
+        seconds = time.monotonic() - self.began
+        tokens = sum(s["tokens"] for s in manifest["splits"].values())
+        say(f"encode   {count(tokens)} tokens in {span(self.encoded_in)}")
+        manifest |= self._facts(writer.licenses, seconds)
+        manifest = json.loads(json.dumps(manifest))
+        manifest["digest"] = manifest_digest(manifest)
+        write_json(self.out / "manifest.json", manifest)
+        shutil.rmtree(self.work)
+        size = self.counts["bytes"]
+        say(f"{self.out}: {count(size)}B in {span(seconds)} ({size / 1e6 / seconds:.1f} MB/s)")
+        return manifest
+
+    def _facts(self, licenses: dict[int, set[str]], seconds: float) -> dict[str, Any]:
+        """The manifest's account of what was done."""
+        each = []
+        for i, name in enumerate(self.options.sources):
+            kept = self.keep & (self.index["source"] == i)
+            facts = {"documents": int(kept.sum()), "bytes": int(self.index["bytes"][kept].sum())}
+            each.append({"name": name, **facts, "license": sorted(licenses.get(i, set()))})
+        looked = self.evaluation
+        return {
+            "fingerprint": self.mark,
+            "craton": __version__,
+            "options": asdict(self.options),
+            "counts": {**self.counts, "kept": int(self.keep.sum()), "kept_bytes": self.kept_bytes},
+            "dropped": {why: asdict(d) for why, d in sorted(self.dropped.items())},
+            "passed_over": {
+                "files": len(self.passed),
+                "types": Counter(p.suffix or "(none)" for p in self.passed),
+                "bad": len(self.bad),
+                "examples": self.bad[:5],
+            },
+            "evaluation": {"items": looked.items, "too_short": looked.too_short} if looked else None,
+            "sources": each,
+            "seconds": round(seconds, 2),
+        }
+
+
+class _Writer:
+    """The files of a corpus."""
+
+    def __init__(self, out: Path, dtype: str):
+        self.out, self.dtype = out, dtype
+        for stale in [*out.glob("*.bin"), *out.glob("documents.npy")]:
+            stale.unlink()
+        self.shards: dict[str, list[str]] = {s: [] for s in SPLITS}
+        self.length = dict.fromkeys(SPLITS, 0)
+        self.rows: list[tuple[Any, ...]] = []
+        self.licenses: dict[int, set[str]] = {}
+        self.open_shards: dict[str, Any] = {}
+
+    def write(
+        self,
+        batches: list[Path],
+        offsets: np.ndarray,
+        index: np.ndarray,
+        keep: np.ndarray,
+        held: np.ndarray,
+        follows: np.ndarray,
+    ) -> None:
+        """Tokens of kept parts to their splits, in order."""
+        with open(self.out / "names.bin", "wb") as names:
+            for n, path in enumerate(batches):
+                with open(path.with_name(f"tokens-{n:06d}.npy"), "rb") as f:
+                    lengths, ids = np.load(f, allow_pickle=False), np.load(f, allow_pickle=False)
+                pieces = iter(np.split(ids, np.cumsum(lengths)[:-1]))
+                for i, document in enumerate(read_batch(path)):
+                    g = int(offsets[n]) + i
+                    if keep[g]:
+                        split = SPLITS[int(held[g])]
+                        self._part(split, bool(follows[g]), index[g], next(pieces), document, names)
+        for shard in self.open_shards.values():
+            shard.close()
+        self.table = np.array(self.rows, DOCUMENT)
+        with open(self.out / "documents.npy", "wb") as rows_file:
+            np.save(rows_file, self.table)
+
+    def _part(
+        self, split: str, follows: bool, facts: Any, ids: np.ndarray, document: dict[str, str], names: Any
+    ) -> None:
+        self._shard(split).write(ids.tobytes())
+        label = document["name"].encode("utf-8", "replace")[:65_535]
+        place = (SPLITS.index(split), follows, facts["source"], self.length[split], len(ids), facts["bytes"])
+        self.rows.append((*place, names.tell(), len(label), facts["exact"]))
+        names.write(label)
+        self.length[split] += len(ids)
+        if document["license"]:
+            self.licenses.setdefault(int(facts["source"]), set()).add(document["license"])
+
+    def _shard(self, split: str) -> Any:
+        """The open shard of a split, a new one where the last is full."""
+        names = self.shards[split]
+        if split not in self.open_shards or self.length[split] // SHARD_TOKENS >= len(names):
+            if split in self.open_shards:
+                self.open_shards[split].close()
+            names.append(f"{split}-{len(names):05d}.bin")
+            self.open_shards[split] = open(self.out / names[-1], "wb")  # noqa: SIM115
+        return self.open_shards[split]
+
+    def describe(self, tokenizer: Tokenizer) -> dict[str, Any]:
+        """The tokenizer is written too; then the part of the manifest that describes the files, all fsynced."""
+        (self.out / "tokenizer").mkdir(exist_ok=True)
+        tokenizer.save(self.out / "tokenizer")
+        shards = [self.out / name for names in self.shards.values() for name in names]
+        own = [self.out / "documents.npy", self.out / "names.bin"]
+        paths = [*own, *shards, *sorted((self.out / "tokenizer").iterdir())]
+        for path in paths:
+            fsync(path)
+        splits = {}
+        for i, split in enumerate(SPLITS):
+            mine = self.table["split"] == i
+            splits[split] = {
+                "tokens": self.length[split],
+                "documents": int(mine.sum()),
+                "bytes": int(self.table["bytes"][mine].sum()),
+                "shards": self.shards[split],
             }
-            for i, s in enumerate(SPLITS)
-        },
-        "files": {str(p.relative_to(out)): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in paths},
-        "licenses": licenses,
-    }
+        files = {str(p.relative_to(self.out)): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in paths}
+        return {
+            "format": "craton-corpus-1",
+            "dtype": self.dtype,
+            "vocab_size": tokenizer.vocab_size,
+            "document_id": tokenizer.document_id,
+            "splits": splits,
+            "files": files,
+        }

@@ -5,12 +5,12 @@ import json
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import rensa
 import zstandard
 
-from craton.base import UserError
 from craton.corpus import quality
 from craton.corpus.sources import Document
 from craton.corpus.words import Words, mix, ngrams
@@ -139,17 +139,17 @@ def clean(
         )
         rows.append((name, document.part, document.source, len(data.encode()), exact, near))
         lines.append(json.dumps({"name": document.name, "text": data, "license": document.license}))
-    try:
-        out.with_suffix(".zst").write_bytes(zstandard.ZstdCompressor(1).compress("\n".join(lines).encode()))
-        with open(out.with_suffix(".npy"), "wb") as f:
-            np.save(f, np.array(rows, INDEX))
-        temporary = out.with_suffix(".tmp")
-        temporary.write_text(json.dumps({"counts": counts, "dropped": {k: asdict(v) for k, v in dropped.items()}}))
-        temporary.rename(out.with_suffix(".json"))
-    except OSError as error:
-        raise UserError(
-            f"{out.parent}: cannot write ({error.strerror}); free some space and run the same command again"
-        ) from None
+    _write(out, lines, rows, {"counts": counts, "dropped": {k: asdict(v) for k, v in dropped.items()}})
+
+
+def _write(out: Path, lines: list[str], rows: list[tuple[Any, ...]], facts: dict[str, Any]) -> None:
+    """The batch's three files; the last one makes it exist."""
+    out.with_suffix(".zst").write_bytes(zstandard.ZstdCompressor(1).compress("\n".join(lines).encode()))
+    with open(out.with_suffix(".npy"), "wb") as f:
+        np.save(f, np.array(rows, INDEX))
+    temporary = out.with_suffix(".tmp")
+    temporary.write_text(json.dumps(facts))
+    temporary.rename(out.with_suffix(".json"))
 
 
 def read_batch(path: Path) -> list[dict[str, str]]:

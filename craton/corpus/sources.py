@@ -1,5 +1,6 @@
 """Where documents come from: files, folders, globs and hub datasets, read as a stream of `Document`."""
 
+import codecs
 import glob
 import gzip
 import io
@@ -16,44 +17,14 @@ from craton.base import UserError
 
 PROSE = {".txt", ".md", ".rst", ".tex", ".org", ".adoc"}
 HTML = {".html", ".htm", ".xhtml"}
-CODE = {
-    ".py",
-    ".pyi",
-    ".c",
-    ".h",
-    ".cc",
-    ".cpp",
-    ".hpp",
-    ".cu",
-    ".rs",
-    ".go",
-    ".java",
-    ".kt",
-    ".scala",
-    ".js",
-    ".mjs",
-    ".ts",
-    ".tsx",
-    ".jsx",
-    ".rb",
-    ".php",
-    ".swift",
-    ".cs",
-    ".sh",
-    ".pl",
-    ".lua",
-    ".r",
-    ".jl",
-    ".sql",
-    ".hs",
-    ".ml",
-    ".toml",
-    ".yaml",
-    ".yml",
-    ".css",
-}
+CODE = set(
+    (
+        ".py .pyi .c .h .cc .cpp .hpp .cu .rs .go .java .kt .scala .js .mjs .ts .tsx .jsx .rb .php .swift .cs .sh "
+        ".pl .lua .r .jl .sql .hs .ml .toml .yaml .yml .css"
+    ).split()
+)
 COMPRESSED = {".gz", ".xz", ".zst"}
-PART_BYTES = 128 << 10  # a longer document is cut at a paragraph into parts, so that memory stays bounded
+PART_CHARACTERS = 128 << 10  # a longer document is cut at a paragraph into parts, so that memory stays bounded
 
 
 @dataclass
@@ -194,10 +165,10 @@ def _decode(data: bytes, path: Path) -> str:
 
 
 def _parts(text: str) -> Iterator[str]:
-    """Pieces of at most PART_BYTES characters, cut after a paragraph or else after a line."""
+    """Pieces of at most PART_CHARACTERS characters, cut after a paragraph or else after a line."""
     at = 0
-    while len(text) - at > PART_BYTES:
-        half, end = at + PART_BYTES // 2, at + PART_BYTES
+    while len(text) - at > PART_CHARACTERS:
+        half, end = at + PART_CHARACTERS // 2, at + PART_CHARACTERS
         cut = text.rfind("\n\n", half, end) + 2
         if cut == 1:
             cut = text.rfind("\n", half, end) + 1
@@ -207,25 +178,38 @@ def _parts(text: str) -> Iterator[str]:
     yield text[at:]
 
 
+_PIECE = 16 << 20  # bytes of a text file that are decoded at a time
+
+
 def _whole(file: SourceFile) -> Iterator[tuple[str, str, str]]:
     """A text file as one document, read in pieces so that its size does not matter."""
     with open_binary(file.path) as f:
+        piece = f.read(_PIECE)
+        if piece[:2] in (b"\xff\xfe", b"\xfe\xff"):
+            yield from _utf16(file, f, piece)
+            return
         rest = b""
-        while piece := f.read(16 << 20):
-            data = rest + piece
-            cut = (
-                data.rfind(b"\n") + 1
-                if len(piece) == 16 << 20 and data[:2] not in (b"\xff\xfe", b"\xfe\xff")
-                else len(data)
-            )
-            cut = cut or len(data)
+        while piece:
+            data, more = rest + piece, f.read(_PIECE)
+            cut = (data.rfind(b"\n") + 1 if more else len(data)) or len(data)
             yield str(file.path), _decode(data[:cut], file.path), ""
-            rest = data[cut:]
-        if rest:
-            yield str(file.path), _decode(rest, file.path), ""
+            rest, piece = data[cut:], more
+
+
+def _utf16(file: SourceFile, f: Any, piece: bytes) -> Iterator[tuple[str, str, str]]:
+    """The byte order is said at the start only, and a line's end may lie across two pieces."""
+    decoder, rest = codecs.getincrementaldecoder("utf-16")("replace"), ""
+    while piece:
+        more = f.read(_PIECE)
+        text = rest + decoder.decode(piece, not more)
+        cut = (text.rfind("\n") + 1 if more else len(text)) or len(text)
+        yield str(file.path), text[:cut], ""
+        rest, piece = text[cut:], more
 
 
 TEXT_FIELDS = ("text", "content", "markdown", "code")
+# Records of questions and answers: the fields that are text, the first and the last of which must be there.
+PAIRS = (("prompt", "response"), ("prompt", "completion"), ("question", "answer"), ("instruction", "input", "output"))
 
 
 def _text_of(row: Any, where: str) -> tuple[str, str]:
@@ -236,13 +220,10 @@ def _text_of(row: Any, where: str) -> tuple[str, str]:
         for field in TEXT_FIELDS:
             if isinstance(row.get(field), str):
                 return row[field], str(row.get("license") or row.get("licence") or "")
-        strings = [v for v in row.values() if isinstance(v, str)]
-        if (
-            {"prompt", "response"} <= set(row)
-            or {"question", "answer"} <= set(row)
-            or {"instruction", "output"} <= set(row)
-        ):
-            return "\n\n".join(s for s in strings if s), ""
+        for fields in PAIRS:
+            if all(isinstance(row.get(f), str) for f in (fields[0], fields[-1])):
+                said = [row[f] for f in fields if isinstance(row.get(f), str) and row[f]]
+                return "\n\n".join(said), str(row.get("license") or row.get("licence") or "")
     raise UserError(
         f"{where}: no text in this record; expected a field named {', '.join(TEXT_FIELDS)}; --skip-bad passes over "
         "such records"

@@ -49,8 +49,5 @@ def assemble(
     device = cache.keys.device
     places = [torch.tensor(v, dtype=torch.int32, device=device) for v in (positions, slots, starts, lengths, tables)]
     return Assembled(
-        torch.tensor(ids, dtype=torch.int32),
-        TokenBatch(cache, *places),
-        torch.tensor(rows, dtype=torch.int32),
-        outputs,
+        torch.tensor(ids, dtype=torch.int32), TokenBatch(cache, *places), torch.tensor(rows, dtype=torch.int32), outputs
     )

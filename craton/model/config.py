@@ -91,30 +91,15 @@ class ModelConfig:
             if isinstance(value, int) and not isinstance(value, bool) and value > _MOST.get(f.name, _MOST_DEFAULT):
                 raise ValueError(f"{f.name} is {value}, larger than any model's")
         for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_key_value_heads",
-            "head_dim",
-            "max_position_embeddings",
-            "n_group",
-            "topk_group",
-        ):
+            "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads "
+            "num_key_value_heads head_dim max_position_embeddings n_group topk_group"
+        ).split():
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}, must be at least 1")
         for name in (
-            "rope_theta",
-            "rms_norm_eps",
-            "embedding_scale",
-            "attention_scale",
-            "sliding_window",
-            "rope_local_theta",
-            "attn_logit_softcapping",
-            "final_logit_softcapping",
-            "swiglu_limit",
-        ):
+            "rope_theta rms_norm_eps embedding_scale attention_scale sliding_window rope_local_theta "
+            "attn_logit_softcapping final_logit_softcapping swiglu_limit"
+        ).split():
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise ValueError(f"{name} is {value}, must be above 0")

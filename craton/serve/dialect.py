@@ -9,18 +9,11 @@ from craton.serve.schema import Sampled, Thinking
 from craton.serve.served import ApiError
 from craton.text.tokenizer import Tokenizer
 
-_SAMPLED = (
-    "temperature",
-    "top_p",
-    "n",
-    "seed",
-    "presence_penalty",
-    "frequency_penalty",
-    "top_k",
-    "min_p",
-    "repetition_penalty",
-    "min_tokens",
-    "ignore_eos",
+_SAMPLED = tuple(
+    (
+        "temperature top_p n seed presence_penalty frequency_penalty top_k min_p repetition_penalty min_tokens "
+        "ignore_eos"
+    ).split()
 )
 
 

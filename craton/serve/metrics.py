@@ -36,10 +36,7 @@ class Metrics:
                 lambda m: m.talker.engine.counters.preemptions,
             ),
             "cancelled_total": ("Answers that nobody waited for", lambda m: m.talker.engine.counters.cancelled),
-            "expected_wait_seconds": (
-                "What a request that comes now would wait",
-                lambda m: m.worker.expected_wait(1),
-            ),
+            "expected_wait_seconds": ("What a request that comes now would wait", lambda m: m.worker.expected_wait(1)),
         }
         self.gauges = [
             (prom.Gauge(f"craton_{name}", text, ["model"], registry=r), get) for name, (text, get) in asked.items()

@@ -6,16 +6,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
-from craton.engine.converse import (
-    NEUTRAL,
-    AnswerDelta,
-    AnswerParts,
-    Ask,
-    Prepared,
-    Talker,
-    open_talker,
-    prepare,
-)
+from craton.engine.converse import NEUTRAL, AnswerDelta, AnswerParts, Ask, Prepared, Talker, open_talker, prepare
 from craton.serve.worker import Stream, Unavailable, Worker
 
 

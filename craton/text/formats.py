@@ -12,7 +12,7 @@ from tokenizers import Tokenizer as Backend
 
 from craton.base import UserError, read_json
 
-_GPT2 = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
 def byte_to_unicode() -> dict[int, str]:
@@ -20,6 +20,28 @@ def byte_to_unicode() -> dict[int, str]:
     plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
     rest = [b for b in range(256) if b not in plain]
     return {b: chr(c) for b, c in zip(plain + rest, plain + [256 + i for i in range(len(rest))], strict=True)}
+
+
+def byte_level_text(backend: Backend, pattern: str) -> None:
+    """Text is cut by a pattern, then taken byte by byte; as GPT-2 and most since."""
+    split, level = pre_tokenizers.Split(Regex(pattern), "isolated"), pre_tokenizers.ByteLevel
+    backend.pre_tokenizer = pre_tokenizers.Sequence([split, level(add_prefix_space=False, use_regex=False)])
+    backend.decoder = decoders.ByteLevel()
+
+
+def sentencepiece_text(backend: Backend, space_first: bool, steps: list[Any]) -> None:
+    """Spaces are letters; a space comes before the text where that is wanted. steps: that come before."""
+    first = [normalizers.Prepend(" ")] if space_first else []
+    backend.normalizer = normalizers.Sequence([*steps, *first, normalizers.Replace(" ", "\u2581")])
+    tail: list[Any] = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence(tail + ([decoders.Strip(" ", 1, 0)] if space_first else []))
+
+
+def begin_with(backend: Backend, token: str, i: int) -> None:
+    """A special token before every text."""
+    backend.post_processor = processors.TemplateProcessing(
+        single=f"{token} $A", pair=f"{token} $A {token} $B:1", special_tokens=[(token, i)]
+    )
 
 
 def sentencepiece_bpe(vocab: dict[str, int], scores: dict[str, float], unk: str | None, fallback: bool) -> Any:
@@ -64,11 +86,7 @@ def from_sentencepiece(path: Path) -> tuple[Backend, dict[str, Any]]:
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
     if spec.remove_extra_whitespaces:
         steps += [normalizers.Strip(left=True, right=True), normalizers.Replace(Regex(" {2,}"), " ")]
-    if spec.add_dummy_prefix:
-        steps.append(normalizers.Prepend(" "))
-    backend.normalizer = normalizers.Sequence([*steps, normalizers.Replace(" ", "\u2581")])
-    tail: list[Any] = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
-    backend.decoder = decoders.Sequence(tail + ([decoders.Strip(" ", 1, 0)] if spec.add_dummy_prefix else []))
+    sentencepiece_text(backend, spec.add_dummy_prefix, steps)
     backend.add_special_tokens(
         [AddedToken(p.piece, normalized=False, special=True) for p in pieces if p.type in (control, unknown)]
     )
@@ -78,9 +96,7 @@ def from_sentencepiece(path: Path) -> tuple[Backend, dict[str, Any]]:
     if bos is not None:
         name = pieces[bos].piece
         config["bos_token"] = name
-        backend.post_processor = processors.TemplateProcessing(
-            single=f"{name} $A", pair=f"{name} $A {name} $B:1", special_tokens=[(name, bos)]
-        )
+        begin_with(backend, name, bos)
     if eos is not None:
         config["eos_token"] = pieces[eos].piece
     return backend, config
@@ -101,13 +117,7 @@ def byte_level(ranks: Iterable[tuple[bytes, int]], pattern: str, special: dict[s
     text = {b: "".join(table[c] for c in b) for b in words}
     vocab = {text[b]: i for b, i in words.items()} | special
     backend = Backend(models.BPE(vocab, [(text[a], text[b]) for *_, a, b in merges], ignore_merges=True))
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(pattern), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    backend.decoder = decoders.ByteLevel()
+    byte_level_text(backend, pattern)
     backend.add_special_tokens(
         [AddedToken(t, normalized=False, special=True) for t in sorted(special, key=special.__getitem__)]
     )
@@ -125,24 +135,12 @@ def from_tekken(path: Path) -> tuple[Backend, dict[str, Any]]:
             named = {
                 t: i
                 for i, t in enumerate(
-                    (
-                        "<unk>",
-                        "<s>",
-                        "</s>",
-                        "[INST]",
-                        "[/INST]",
-                        "[AVAILABLE_TOOLS]",
-                        "[/AVAILABLE_TOOLS]",
-                        "[TOOL_RESULTS]",
-                        "[/TOOL_RESULTS]",
-                        "[TOOL_CALLS]",
-                        "[IMG]",
-                        "<pad>",
-                        "[IMG_BREAK]",
-                        "[IMG_END]",
-                        "[PREFIX]",
-                        "[MIDDLE]",
-                        "[SUFFIX]",
+                    tuple(
+                        (
+                            "<unk> <s> </s> [INST] [/INST] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_RESULTS] "
+                            "[/TOOL_RESULTS] [TOOL_CALLS] [IMG] <pad> [IMG_BREAK] [IMG_END] [PREFIX] [MIDDLE] "
+                            "[SUFFIX]"
+                        ).split()
                     )
                 )
             }
@@ -151,9 +149,7 @@ def from_tekken(path: Path) -> tuple[Backend, dict[str, Any]]:
         backend = byte_level(ranks, config["pattern"], named)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: not a tekken tokenizer ({error})") from None
-    backend.post_processor = processors.TemplateProcessing(
-        single="<s> $A", pair="<s> $A <s> $B:1", special_tokens=[("<s>", named["<s>"])]
-    )
+    begin_with(backend, "<s>", named["<s>"])
     return backend, {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "clean_up_tokenization_spaces": False,
@@ -174,13 +170,7 @@ def from_gpt2(vocab: Path, merges: Path) -> tuple[Backend, dict[str, Any]]:
         backend = Backend(models.BPE(words, [(a, b) for a, b in pairs]))
     except Exception as error:  # the library raises bare Exception
         raise UserError(f"{merges}: not the merges of {vocab.name} ({str(error).splitlines()[0]})") from None
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(_GPT2), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    backend.decoder = decoders.ByteLevel()
+    byte_level_text(backend, GPT2_PATTERN)
     end = "<|endoftext|>"
     backend.add_special_tokens([AddedToken(end, normalized=False, special=True)])
     return backend, {

@@ -75,8 +75,10 @@ class ChatTemplate:
         self.process.stdin.write(len(question).to_bytes(8, "little") + question)
         self.process.stdin.flush()
         until, data, want = time.monotonic() + SECONDS, b"", 8
+        waiting = select.poll()  # select itself knows no file beyond the 1024th
+        waiting.register(self.process.stdout, select.POLLIN)
         while len(data) < want:
-            if not select.select([self.process.stdout], [], [], max(0.0, until - time.monotonic()))[0]:
+            if not waiting.poll(max(0.0, until - time.monotonic()) * 1000):
                 raise TimeoutError
             piece = os.read(self.process.stdout.fileno(), 1 << 20)
             if not piece:

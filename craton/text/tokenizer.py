@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from tokenizers import Regex, decoders, models, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as Backend
+from tokenizers import models, pre_tokenizers, trainers
 
 from craton.base import UserError, publish, read_json, write_json
 from craton.text import formats
@@ -201,13 +201,13 @@ class Tokenizer:
     def token_bytes(self) -> np.ndarray:
         """(vocab_size,) int64: bytes of text that each id stands for; 0 for special tokens."""
         state = json.loads(self.backend.to_str())
-        special = {t["id"] for t in state["added_tokens"]}
+        added = {t["id"]: 0 if t["special"] else len(t["content"].encode()) for t in state["added_tokens"]}
         level = "ByteLevel" in json.dumps(state["pre_tokenizer"]) + json.dumps(state["decoder"])
         out = np.zeros(self.vocab_size, np.int64)
         for token, i in self.backend.get_vocab(with_added_tokens=True).items():
-            if i in special:
-                continue
-            if level:
+            if i in added:
+                out[i] = added[i]
+            elif level:
                 out[i] = len(token)  # one stand-in character a byte
             else:
                 out[i] = 1 if re.fullmatch(r"<0x[0-9A-F]{2}>", token) else len(token.replace("\u2581", " ").encode())
@@ -251,21 +251,22 @@ class Tokenizer:
             for text in texts:
                 yield self._fast.encode_ordinary(text)
         else:
-            self.backend.encode_special_tokens = True  # "<|endoftext|>" in a document must not end it
             for text in texts:
-                yield self.backend.encode(text, add_special_tokens=False).ids
+                yield self._encode_as_text(text)
+
+    def _encode_as_text(self, text: str) -> list[int]:
+        """Ids of a text in which "<|endoftext|>", say, is not the special token."""
+        before, self.backend.encode_special_tokens = self.backend.encode_special_tokens, True
+        try:
+            return self.backend.encode(text, add_special_tokens=False).ids
+        finally:  # others use this tokenizer too
+            self.backend.encode_special_tokens = before
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Byte-level BPE of vocab_size ids (special tokens first, then the 256 bytes, then merges)."""
     backend = Backend(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PATTERN), "isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    backend.decoder = decoders.ByteLevel()
+    formats.byte_level_text(backend, PATTERN)
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=SPECIAL,
@@ -273,9 +274,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         show_progress=False,
     )
     backend.train_from_iterator(texts, trainer)
-    backend.post_processor = processors.TemplateProcessing(
-        single=f"{END} $A", pair=f"{END} $A {END} $B:1", special_tokens=[(END, 0)]
-    )
+    formats.begin_with(backend, END, 0)
     config = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "bos_token": END,

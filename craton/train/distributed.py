@@ -103,11 +103,7 @@ class Processes:
     # ---- the network on its shard ----
 
     def shard(
-        self,
-        network: nn.Module,
-        units: list[list[nn.Module]],
-        forwards: Iterable[tuple[nn.Module, str]],
-        bf16: bool,
+        self, network: nn.Module, units: list[list[nn.Module]], forwards: Iterable[tuple[nn.Module, str]], bf16: bool
     ) -> None:
         """FSDP2: each unit, then the rest; parameters become DTensors. The network may be on the meta device."""
         if self.mesh is None:

@@ -45,18 +45,11 @@ def curve(rows: list[dict[str, Any]], points: int = 400) -> list[dict[str, float
     """Steps evenly thinned to at most `points`, evaluations always kept."""
     steps = [r for r in rows if "loss" in r]
     stride = max(1, len(steps) // points)
-    keys = (
-        "step",
-        "tokens",
-        "seconds",
-        "loss",
-        "bits_per_byte",
-        "tokens_per_second",
-        "peak_share",
-        "lr_share",
-        "gradient_norm",
-        "heldout_loss",
-        "heldout_bits_per_byte",
+    keys = tuple(
+        (
+            "step tokens seconds loss bits_per_byte tokens_per_second peak_share lr_share gradient_norm "
+            "heldout_loss heldout_bits_per_byte"
+        ).split()
     )
     return [
         {k: r[k] for k in keys if k in r}
@@ -68,21 +61,10 @@ def curve(rows: list[dict[str, Any]], points: int = 400) -> list[dict[str, float
 def summary(out: Path) -> dict[str, Any]:
     """The numbers of a record that a script wants in its one JSON line."""
     record = read_json(out / "record.json")
-    keys = (
-        "status",
-        "objective",
-        "steps",
-        "tokens",
-        "flops",
-        "seconds",
-        "parameters",
-        "loss",
-        "bits_per_byte",
-        "heldout_loss",
-        "heldout_bits_per_byte",
-        "tokens_per_second",
-        "peak_share",
-        "rollbacks",
-        "weights_sha256",
+    keys = tuple(
+        (
+            "status objective steps tokens flops seconds parameters loss bits_per_byte heldout_loss "
+            "heldout_bits_per_byte tokens_per_second peak_share rollbacks weights_sha256"
+        ).split()
     )
     return {"out": str(out), **{k: record[k] for k in keys if k in record}}

@@ -41,18 +41,11 @@ def restore_v2(config: ModelConfig) -> dict[str, Any]:
     return {**restore(config), "topk_method": "group_limited_greedy" if config.n_group > 1 else "greedy"}
 
 
-SAME = (
-    "kv_lora_rank",
-    "q_lora_rank",
-    "qk_nope_head_dim",
-    "qk_rope_head_dim",
-    "v_head_dim",
-    "moe_intermediate_size",
-    "num_experts_per_tok",
-    "routed_scaling_factor",
-    "norm_topk_prob",
-    "n_group",
-    "topk_group",
+SAME = tuple(
+    (
+        "kv_lora_rank q_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim moe_intermediate_size "
+        "num_experts_per_tok routed_scaling_factor norm_topk_prob n_group topk_group"
+    ).split()
 )
 DEFAULTS = {
     "rms_norm_eps": 1e-6,

@@ -5,7 +5,7 @@ from typing import Any
 
 from craton.base import UserError, count, say
 from craton.text.tokenizer import Tokenizer
-from craton.weights import gguf, stored
+from craton.weights import gguf_write, stored
 from craton.weights.folder import Stored, check_fit, load_network
 
 
@@ -19,6 +19,6 @@ def export_gguf(folder: Path, path: Path, kind: str) -> dict[str, Any]:
     check_fit(network.config, tokenizer, folder)
     tensors = Stored(folder)
     packed = {name: stored.read_packed(tensors, name) for name in stored.packed_names(tensors)}
-    made = gguf.write(path, network, tokenizer, folder.resolve().name, kind, packed)
+    made = gguf_write.write(path, network, tokenizer, folder.resolve().name, kind, packed)
     say(f"{path}: {made['architecture']}, {count(made['bytes'])}B")
     return made

@@ -14,61 +14,22 @@ from craton.base import nearest
 from craton.model.config import ModelConfig
 
 # Keys of every family with ModelConfig's own names.
-COMMON = (
-    "vocab_size",
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "max_position_embeddings",
-    "rms_norm_eps",
-    "tie_word_embeddings",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
+COMMON = tuple(
+    (
+        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+        "head_dim max_position_embeddings rms_norm_eps tie_word_embeddings bos_token_id eos_token_id pad_token_id"
+    ).split()
 )
 # Keys that do not change what the network computes, or that are read elsewhere.
 INERT = frozenset(
     (
-        "architectures",
-        "model_type",
-        "torch_dtype",
-        "dtype",
-        "transformers_version",
-        "auto_map",
-        "use_cache",
-        "initializer_range",
-        "attention_dropout",
-        "pretraining_tp",
-        "rope_theta",
-        "rope_scaling",
-        "rope_parameters",
-        "quantization_config",
-        "output_router_logits",
-        "router_aux_loss_coef",
-        "router_jitter_noise",
-        "cache_implementation",
-        "unsloth_version",
-        "unsloth_fixed",
-        "return_dict",
-        "output_hidden_states",
-        "output_attentions",
-        "id2label",
-        "label2id",
-        "problem_type",
-        "chunk_size_feed_forward",
-        "is_encoder_decoder",
-        "tokenizer_class",
-        "use_return_dict",
-        "name_or_path",
-        "rope_local_base_freq",
-        "layer_types",
-        "sliding_window_pattern",
-        "transformers.js_config",
-        "ep_size",
-    )
+        "architectures model_type torch_dtype dtype transformers_version auto_map use_cache initializer_range "
+        "attention_dropout pretraining_tp rope_theta rope_scaling rope_parameters quantization_config "
+        "output_router_logits router_aux_loss_coef router_jitter_noise cache_implementation unsloth_version "
+        "unsloth_fixed return_dict output_hidden_states output_attentions id2label label2id problem_type "
+        "chunk_size_feed_forward is_encoder_decoder tokenizer_class use_return_dict name_or_path "
+        "rope_local_base_freq layer_types sliding_window_pattern transformers.js_config ep_size"
+    ).split()
 )
 
 Piece = tuple[str, Tensor, tuple[int, ...]]  # a tensor of the folder: its name, the part of ours it is, its shape there

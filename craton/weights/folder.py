@@ -173,19 +173,11 @@ def write_network(folder: Path, network: Decoder, tokenizer: Path | None = None)
         copy_tokenizer(tokenizer, folder)
 
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "tekken.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "vocab.json",
-    "merges.txt",
-    "added_tokens.json",
-    "spiece.model",
-    "encoder.json",
-    "vocab.bpe",
+TOKENIZER_FILES = tuple(
+    (
+        "tokenizer.json tokenizer_config.json tokenizer.model tekken.json special_tokens_map.json "
+        "chat_template.jinja vocab.json merges.txt added_tokens.json spiece.model encoder.json vocab.bpe"
+    ).split()
 )
 
 

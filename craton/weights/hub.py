@@ -7,23 +7,10 @@ from typing import Any
 from craton.base import UserError, count, say
 from craton.weights.folder import Stored, read_config
 
-WANTED = [
-    "*.safetensors",
-    "*.safetensors.index.json",
-    "config.json",
-    "generation_config.json",
-    "tokenizer*",
-    "tekken.json",
-    "*.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "*.jinja",
-    "LICENSE*",
-    "README.md",
-    "USE_POLICY*",
-]
+WANTED = (
+    "*.safetensors *.safetensors.index.json config.json generation_config.json tokenizer* tekken.json *.model "
+    "special_tokens_map.json added_tokens.json vocab.json merges.txt *.jinja LICENSE* README.md USE_POLICY*"
+).split()
 UNWANTED = ["consolidated*", "original/*", "*/*"]  # the same weights again in other layouts
 
 

@@ -3,6 +3,7 @@ pickle."""
 
 import hashlib
 import json
+import os
 import struct
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -90,6 +91,7 @@ def stream_tensors(path: Path, shapes: dict[str, Tensor], get: Callable[[str], T
         f.seek(0)
         _write_header(f, header, h.hexdigest())
         f.flush()
+        os.fsync(f.fileno())
 
 
 def _write_header(f: Any, header: dict[str, Any], digest: str) -> None:

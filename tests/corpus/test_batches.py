@@ -40,8 +40,8 @@ def test_rows_are_the_documents(corpus):
         rebuilt[item["row"]] += opened.read("train", start, item["tokens"]).tolist()
     full = torch.cat([batch.ids, batch.target[:, -1:]], 1)
     assert full.tolist() == rebuilt
-    assert torch.equal(batch.ids[:, 1:], batch.target[:, :-1]) and batch.weight.sum().item() == pytest.approx(1)
-    for ids, start in zip(batch.ids, batch.start, strict=True):
+    assert torch.equal(batch.ids[:, 1:], batch.target[:, :-1]) and (batch.weight == 1).all()
+    for ids, start in zip(batch.ids, batch.document_start, strict=True):
         begins = (ids == opened.manifest["document_id"]).nonzero().flatten().tolist()
         assert sorted(set(start.tolist()) - {0}) == [b for b in begins if b]
 
@@ -52,7 +52,7 @@ def test_processes_share_a_batch(corpus, number, world):
     opened = Corpus(corpus, verify=False)
     whole = Batches([opened], [1.0], 32, 8, 3, True).batch(number)
     parts = [Batches([opened], [1.0], 32, 8, 3, True).batch(number, r, world) for r in range(world)]
-    for name in ("ids", "target", "weight", "start"):
+    for name in ("ids", "target", "weight", "document_start"):
         joined = torch.stack([getattr(p, name) for p in parts], 1).flatten(0, 1)
         assert torch.equal(joined, getattr(whole, name))
 
@@ -60,7 +60,7 @@ def test_processes_share_a_batch(corpus, number, world):
 def test_seeds_differ(corpus):
     opened = Corpus(corpus)
     a, b = (Batches([opened], [1.0], 64, 4, s, False).batch(0) for s in (0, 1))
-    assert not torch.equal(a.ids, b.ids) and a.start is None
+    assert not torch.equal(a.ids, b.ids) and a.document_start is None
 
 
 def test_weights_come_out_exactly(corpus, tmp_path):

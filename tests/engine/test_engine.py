@@ -45,13 +45,7 @@ CLEAN = (0, 0, [], [], {})
 
 
 @pytest.mark.parametrize(
-    ("bits", "options"),
-    [
-        (None, {}),
-        (4, {}),
-        (None, {"speculate": "lookup"}),
-        (8, {"draft": True}),
-    ],
+    ("bits", "options"), [(None, {}), (4, {}), (None, {"speculate": "lookup"}), (8, {"draft": True})]
 )
 def test_thousand_requests(bits, options):
     """Lengths, arrivals, neighbours, cancellations, a small cache: each greedy answer is its answer alone."""

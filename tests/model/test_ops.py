@@ -114,10 +114,7 @@ def test_weighted_nll(rows, n, k):
     target = torch.randint(n, (rows,))
     weight = torch.rand(rows)
     weight[0] = 0
-    agree(
-        lambda x, w: nll.weighted_nll(x, w, target, weight.to(x.dtype))[0],
-        [torch.randn(rows, k), torch.randn(n, k)],
-    )
+    agree(lambda x, w: nll.weighted_nll(x, w, target, weight.to(x.dtype))[0], [torch.randn(rows, k), torch.randn(n, k)])
     each = nll.weighted_nll(torch.randn(rows, k), torch.randn(n, k), target, weight)[1]
     assert each.shape == (rows,) and (each >= 0).all()
 

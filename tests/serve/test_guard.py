@@ -15,8 +15,8 @@ import tiny
 import uvicorn
 from conftest import Running
 
-from craton.serve import reply as reply_module
 from craton.serve import guard
+from craton.serve import reply as reply_module
 from craton.serve.app import create_app
 from craton.serve.metrics import Metrics
 from craton.serve.reply import Settings
@@ -384,7 +384,7 @@ def test_a_reader_that_takes_nothing_until_time_is_up(start):
 
 def test_what_waited_too_long_is_never_an_empty_answer():
     """An error comes before what the engine still delivers."""
-    from craton.serve.worker import Unavailable, Stream
+    from craton.serve.worker import Stream, Unavailable
 
     stream = Stream(None, 1)
     stream.ready.append(object())

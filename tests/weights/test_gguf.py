@@ -245,7 +245,7 @@ def test_tied_models_with_an_odd_vocabulary(tmp_path):
 def test_yarn_in_gguf(model_folder, tmp_path):
     import dataclasses
 
-    from craton.weights import gguf
+    from craton.weights import gguf, gguf_write
 
     model = craton.load(str(model_folder))
     network = model.network
@@ -257,5 +257,5 @@ def test_yarn_in_gguf(model_folder, tmp_path):
         "beta_slow": 2.0,
     }
     network.config = network.model.config = dataclasses.replace(network.config, rope_scaling=scaling)
-    gguf.write(tmp_path / "y.gguf", network, model.tokenizer, "y", "f32")
+    gguf_write.write(tmp_path / "y.gguf", network, model.tokenizer, "y", "f32")
     assert gguf.read(tmp_path / "y.gguf")[0].config.rope_scaling == scaling

@@ -1,20 +1,23 @@
 // The server, as this page uses it.
-import { preference } from "./store.js";
+import { preference } from './store.js';
 
 export class Unauthorised extends Error {}
 
 async function call(path, body, signal) {
-  const headers = { "content-type": "application/json" };
-  const key = preference("key", "");
+  const headers = { 'content-type': 'application/json' };
+  const key = preference('key', '');
   if (key) headers.authorization = `Bearer ${key}`;
   let answer;
   try {
-    answer = await fetch(path, body === undefined ? { headers, signal } : { method: "POST", headers, body: JSON.stringify(body), signal });
+    answer = await fetch(
+      path,
+      body === undefined ? { headers, signal } : { method: 'POST', headers, body: JSON.stringify(body), signal },
+    );
   } catch (error) {
-    if (error.name === "AbortError") throw error;
-    throw new Error("The server cannot be reached.");
+    if (error.name === 'AbortError') throw error;
+    throw new Error('The server cannot be reached.');
   }
-  if (answer.status === 401) throw new Unauthorised("This server needs an API key.");
+  if (answer.status === 401) throw new Unauthorised('This server needs an API key.');
   if (!answer.ok) {
     let message = `The server answered ${answer.status}.`;
     try {
@@ -25,44 +28,55 @@ async function call(path, body, signal) {
   return answer;
 }
 
-export const models = async () => (await (await call("/v1/models")).json()).data;
-export const vote = async (body) => (await call("/votes", body)).json();
+export const models = async () => (await (await call('/v1/models')).json()).data;
+export const vote = async body => (await call('/votes', body)).json();
 
-const shown = ["temperature", "top_p", "top_k", "min_p", "repetition_penalty", "max_tokens", "seed"];
+const shown = ['temperature', 'top_p', 'top_k', 'min_p', 'repetition_penalty', 'max_tokens', 'seed'];
 
 // One answer, streamed. `update` is called with the answer so far whenever something came.
 export async function answer({ model, messages, settings, probabilities, signal, update }) {
-  const out = { content: "", reasoning: "", calls: [], tokens: [], finish: null, meter: null };
+  const out = { content: '', reasoning: '', calls: [], tokens: [], finish: null, meter: null };
   const body = { model: model.id, stream: true, stream_options: { include_usage: true } };
-  for (const name of shown) if (settings[name] !== undefined && settings[name] !== null && settings[name] !== "") body[name] = Number(settings[name]);
+  for (const name of shown)
+    if (settings[name] !== undefined && settings[name] !== null && settings[name] !== '')
+      body[name] = Number(settings[name]);
   const plain = model.pretrained_only || !model.chat;
   if (plain) {
-    body.prompt = messages.filter((m) => m.role !== "system").map((m) => m.content).join("");
+    body.prompt = messages
+      .filter(m => m.role !== 'system')
+      .map(m => m.content)
+      .join('');
     body.max_tokens ??= 256;
     if (probabilities) body.logprobs = 5;
   } else {
-    body.messages = settings.system ? [{ role: "system", content: settings.system }, ...messages] : messages;
+    body.messages = settings.system ? [{ role: 'system', content: settings.system }, ...messages] : messages;
     if (probabilities) Object.assign(body, { logprobs: true, top_logprobs: 5 });
     if (settings.tools) body.tools = JSON.parse(settings.tools);
-    if (model.thinks && settings.thinking === "off") body.reasoning_effort = "none";
-    if (model.thinks && settings.thinking && settings.thinking !== "off") body.reasoning_effort = settings.thinking;
-    if (settings.schema) body.response_format = { type: "json_schema", json_schema: { name: "answer", schema: JSON.parse(settings.schema) } };
+    if (model.thinks && settings.thinking === 'off') body.reasoning_effort = 'none';
+    if (model.thinks && settings.thinking && settings.thinking !== 'off') body.reasoning_effort = settings.thinking;
+    if (settings.schema)
+      body.response_format = {
+        type: 'json_schema',
+        json_schema: { name: 'answer', schema: JSON.parse(settings.schema) },
+      };
   }
   const began = performance.now();
   let first = null;
   let usage = null;
-  const reader = (await call(plain ? "/v1/completions" : "/v1/chat/completions", body, signal)).body.pipeThrough(new TextDecoderStream()).getReader();
-  let rest = "";
+  const reader = (await call(plain ? '/v1/completions' : '/v1/chat/completions', body, signal)).body
+    .pipeThrough(new TextDecoderStream())
+    .getReader();
+  let rest = '';
   try {
     for (;;) {
       const { done, value } = await reader.read();
       if (done) break;
       rest += value;
-      const events = rest.split("\n\n");
+      const events = rest.split('\n\n');
       rest = events.pop();
       for (const event of events) {
-        const data = event.startsWith("data: ") ? event.slice(6) : "";
-        if (!data || data === "[DONE]") continue;
+        const data = event.startsWith('data: ') ? event.slice(6) : '';
+        if (!data || data === '[DONE]') continue;
         const chunk = JSON.parse(data);
         if (chunk.error) throw new Error(chunk.error.message);
         usage = chunk.usage ?? usage;
@@ -81,25 +95,32 @@ export async function answer({ model, messages, settings, probabilities, signal,
     out.meter = {
       first: first === null ? null : (first - began) / 1000,
       rate: tokens !== null && first !== null && end > first ? (tokens - 1) / ((end - first) / 1000) : null,
-      tokens, prompt: usage?.prompt_tokens ?? null, cached: usage?.prompt_tokens_details?.cached_tokens ?? null,
-      reasoning: usage?.completion_tokens_details?.reasoning_tokens ?? null, seconds: (end - began) / 1000,
+      tokens,
+      prompt: usage?.prompt_tokens ?? null,
+      cached: usage?.prompt_tokens_details?.cached_tokens ?? null,
+      reasoning: usage?.completion_tokens_details?.reasoning_tokens ?? null,
+      seconds: (end - began) / 1000,
     };
   }
   return out;
 }
 
 function oldForm(scores) {
-  return scores?.tokens.map((token, i) => ({ token, logprob: scores.token_logprobs[i], top_logprobs: Object.entries(scores.top_logprobs[i] ?? {}).map(([t, p]) => ({ token: t, logprob: p })) }));
+  return scores?.tokens.map((token, i) => ({
+    token,
+    logprob: scores.token_logprobs[i],
+    top_logprobs: Object.entries(scores.top_logprobs[i] ?? {}).map(([t, p]) => ({ token: t, logprob: p })),
+  }));
 }
 
 function take(out, delta, scores) {
-  out.content += delta.content ?? "";
-  out.reasoning += delta.reasoning_content ?? "";
+  out.content += delta.content ?? '';
+  out.reasoning += delta.reasoning_content ?? '';
   for (const c of delta.tool_calls ?? []) {
-    const call = (out.calls[c.index] ??= { id: "", name: "", arguments: "", result: null });
+    const call = (out.calls[c.index] ??= { id: '', name: '', arguments: '', result: null });
     call.id = c.id ?? call.id;
-    call.name += c.function?.name ?? "";
-    call.arguments += c.function?.arguments ?? "";
+    call.name += c.function?.name ?? '';
+    call.arguments += c.function?.arguments ?? '';
   }
-  for (const s of scores ?? []) out.tokens.push([s.token, s.logprob, s.top_logprobs.map((t) => [t.token, t.logprob])]);
+  for (const s of scores ?? []) out.tokens.push([s.token, s.logprob, s.top_logprobs.map(t => [t.token, t.logprob])]);
 }

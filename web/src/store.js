@@ -3,10 +3,10 @@
 let opened;
 function open() {
   opened ??= new Promise((resolve, reject) => {
-    const request = indexedDB.open("craton", 1);
+    const request = indexedDB.open('craton', 1);
     request.onupgradeneeded = () => {
-      request.result.createObjectStore("conversations", { keyPath: "id" });
-      request.result.createObjectStore("votes", { keyPath: "id" });
+      request.result.createObjectStore('conversations', { keyPath: 'id' });
+      request.result.createObjectStore('votes', { keyPath: 'id' });
     };
     request.onsuccess = () => resolve(request.result);
     request.onerror = () => reject(request.error);
@@ -17,18 +17,19 @@ function open() {
 async function run(store, mode, action) {
   const db = await open();
   return new Promise((resolve, reject) => {
-    const transaction = db.transaction(store, mode, { durability: "strict" });
+    const transaction = db.transaction(store, mode, { durability: 'strict' });
     const request = action(transaction.objectStore(store));
     transaction.oncomplete = () => resolve(request.result);
     transaction.onerror = () => reject(transaction.error);
   });
 }
 
-export const all = (store) => run(store, "readonly", (s) => s.getAll());
-export const put = (store, value) => run(store, "readwrite", (s) => s.put(structuredClone(value)));
-export const remove = (store, id) => run(store, "readwrite", (s) => s.delete(id));
+export const all = store => run(store, 'readonly', s => s.getAll());
+export const put = (store, value) => run(store, 'readwrite', s => s.put(structuredClone(value)));
+export const remove = (store, id) => run(store, 'readwrite', s => s.delete(id));
 
-export const newId = () => crypto.getRandomValues(new Uint32Array(3)).reduce((t, n) => t + n.toString(36).padStart(7, "0"), "");
+export const newId = () =>
+  crypto.getRandomValues(new Uint32Array(3)).reduce((t, n) => t + n.toString(36).padStart(7, '0'), '');
 
 export function preference(name, fallback) {
   const text = localStorage.getItem(`craton.${name}`);
@@ -42,7 +43,7 @@ export const setPreference = (name, value) => localStorage.setItem(`craton.${nam
 
 // A conversation is a tree: an edit or another answer is a sibling. `leaf` is the end of the branch that is shown.
 export function newConversation(model) {
-  return { id: newId(), title: "", created: Date.now(), updated: Date.now(), model, nodes: {}, leaf: null };
+  return { id: newId(), title: '', created: Date.now(), updated: Date.now(), model, nodes: {}, leaf: null };
 }
 
 export function addNode(conversation, parent, fields) {
@@ -60,12 +61,16 @@ export function branch(conversation) {
 }
 
 export const siblings = (conversation, node) =>
-  Object.values(conversation.nodes).filter((n) => n.parent === node.parent && n.role === node.role).sort((a, b) => a.time - b.time);
+  Object.values(conversation.nodes)
+    .filter(n => n.parent === node.parent && n.role === node.role)
+    .sort((a, b) => a.time - b.time);
 
 // The newest end below a node.
 export function newestLeaf(conversation, id) {
   for (;;) {
-    const below = Object.values(conversation.nodes).filter((n) => n.parent === id).sort((a, b) => b.time - a.time);
+    const below = Object.values(conversation.nodes)
+      .filter(n => n.parent === id)
+      .sort((a, b) => b.time - a.time);
     if (!below.length) return id;
     id = below[0].id;
   }
@@ -76,20 +81,26 @@ export function removeSubtree(conversation, id) {
   const drop = [id];
   while (drop.length) {
     const next = drop.pop();
-    drop.push(...Object.values(conversation.nodes).filter((n) => n.parent === next).map((n) => n.id));
+    drop.push(
+      ...Object.values(conversation.nodes)
+        .filter(n => n.parent === next)
+        .map(n => n.id),
+    );
     delete conversation.nodes[next];
   }
-  conversation.leaf = parent ? newestLeaf(conversation, parent) : (Object.values(conversation.nodes).find((n) => !n.parent)?.id ?? null);
+  conversation.leaf = parent
+    ? newestLeaf(conversation, parent)
+    : (Object.values(conversation.nodes).find(n => !n.parent)?.id ?? null);
   if (conversation.leaf) conversation.leaf = newestLeaf(conversation, conversation.leaf);
 }
 
 export function asMarkdown(conversation) {
-  const parts = [`# ${conversation.title || "Conversation"}\n`];
+  const parts = [`# ${conversation.title || 'Conversation'}\n`];
   for (const n of branch(conversation)) {
-    parts.push(`## ${n.role}${n.model ? ` (${n.model})` : ""}\n`);
-    if (n.reasoning) parts.push(`> ${n.reasoning.replaceAll("\n", "\n> ")}\n`);
+    parts.push(`## ${n.role}${n.model ? ` (${n.model})` : ''}\n`);
+    if (n.reasoning) parts.push(`> ${n.reasoning.replaceAll('\n', '\n> ')}\n`);
     parts.push(`${n.content}\n`);
     for (const c of n.calls ?? []) parts.push(`\`\`\`json\n${c.name}(${c.arguments})\n\`\`\`\n`);
   }
-  return parts.join("\n");
+  return parts.join('\n');
 }
