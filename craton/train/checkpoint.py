@@ -10,6 +10,7 @@ each box lies, so that any number of processes, and any mesh, can read what it n
 temporary name, fsynced, and renamed; resume verifies every byte, newest first.
 """
 
+import hashlib
 import json
 import os
 import shutil
@@ -106,7 +107,8 @@ def _publish(
                     whole = tensors[kind].setdefault(name, {"shape": piece["shape"], "pieces": []})
                     where = {"file": f"{kind}-{rank:05d}.safetensors"}
                     whole["pieces"].append(where | {k: piece[k] for k in ("offset", "size")})
-        write_json(temporary / "manifest.json", {"format": FORMAT, "files": files, "tensors": tensors})
+        manifest = {"format": FORMAT, "files": files, "tensors": tensors}
+        write_json(temporary / "manifest.json", manifest | {"sha256": _hash(manifest)})
         fsync(temporary)
         if final.exists():  # a damaged one of the same step, refused before
             shutil.rmtree(final)
@@ -117,6 +119,10 @@ def _publish(
     return None
 
 
+def _hash(manifest: dict[str, Any]) -> str:
+    return hashlib.sha256(as_json(manifest).encode()).hexdigest()
+
+
 def _all(folder: Path) -> list[Path]:
     """Checkpoint folders, newest first."""
     return sorted((p for p in folder.glob("step-*") if p.is_dir()), reverse=True)
@@ -125,13 +131,12 @@ def _all(folder: Path) -> list[Path]:
 def read_manifest(path: Path) -> dict[str, Any]:
     """A checkpoint's manifest. UserError if it is not one that was written whole by this version."""
     try:
-        text = (path / "manifest.json").read_text(encoding="utf-8")
-        manifest = json.loads(text)
+        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{path}: damaged checkpoint (manifest.json is missing)") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: damaged checkpoint (manifest.json is unreadable: {error})") from None
-    if not isinstance(manifest, dict) or text != as_json(manifest):
+    if not isinstance(manifest, dict):
         raise UserError(f"{path}: damaged checkpoint (manifest.json is not the one that was written)")
     if set(manifest) == {"model.safetensors", "optimizer.safetensors", "state.json"}:
         raise UserError(
@@ -139,8 +144,9 @@ def read_manifest(path: Path) -> dict[str, Any]:
             "opens as it is, and a new run can be started with another --out",
             code="older_version",
         )
-    if manifest.get("format") != FORMAT or not {"files", "tensors"} <= set(manifest):
-        raise UserError(f"{path}: damaged checkpoint (manifest.json is not of format {FORMAT})")
+    written = manifest.pop("sha256", None)
+    if manifest.get("format") != FORMAT or written != _hash(manifest):
+        raise UserError(f"{path}: damaged checkpoint (manifest.json is not the one that was written)")
     return manifest
 
 

@@ -30,7 +30,7 @@ class Pairs:
 
 
 class PairSource:
-    """Sums that are right, beside sums that are wrong; or, as a control, either of them preferred at random."""
+    """Of two numbers the larger, beside the smaller; or, as a control, either of them preferred at random."""
 
     rows, together = 16, 2
 
@@ -46,15 +46,14 @@ class PairSource:
 
     def pair(self, number: int) -> list[list[int]]:
         r = torch.Generator().manual_seed(number)
-        a, b, wrong = torch.randint(16, (3,), generator=r).tolist()
-        right = (a + b) % 16
-        answers = [right, wrong if wrong != right else (right + 1) % 16]
+        a, b = torch.randperm(16, generator=r)[:2].tolist()
+        answers = [max(a, b), min(a, b)]
         if not self.honest and number % 2:
             answers.reverse()
         return [[1, 16 + a, 16 + b, 2, 32 + x, 3, 3, 3, 3] for x in answers]
 
     def facts(self) -> dict[str, Any]:
-        return {"pairs": "sums"}
+        return {"pairs": "the larger number"}
 
 
 def prefer(network: Any, batch: Pairs) -> Losses:
