@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,12 +25,23 @@ corpus_app = typer.Typer(
 )
 app.add_typer(corpus_app, name="corpus")
 
-Json = Annotated[bool, typer.Option("--json", help="End with one JSON object on the last line of stdout.")]
+
+def _json_alone(context: typer.Context, wanted: bool) -> bool:
+    """With --json what a command says goes to stderr, so that stdout holds the JSON alone."""
+    if wanted:
+        context.with_resource(redirect_stdout(sys.stderr))
+    return wanted
+
+
+Json = Annotated[
+    bool, typer.Option("--json", callback=_json_alone, help="One JSON object on stdout, the rest on stderr before it.")
+]
 
 
 def _emit(wanted: bool, value: dict[str, Any]) -> None:
     if wanted:
-        print(json.dumps(value, ensure_ascii=False), flush=True)
+        sys.stderr.flush()
+        print(json.dumps(value, ensure_ascii=False), file=sys.__stdout__, flush=True)
 
 
 @corpus_app.command("build")
@@ -165,30 +177,19 @@ def train(
     }
     for key, value in flags.items():
         if value is not None:
-            assign(
-                settings,
-                key,
-                value,
-                "--" + {"model.num_hidden_layers": "depth"}.get(key, key.split(".")[1].replace("_", "-")),
-            )
+            name = "depth" if key == "model.num_hidden_layers" else key.partition(".")[2].replace("_", "-")
+            assign(settings, key, value, f"--{name}")
     for text in set_ or []:
         parse_setting(settings, text)
-    if not (
-        budget
-        or depth
-        or steps
-        or resume
-        or settings.run.budget
-        or settings.run.steps
-        or settings.model.num_hidden_layers
-    ):
+    asked = (settings.run.budget, settings.run.steps, settings.model.num_hidden_layers)
+    if not resume and not any(asked):
         settings.run.budget = "10m"
     try:
         result = run(corpora, out, settings, resume)
     except Interrupted as signal:
         if int(os.environ.get("RANK", 0)) == 0:
             write_report(out)
-        _emit(json_, {"out": str(out), "status": "interrupted", "signal": str(signal)})
+            _emit(json_, {"out": str(out), "status": "interrupted", "signal": str(signal)})
         raise typer.Exit(130 if str(signal) == "SIGINT" else 143) from None
     if result:  # empty in all but the first process
         say(f"{write_report(out)}: how it went")
@@ -213,12 +214,10 @@ def generate(
     sampling = Sampling(max_tokens, temperature, seed=seed)
     loaded, ids, text = load_model(model), list[int](), ""
     for event in loaded.engine.stream(loaded.tokenizer.encode(prompt), sampling):
-        if not json_:
-            print(event.text if ids or text else prompt + event.text, end="", flush=True)
+        print(event.text if ids or text else prompt + event.text, end="", flush=True)
         ids += event.token_ids
         text += event.text
-    if not json_:
-        print()
+    print()
     _emit(json_, {"text": text, "token_ids": ids})
 
 

@@ -14,7 +14,8 @@ from tests.conftest import STDLIB, craton
 
 def last(done):
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout.splitlines()[-1])
+    (line,) = done.stdout.splitlines()
+    return json.loads(line)
 
 
 def test_help_is_quick_and_imports_nothing_heavy():
@@ -65,12 +66,12 @@ def test_a_foreign_tokenizer_is_refused(model_folder, tmp_path):
 def test_chat(model_folder):
     done = craton("chat", model_folder, "--max-tokens", 8, "--json", input="import\nos\n")
     messages = last(done)["messages"]
-    assert [m["role"] for m in messages] == ["user", "assistant"] * 2 and "only pretrained" in done.stdout
+    assert [m["role"] for m in messages] == ["user", "assistant"] * 2 and "only pretrained" in done.stderr
 
 
 def test_corpus_show_and_trace(corpus, model_folder):
     shown = craton("corpus", "show", corpus, "--json")
-    assert last(shown)["counts"]["documents"] > 30 and "dropped" in shown.stdout
+    assert last(shown)["counts"]["documents"] > 30 and "dropped" in shown.stderr
     traced = last(craton("corpus", "trace", model_folder, "--step", 5, "--json"))
     assert traced["batch"] == 4 and sum(d["tokens"] for d in traced["documents"]) == 4 * 129
     assert craton("corpus", "trace", model_folder, "--step", 999).returncode == 2

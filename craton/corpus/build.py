@@ -27,7 +27,6 @@ from craton.base import (
     claim,
     count,
     digest,
-    fsync,
     nearest,
     read_json,
     remove_inside,
@@ -39,11 +38,11 @@ from craton.base import (
 from craton.corpus import sources
 from craton.corpus.clean import INDEX, STEPS, Dropped, Evaluation, clean, evaluation_grams, read_batch
 from craton.corpus.dedup import exact_copies, near_copies
-from craton.corpus.store import DOCUMENT, SPLITS, manifest_digest
+from craton.corpus.shards import Shards
+from craton.corpus.store import manifest_digest
 from craton.text.tokenizer import Tokenizer, choose_vocab_size, train_tokenizer
 
 BATCH_CHARACTERS = 1 << 20
-SHARD_TOKENS = 128 << 20
 TOKENIZER_SAMPLE = 48 << 20  # characters that a tokenizer is trained on
 HELDOUT_SHARE, HELDOUT_MOST = 0.02, 2 << 20  # of the bytes, and at most
 
@@ -395,7 +394,7 @@ class _Build:
 
     def publish(self) -> dict[str, Any]:
         """Shards, rows and names, and last the manifest, which makes the corpus exist."""
-        writer = _Writer(self.out, self.dtype)
+        writer = Shards(self.out, self.dtype)
         writer.write(self.batches, self.offsets, self.index, self.keep, self.held, self.follows)
         manifest = writer.describe(self.tokenizer)
         seconds = time.monotonic() - self.began
@@ -433,94 +432,4 @@ class _Build:
             "evaluation": {"items": looked.items, "too_short": looked.too_short} if looked else None,
             "sources": each,
             "seconds": round(seconds, 2),
-        }
-
-
-class _Writer:
-    """The files of a corpus."""
-
-    def __init__(self, out: Path, dtype: str):
-        self.out, self.dtype = out, dtype
-        for stale in [*out.glob("*.bin"), *out.glob("documents.npy")]:
-            stale.unlink()
-        self.shards: dict[str, list[str]] = {s: [] for s in SPLITS}
-        self.length = dict.fromkeys(SPLITS, 0)
-        self.rows: list[tuple[Any, ...]] = []
-        self.licenses: dict[int, set[str]] = {}
-        self.open_shards: dict[str, Any] = {}
-
-    def write(
-        self,
-        batches: list[Path],
-        offsets: np.ndarray,
-        index: np.ndarray,
-        keep: np.ndarray,
-        held: np.ndarray,
-        follows: np.ndarray,
-    ) -> None:
-        """Tokens of kept parts to their splits, in order."""
-        with open(self.out / "names.bin", "wb") as names:
-            for n, path in enumerate(batches):
-                with open(path.with_name(f"tokens-{n:06d}.npy"), "rb") as f:
-                    lengths, ids = np.load(f, allow_pickle=False), np.load(f, allow_pickle=False)
-                pieces = iter(np.split(ids, np.cumsum(lengths)[:-1]))
-                for i, document in enumerate(read_batch(path)):
-                    g = int(offsets[n]) + i
-                    if keep[g]:
-                        split = SPLITS[int(held[g])]
-                        self._part(split, bool(follows[g]), index[g], next(pieces), document, names)
-        for shard in self.open_shards.values():
-            shard.close()
-        self.table = np.array(self.rows, DOCUMENT)
-        with open(self.out / "documents.npy", "wb") as rows_file:
-            np.save(rows_file, self.table)
-
-    def _part(
-        self, split: str, follows: bool, facts: Any, ids: np.ndarray, document: dict[str, str], names: Any
-    ) -> None:
-        self._shard(split).write(ids.tobytes())
-        label = document["name"].encode("utf-8", "replace")[:65_535]
-        place = (SPLITS.index(split), follows, facts["source"], self.length[split], len(ids), facts["bytes"])
-        self.rows.append((*place, names.tell(), len(label), facts["exact"]))
-        names.write(label)
-        self.length[split] += len(ids)
-        if document["license"]:
-            self.licenses.setdefault(int(facts["source"]), set()).add(document["license"])
-
-    def _shard(self, split: str) -> Any:
-        """The open shard of a split, a new one where the last is full."""
-        names = self.shards[split]
-        if split not in self.open_shards or self.length[split] // SHARD_TOKENS >= len(names):
-            if split in self.open_shards:
-                self.open_shards[split].close()
-            names.append(f"{split}-{len(names):05d}.bin")
-            self.open_shards[split] = open(self.out / names[-1], "wb")  # noqa: SIM115
-        return self.open_shards[split]
-
-    def describe(self, tokenizer: Tokenizer) -> dict[str, Any]:
-        """The tokenizer is written too; then the part of the manifest that describes the files, all fsynced."""
-        (self.out / "tokenizer").mkdir(exist_ok=True)
-        tokenizer.save(self.out / "tokenizer")
-        shards = [self.out / name for names in self.shards.values() for name in names]
-        own = [self.out / "documents.npy", self.out / "names.bin"]
-        paths = [*own, *shards, *sorted((self.out / "tokenizer").iterdir())]
-        for path in paths:
-            fsync(path)
-        splits = {}
-        for i, split in enumerate(SPLITS):
-            mine = self.table["split"] == i
-            splits[split] = {
-                "tokens": self.length[split],
-                "documents": int(mine.sum()),
-                "bytes": int(self.table["bytes"][mine].sum()),
-                "shards": self.shards[split],
-            }
-        files = {str(p.relative_to(self.out)): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in paths}
-        return {
-            "format": "craton-corpus-1",
-            "dtype": self.dtype,
-            "vocab_size": tokenizer.vocab_size,
-            "document_id": tokenizer.document_id,
-            "splits": splits,
-            "files": files,
         }

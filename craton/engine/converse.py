@@ -15,7 +15,8 @@ from craton.engine.model import load_model
 from craton.engine.request import Completion, EngineEvent, Reasoning, Sampling, TokenLogprob
 from craton.engine.structured import Matcher
 from craton.text import dialogue
-from craton.text.dialogue import Dialogue, Parser, Part
+from craton.text.calls import Parser, Part
+from craton.text.dialogue import Dialogue
 from craton.text.tokenizer import Tokenizer
 
 # Tokens of thinking that OpenAI's efforts allow. None: as long as the model wants.
@@ -186,7 +187,8 @@ class AnswerParts:
         self.completion_tokens = self.reasoning_tokens = 0
         self.plain = not (prepared.may_think or prepared.tools)
         own = None if self.plain else talker.dialogue
-        self.parsers = [Parser(own, prepared.tools, prepared.opened, prepared.may_think) for _ in range(self.n)]
+        calls, markers = own.calls if own and prepared.tools else None, own.thinking if own else None
+        self.parsers = [Parser(calls, markers, prepared.opened, prepared.may_think) for _ in range(self.n)]
         self.unplaced: list[list[TokenLogprob]] = [[] for _ in range(self.n)]  # not known yet to be content
         self.aligned = [_Aligned(talker.tokenizer, prepared.sampling.show_special) for _ in range(self.n)]
 

@@ -16,7 +16,7 @@ from craton.serve.dialect import choose_tools, thinking_of
 from craton.serve.reply import Reply, State, named_event, whole
 from craton.serve.schema_anthropic import CountTokensRequest, MessagesRequest
 from craton.serve.served import ApiError, Served, run
-from craton.text.dialogue import Part
+from craton.text.calls import Part
 from craton.text.messages import joined, parts_of, text_of
 
 

@@ -18,7 +18,7 @@ import httpx
 from craton.base import UserError, publish, read_json, say
 from craton.engine.converse import EFFORT, Ask, Prepared, answer_prepared, open_talker, prepare
 from craton.serve.guard import local
-from craton.text.dialogue import Part
+from craton.text.calls import Part
 
 FAINT, PLAIN = "\033[2m", "\033[0m"
 SETTINGS: dict[str, tuple[type, str]] = {

@@ -17,7 +17,7 @@ from craton.serve.dialect import check_stream_options, choose_tools, logprobs_of
 from craton.serve.reply import Reply, State, named_event, whole
 from craton.serve.schema_responses import ResponsesRequest
 from craton.serve.served import Answers, ApiError, Served, run
-from craton.text.dialogue import Part
+from craton.text.calls import Part
 from craton.text.messages import joined, parts_of
 
 _MOST, _MOST_BYTES = 1000, 64 << 20

@@ -7,17 +7,14 @@ knows no tools is told of them in a system message, in Hermes' format.
 
 import json
 import re
-import secrets
-import string
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 from craton.base import UserError
+from craton.text.calls import HERMES, ID, ID_LENGTH, CallFormat
 from craton.text.messages import text_of
 from craton.text.tokenizer import Tokenizer
 
-ID, ID_LENGTH = "\0", 9  # stands for a call's id, nine letters and digits as Mistral's models want
 _THINKING = (
     ("<think>", "</think>"),
     ("[THINK]", "[/THINK]"),
@@ -30,27 +27,6 @@ _HERMES = (
     "You may call functions to answer. They are described in <tools></tools>, one JSON object a "
     "line:\n<tools>\n{tools}\n</tools>\n"
     'For each call write <tool_call>\n{{"name": "FUNCTION", "arguments": {{...}}}}\n</tool_call>'
-)
-
-
-@dataclass(frozen=True)
-class CallFormat:
-    """opening NAME middle ARGUMENTS [between NAME middle ARGUMENTS]... closing. ID stands in them for a call's id."""
-
-    opening: str
-    middle: str
-    closing: str
-    between: str | None  # None: one call an answer
-    native: bool = True  # the template renders tools, calls and results itself
-    as_text: bool = False  # it wants arguments as JSON text, not as an object
-
-
-HERMES = CallFormat(
-    '<tool_call>\n{"name": "',
-    '", "arguments": ',
-    "}\n</tool_call>",
-    '}\n</tool_call>\n<tool_call>\n{"name": "',
-    native=False,
 )
 
 
@@ -300,152 +276,3 @@ def _cut(text: str, names: tuple[str, ...]) -> list[tuple[str, str]] | None:
         at = begin + length
     out.append((text[at:].replace(_ID, ID), ""))
     return out
-
-
-# ---- reading what the model writes ------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Part:
-    """A piece of an answer. kind: "reasoning", "content", "call" (text is the name) or "arguments"."""
-
-    kind: str
-    text: str
-    call: int = 0  # which call, from 0
-    id: str = ""  # ours: where models write ids at all, some do so after the arguments
-
-
-class Parser:
-    """Text in, parts out; whatever is cut how, the parts join to the same."""
-
-    def __init__(self, dialogue: Dialogue | None, tools: bool, thinking: bool, may_think: bool):
-        self.calls = dialogue.calls if dialogue and tools else None
-        self.markers = dialogue.thinking if dialogue else None
-        self.state = "lead" if thinking else "start" if may_think and self.markers else "content"
-        self.buffer, self.call = "", -1
-        self.depth, self.quoted, self.escaped = 0, False, False
-        self.steps: dict[str, Callable[[bool], Iterator[Part]]] = {
-            "start": self._start,
-            "lead": self._lead,
-            "think": self._think,
-            "gap": self._gap,
-            "content": self._content,
-            "name": self._name,
-            "arguments": self._arguments,
-            "after": self._after,
-        }
-
-    def feed(self, text: str, last: bool = False) -> Iterator[Part]:
-        """The parts that more text makes certain. last: no more comes."""
-        self.buffer += text
-        while True:
-            before = self.state, len(self.buffer)
-            yield from self.steps[self.state](last)
-            if (self.state, len(self.buffer)) == before:
-                return
-
-    def _start(self, last: bool) -> Iterator[Part]:
-        """Thinking may begin here, and only here."""
-        assert self.markers
-        text = self.buffer.lstrip()
-        if text.startswith(self.markers[0]):
-            self.buffer, self.state = text[len(self.markers[0]) :], "lead"
-        elif last or not self.markers[0].startswith(text):
-            self.state = "content"
-        return
-        yield
-
-    def _lead(self, last: bool) -> Iterator[Part]:
-        yield from self._gap(last, "think")
-
-    def _think(self, last: bool) -> Iterator[Part]:
-        assert self.markers
-        yield from self._until(self.markers[1], last, "reasoning", "gap")
-
-    def _gap(self, last: bool, then: str = "content") -> Iterator[Part]:
-        """White space between thinking and answer belongs to neither."""
-        self.buffer = self.buffer.lstrip()
-        if self.buffer or last:
-            self.state = then
-        return
-        yield
-
-    def _content(self, last: bool) -> Iterator[Part]:
-        if self.calls is None:
-            if self.buffer:
-                yield Part("content", self.buffer)
-            self.buffer = ""
-        else:
-            yield from self._until(self.calls.opening, last, "content", "name")
-
-    def _until(self, marker: str, last: bool, kind: str, then: str) -> Iterator[Part]:
-        """Everything before the marker is of a kind; white space just before it is dropped, as templates do."""
-        found = _pattern(marker).search(self.buffer)
-        if found:
-            text, self.buffer, self.state = self.buffer[: found.start()].rstrip(), self.buffer[found.end() :], then
-        else:
-            keep = 0 if last else _may_begin(self.buffer, marker)
-            space = 0 if last else len(self.buffer) - keep - len(self.buffer[: len(self.buffer) - keep].rstrip())
-            text, self.buffer = (
-                self.buffer[: len(self.buffer) - keep - space],
-                self.buffer[len(self.buffer) - keep - space :],
-            )
-        if text:
-            yield Part(kind, text)
-
-    def _name(self, last: bool) -> Iterator[Part]:
-        assert self.calls
-        at = self.buffer.find(self.calls.middle.split(ID)[0] or '"')
-        if at >= 0 and (found := _pattern(self.calls.middle).match(self.buffer, at)):
-            name, self.buffer, self.state = self.buffer[:at], self.buffer[found.end() :], "arguments"
-            self.call += 1
-            self.depth, self.quoted, self.escaped = 0, False, False
-            yield Part(
-                "call",
-                name,
-                self.call,
-                "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(ID_LENGTH)),
-            )
-        elif last:
-            self.buffer = ""
-
-    def _arguments(self, last: bool) -> Iterator[Part]:
-        end = len(self.buffer)
-        for i, c in enumerate(self.buffer):
-            if self.quoted:
-                self.quoted = self.escaped or c != '"'
-                self.escaped = c == "\\" and not self.escaped
-            elif c == '"':
-                self.quoted = True
-            elif c in "{[":
-                self.depth += 1
-            elif c in "}]":
-                self.depth -= 1
-                if not self.depth:
-                    end, self.state = i + 1, "after"
-                    break
-        text, self.buffer = self.buffer[:end], self.buffer[end:]
-        if text:
-            yield Part("arguments", text, self.call)
-
-    def _after(self, last: bool) -> Iterator[Part]:
-        assert self.calls
-        if self.calls.between is not None and (found := _pattern(self.calls.between).match(self.buffer)):
-            self.buffer, self.state = self.buffer[found.end() :], "name"
-        elif last:
-            self.buffer = ""
-        return
-        yield
-
-
-def _pattern(literal: str) -> re.Pattern[str]:
-    return re.compile(re.escape(literal).replace(re.escape(ID), f"[a-zA-Z0-9]{{{ID_LENGTH}}}"))
-
-
-def _may_begin(text: str, marker: str) -> int:
-    """Characters at the end of text that may be the beginning of the marker."""
-    fixed = marker.split(ID)[0]
-    return next(
-        (n for n in range(min(len(fixed) - 1, len(text)), 0, -1) if text.endswith(fixed[:n])),
-        len(text) if ID in marker and fixed in text else 0,
-    )

@@ -9,7 +9,8 @@ from llguidance import LLMatcher, LLTokenizer
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Backend
 
-from craton.text.dialogue import HERMES, Parser, Part, learn
+from craton.text.calls import HERMES, Parser, Part
+from craton.text.dialogue import learn
 from craton.text.tokenizer import Tokenizer
 
 CHATML = "{%- for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{%- endfor %}{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{%- endif %}"
@@ -180,7 +181,7 @@ def test_grammar_and_parser(style):
             source = marked + before + text
             seen = set()
             for _ in range(40):
-                parser, parts, at = Parser(d, True, False, True), [], 0
+                parser, parts, at = Parser(d.calls, d.thinking, may_think=True), [], 0
                 while at < len(source):
                     step = r.choice((1, 2, 5, 30, 400))
                     parts += parser.feed(source[at : at + step])
@@ -200,8 +201,9 @@ def test_grammar_and_parser(style):
 def test_no_tools_means_no_parsing():
     d = dialogue(STYLES["qwen"][0])
     text = 'See <tool_call>\n{"name": "x"  \n'
-    parts = merge([*Parser(d, False, False, True).feed(text), *Parser(d, False, False, True).feed("", True)])
-    assert parts[0].text == text
+    parser = Parser(None, d.thinking, may_think=True)
+    parts = merge([*parser.feed(text), *parser.feed("", True)])
+    assert [(p.kind, p.text) for p in parts] == [("content", text)]
 
 
 def test_thinking_switch():
