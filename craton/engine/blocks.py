@@ -11,11 +11,11 @@ from collections.abc import Callable, Hashable
 
 from craton.model.paging import BLOCK
 
-Pictures = Callable[[int], tuple[str, ...]]  # number of a block -> digests of the pictures that reach into it
-Key = tuple[int, tuple[int, ...], tuple[str, ...]]  # prefix id before it, its tokens, its pictures
+Pictures = Callable[[int], tuple[Hashable, ...]]  # number of a block -> the pictures that reach into it, and where
+Key = tuple[int, tuple[int, ...], tuple[Hashable, ...]]  # prefix id before it, its tokens, its pictures
 
 
-def no_pictures(_: int) -> tuple[str, ...]:
+def no_pictures(_: int) -> tuple[Hashable, ...]:
     """Pictures of a text."""
     return ()
 
@@ -85,7 +85,7 @@ class BlockPool:
             self.holders[block] += 1
         return found, parent
 
-    def register(self, block: int, parent: int, tokens: tuple[int, ...], pictures: tuple[str, ...] = ()) -> int:
+    def register(self, block: int, parent: int, tokens: tuple[int, ...], pictures: tuple[Hashable, ...] = ()) -> int:
         """A block is full: make it known. Returns the prefix id that it ends."""
         key = (parent, tokens, pictures)
         if (other := self.known.get(key)) is not None:

@@ -45,10 +45,10 @@ class Generation:
         """Whether more than its last token is still to be computed."""
         return self.computed < len(self.tokens) - 1
 
-    def pictures_in(self, block: int) -> tuple[str, ...]:
-        """Digests of the pictures that reach into a block."""
+    def pictures_in(self, block: int) -> tuple[PictureSpan, ...]:
+        """Those that reach into a block."""
         start, end = block * BLOCK, (block + 1) * BLOCK
-        return tuple(p.digest for p in self.pictures if p.start < end and p.end > start)
+        return tuple(p for p in self.pictures if p.start < end and p.end > start)
 
 
 @dataclass(frozen=True)
