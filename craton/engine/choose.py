@@ -15,9 +15,13 @@ def draw(scores: Tensor | Sequence[Tensor], answers: Sequence[Answer]) -> list[i
     """A token for each answer from its scores (vocabulary,), by its own filters and random number."""
     if not answers:
         return []
+    rows = scores if isinstance(scores, Tensor) else torch.stack(list(scores))
     samplings = [a.sampling for a in answers]
+    if all(s.temperature == 0 for s in samplings):
+        tokens: list[int] = rows.argmax(-1).tolist()
+        return tokens
     u = [uniform(a.seed, a.completion.index, len(a.generation.tokens)) for a in answers]
-    return draw_each(scores if isinstance(scores, Tensor) else torch.stack(list(scores)), samplings, u)
+    return draw_each(rows, samplings, u)
 
 
 @dataclass
@@ -31,8 +35,9 @@ class Choice:
 def choose(answers: list[Answer], logits: Tensor, end_ids: tuple[int, ...]) -> list[Choice]:
     """The next token of each answer from its row of logits (answers, vocabulary), appended to it. End tokens, which
     end_ids and the requests name, are no part of an answer."""
-    scores = [_allowed(a, row, end_ids) for a, row in zip(answers, logits, strict=True)]
-    whole = all(s.data_ptr() == row.data_ptr() for s, row in zip(scores, logits, strict=True))
+    rows = logits.unbind()
+    scores = [_allowed(a, row, end_ids) for a, row in zip(answers, rows, strict=True)]
+    whole = all(s is row for s, row in zip(scores, rows, strict=True))
     free = [i for i, a in enumerate(answers) if a.matcher is None or a.thinking or _may_begin_thinking(a)]
     some = logits if whole and len(free) == len(answers) else [scores[i] for i in free]
     tokens = dict(zip(free, draw(some, [answers[i] for i in free]), strict=True))
@@ -42,7 +47,7 @@ def choose(answers: list[Answer], logits: Tensor, end_ids: tuple[int, ...]) -> l
     bound = [i for i, a in enumerate(answers) if a.matcher is not None and not a.thinking]
     chosen = dict(zip(bound, _within_grammars([answers[i] for i in bound], [scores[i] for i in bound]), strict=True))
     out = []
-    for i, (answer, row) in enumerate(zip(answers, logits, strict=True)):
+    for i, (answer, row) in enumerate(zip(answers, rows, strict=True)):
         thinking, complete = answer.thinking, False
         if i in chosen:
             token, complete = chosen[i]
@@ -66,9 +71,9 @@ def _allowed(answer: Answer, logits: Tensor, end_ids: tuple[int, ...]) -> Tensor
     changes."""
     s, g = answer.sampling, answer.generation
     scores = adjusted(logits, s, g.tokens[: g.prompt], g.tokens[g.prompt :]) if s.adjusts else logits
-    ends = (*(() if s.ignore_eos else end_ids), *s.stop_token_ids)
-    if g.answered < s.min_tokens and ends:
-        scores = scores.index_fill(0, torch.tensor(ends, device=scores.device), -torch.inf)
+    if g.answered < s.min_tokens:
+        ends = [*(() if s.ignore_eos else end_ids), *s.stop_token_ids]
+        scores = scores.index_fill(0, torch.tensor(ends, dtype=torch.long, device=scores.device), -torch.inf)
     return scores
 
 

@@ -304,11 +304,11 @@ class Engine:
 
     def _advanced(self, part: Slice, answer: Answer, added: list[int], text: str, finish: str | None) -> EngineEvent:
         generation = answer.generation
-        generation.guesses = []
         answer.completion.cached_tokens = generation.cached or 0
-        # The guesses that came true are in the cache already; the newest token is not.
-        end = min(part.past + part.new, len(generation.tokens) - 1)
-        self.scheduler.computed(Slice(generation, part.past, end - part.past))
+        if generation.guesses:  # those that came true are in the cache already; the newest token is not
+            generation.guesses = []
+            end = min(part.past + part.new, len(generation.tokens) - 1)
+            self.scheduler.computed(Slice(generation, part.past, end - part.past))
         self.counters.generated_tokens += len(added)
         if finish:
             return self._finish(answer, finish, tuple(added), text)

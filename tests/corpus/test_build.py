@@ -14,6 +14,7 @@ import time
 import pytest
 
 from craton.base import UserError
+from craton.corpus import clean, sources
 from craton.corpus.build import BuildOptions, build
 from craton.corpus.store import Corpus
 from tests.conftest import WORDS, craton, prose
@@ -270,3 +271,62 @@ def test_every_injected_fault_is_refused(tmp_path):
         path.write_bytes(whole)
     assert accepted == 0
     Corpus(out)
+
+
+def test_held_out_text_comes_from_documents_that_are_not_trained_on(tmp_path):
+    """Books that are cut into parts: once parts were held out, of books that stayed."""
+    books = [" ".join(prose(100 * b + i, 40) for i in range(60)) for b in range(40)]
+    for i, book in enumerate(books):
+        make(tmp_path / "t" / f"{i}.txt", book.encode())
+    build(options(str(tmp_path / "t"), skip=["quality", "near"]), tmp_path / "c")
+    corpus = Corpus(tmp_path / "c")
+    names = [{corpus.name_of(r).partition("#")[0] for r in corpus.rows(split)} for split in ("train", "heldout")]
+    assert names[1] and not names[0] & names[1]
+    assert len(corpus.documents) >= 40
+
+
+def test_questions_and_answers_without_their_ids(tmp_path):
+    """Once every string of such a record was trained on."""
+    rows = [
+        {"id": "q17", "url": "https://example.org/secret", "question": "What?" + prose(1), "answer": prose(2)},
+        {"uuid": "x9", "instruction": "Sum." + prose(3), "input": "", "output": prose(4)},
+        {"prompt": prose(5), "response": prose(6), "source": "forum"},
+    ]
+    texts = [sources._text_of(row, "here")[0] for row in rows]
+    assert texts[0] == f"{rows[0]['question']}\n\n{rows[0]['answer']}"
+    assert texts[1] == f"{rows[1]['instruction']}\n\n{rows[1]['output']}"
+    assert texts[2] == f"{rows[2]['prompt']}\n\n{rows[2]['response']}"
+    with pytest.raises(UserError, match="no text in this record"):
+        sources._text_of({"id": "a", "url": "b", "note": "c"}, "here")
+
+
+def test_long_utf_16_is_text(tmp_path):
+    """A piece that is not the first has no mark; it was taken for binary once."""
+    text = "".join(f"Line {i} of a long text, wide – ☃ 𝔘.\n" for i in range(300_000))
+    data = text.encode("utf-16")
+    assert len(data) > 2 * sources._PIECE // 2 and len(data) > 16 << 20
+    make(tmp_path / "t" / "wide.txt", data)
+    out = tmp_path / "c"
+    build(options(str(tmp_path / "t"), skip=["quality", "exact", "near"]), out)
+    corpus = Corpus(out)
+    assert int(corpus.documents["bytes"].sum()) == pytest.approx(len(text.encode()), rel=0.001)
+
+
+def test_a_full_disk_keeps_the_work(tmp_path, monkeypatch, capsys):
+    """The work that the message promises to keep was removed once."""
+    source = write(tmp_path / "a.jsonl", [prose(i, 200) for i in range(400)])
+    before, wrote = clean._write, []
+
+    def full(out, *more):
+        if len(wrote) == 2:
+            raise OSError(28, "No space left on device", str(out))
+        wrote.append(out)
+        before(out, *more)
+
+    monkeypatch.setattr(clean, "_write", full)
+    with pytest.raises((UserError, OSError), match="No space left"):
+        build(options(source), tmp_path / "c")
+    assert list((tmp_path / "c" / ".work").glob("clean-*.json"))
+    monkeypatch.setattr(clean, "_write", before)
+    assert build(options(source), tmp_path / "c")["counts"]["kept"] == 400
+    assert "went on from an earlier run" in capsys.readouterr().out

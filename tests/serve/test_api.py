@@ -650,6 +650,37 @@ def test_too_long(server):
     assert answer.status_code == 400 and "tokens" in answer.json()["error"]["message"]
 
 
+@pytest.mark.parametrize("over", [0, 1, 900])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/responses", "/v1/completions"])
+def test_a_prompt_that_leaves_no_room(server, over, path):
+    """Without max_tokens: it was "max_tokens is -904" once, or an empty answer where the prompt just filled it."""
+    context = server.client.get("/v1/models").json()["data"][0]["context_length"]
+
+    def asked(words):
+        text = "hi " * words
+        if path == "/v1/completions":
+            return {"model": "chat", "prompt": text}
+        key = "input" if path.endswith("responses") else "messages"
+        return {"model": "chat", key: [{"role": "user", "content": text}]}
+
+    def tokens(words):
+        body = asked(words)
+        body = (
+            body
+            if "prompt" in body
+            else {"model": "chat", "messages": next(v for v in body.values() if isinstance(v, list))}
+        )
+        return server.post("/tokenize", json=body).json()["count"]
+
+    step = tokens(200) - tokens(199)
+    words = 200 + -(-(context + over - tokens(200)) // step)
+    assert tokens(words) >= context + over
+    answer = server.post(path, json=asked(words))
+    error = answer.json()["error"]
+    assert answer.status_code == 400 and error["code"] == "context_length_exceeded"
+    assert str(context) in error["message"] and "-" not in error["message"]
+
+
 def test_stream_error_is_a_status(server):
     answer = server.post(
         "/v1/chat/completions",

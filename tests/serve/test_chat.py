@@ -127,3 +127,30 @@ def test_terminal(chat_folder, tmp_path):
     assert tiny.SHORT in talk([b"Tell me\x1b\ra joke.\r"])
     assert "+Tell me\n+a joke." in (tmp_path / "craton" / "history").read_text()
     assert tiny.SHORT in talk([b"\x1b[A\r"])  # up: the last question again
+
+
+@pytest.mark.parametrize(
+    "url, ours, theirs",
+    [
+        ("https://api.openai.com/v1", "c", "o"),
+        ("https://elsewhere.example/v1", "c", ""),
+        ("http://elsewhere.example/v1", "", ""),
+        ("http://api.openai.com/v1", "", ""),
+        ("https://api.openai.com.evil.example", "c", ""),
+        ("http://127.0.0.1:8000", "c", ""),
+        ("http://localhost:8000", "c", ""),
+    ],
+)
+def test_keys_go_where_they_belong(monkeypatch, url, ours, theirs):
+    """Either key went to any address once, over plain http as well."""
+    from craton.serve.chat import key_for
+
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    monkeypatch.delenv("CRATON_API_KEY", raising=False)
+    monkeypatch.setenv("OPENAI_API_KEY", "o")
+    assert key_for(url) == theirs
+    monkeypatch.setenv("CRATON_API_KEY", "c")
+    assert key_for(url) == ours
+    monkeypatch.delenv("CRATON_API_KEY")
+    monkeypatch.setenv("OPENAI_BASE_URL", "https://elsewhere.example/v1")
+    assert key_for("https://elsewhere.example/v1") == "o" and key_for("https://api.openai.com/v1") == ""

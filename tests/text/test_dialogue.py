@@ -216,3 +216,21 @@ def test_thinking_switch():
     prompt, opened = d.render(user, [], False)
     assert prompt.endswith("<think>\n\n</think>\n\n") and not opened
     assert d.render(user, [], prefix="The answer")[0].endswith("</think>\n\nThe answer")
+
+
+def test_templates_where_many_files_are_open():
+    """A server with many connections: select() knows no file beyond the 1024th."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if hard < 1400:
+        pytest.skip("no more files can be opened here")
+    resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, 1400), hard))
+    held = [open("/dev/null") for _ in range(1100)]  # noqa: SIM115
+    try:
+        prompt, _ = dialogue(STYLES["qwen"][0]).render([{"role": "user", "content": "hi"}], [])
+    finally:
+        for f in held:
+            f.close()
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert "hi" in prompt

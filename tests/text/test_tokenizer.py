@@ -91,3 +91,26 @@ def test_bad_folders(tmp_path):
 def test_vocabulary_grows_with_the_corpus():
     sizes = [choose_vocab_size(b) for b in (10**5, 10**7, 10**8, 10**10, 10**13)]
     assert sizes == sorted(sizes) and sizes[1] == 4096 and sizes[2] == 8192 and sizes[-1] == 65_536
+
+
+def test_bytes_of_added_tokens(tokenizer):
+    """0 for special ones alone: added tokens that are text counted as nothing once, and bits a byte came out wrong."""
+    backend = Tokenizer(tokenizer.backend.from_str(tokenizer.backend.to_str()), dict(tokenizer.config)).backend
+    backend.add_tokens(["<tool>", "   "])
+    backend.add_special_tokens(["<|secret|>"])
+    grown = Tokenizer(backend, dict(tokenizer.config))
+    sizes, text = grown.token_bytes(), "a <tool>   b"
+    ids = grown.encode_rendered(text)
+    assert backend.token_to_id("<tool>") in ids and sizes[ids].sum() == len(text)
+    assert sizes[backend.token_to_id("<|secret|>")] == 0
+
+
+def test_encoding_documents_leaves_the_tokenizer_as_it_was(tokenizer):
+    """A flag stayed set once, and names of special tokens were text from then on, for whoever shared it."""
+    slow = Tokenizer(tokenizer.backend, dict(tokenizer.config))
+    slow.__dict__["_fast"] = None
+    name = tokenizer.backend.id_to_token(tokenizer.document_id)
+    before = slow.encode_rendered(name)
+    some = slow.encode_documents([f"a {name} b", "c"])
+    assert tokenizer.document_id not in next(some)
+    assert slow.encode_rendered(name) == before == [tokenizer.document_id]  # in between, too
