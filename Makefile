@@ -15,7 +15,8 @@ test-all: .venv/dev
 	$(BIN)/python -m pytest -m ''
 
 # torch first and alone: its CPU build satisfies everything that comes after.
-.venv/installed: pyproject.toml setup.py constraints.txt web/package-lock.json $(wildcard craton/model/*.cpp craton/model/*.h web/src/* web/build.mjs)
+.venv/installed: pyproject.toml setup.py constraints.txt web/package-lock.json \
+    $(wildcard craton/model/*.cpp craton/model/*.h web/src/* web/build.mjs)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --disable-pip-version-check $$(grep ^torch== constraints.txt)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[parquet]'

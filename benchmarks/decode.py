@@ -328,13 +328,8 @@ def main() -> None:
                 folder = Path(scratch) / "m"
                 size = build(name, bits, folder)
                 start = first_token(folder) if not a.transformers else None
-                us, peer = (
-                    Worker(r, folder, p)
-                    for r, p in (
-                        ("ours_whole" if a.transformers else "ours", sys.executable),
-                        ("transformers" if a.transformers else "theirs", a.peer_python),
-                    )
-                )
+                roles = ("ours_whole", "transformers") if a.transformers else ("ours", "theirs")
+                us, peer = Worker(roles[0], folder, sys.executable), Worker(roles[1], folder, a.peer_python)
                 print(
                     f"{name}, {bits} bits, {size / 1e9:.3f} GB a step"
                     + (f", first token after {start:.1f} s" if start else ""),

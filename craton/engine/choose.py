@@ -42,7 +42,8 @@ def choose(answers: list[Answer], logits: Tensor, end_ids: tuple[int, ...]) -> l
     some = logits if whole and len(free) == len(answers) else [scores[i] for i in free]
     tokens = dict(zip(free, draw(some, [answers[i] for i in free]), strict=True))
     for i in free:
-        if _may_begin_thinking(answers[i]) and tokens[i] == answers[i].sampling.reasoning.begin:  # type: ignore[union-attr]
+        reasoning = answers[i].sampling.reasoning
+        if reasoning is not None and _may_begin_thinking(answers[i]) and tokens[i] == reasoning.begin:
             answers[i].thinking = True
     bound = [i for i, a in enumerate(answers) if a.matcher is not None and not a.thinking]
     chosen = dict(zip(bound, _within_grammars([answers[i] for i in bound], [scores[i] for i in bound]), strict=True))

@@ -140,9 +140,10 @@ class _Choice:
                     self.reasoning.append(part.text)
                     out.append(_piece({"reasoning_content": part.text}))
             elif part.kind == "call":
-                call = {"id": part.id, "type": "function", "function": {"name": part.text, "arguments": ""}}
+                function = {"name": part.text, "arguments": ""}
+                call: dict[str, Any] = {"id": part.id, "type": "function", "function": function}
                 self.calls.append(call)
-                out.append(_piece({"tool_calls": [{"index": part.call, **call, "function": {**call["function"]}}]}))  # type: ignore[dict-item]
+                out.append(_piece({"tool_calls": [{"index": part.call, **call, "function": dict(function)}]}))
             else:
                 self.calls[part.call]["function"]["arguments"] += part.text
                 out.append(_piece({"tool_calls": [{"index": part.call, "function": {"arguments": part.text}}]}))

@@ -13,11 +13,17 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import anthropic
 import httpx
+import openai
 import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 import tiny  # noqa: E402
+
+from craton.serve import guard  # noqa: E402
+from craton.serve import reply as reply_module  # noqa: E402
+from craton.serve.reply import Settings  # noqa: E402
 
 
 class Running:
@@ -86,3 +92,41 @@ def server(chat_folder: Path, model_folder: Path, tmp_path_factory: pytest.TempP
     )
     yield running
     running.stop()
+
+
+@pytest.fixture(scope="session")
+def ai(server):
+    return openai.OpenAI(
+        base_url=server.url + "/v1", api_key="x", _strict_response_validation=True, max_retries=0, timeout=30
+    )
+
+
+@pytest.fixture(scope="session")
+def lax(server):
+    """The strict types forget that a first token has no score, and that a stream's finish_reason is null until its
+    end."""
+    return openai.OpenAI(base_url=server.url + "/v1", api_key="x", max_retries=0, timeout=30)
+
+
+@pytest.fixture(scope="session")
+def claude(server):
+    return anthropic.Anthropic(
+        base_url=server.url, api_key="x", _strict_response_validation=True, max_retries=0, timeout=30
+    )
+
+
+@pytest.fixture
+def start(chat_folder, monkeypatch):
+    running = []
+
+    def go(settings=None, constants=None, **more):
+        for name, value in (constants or {}).items():
+            monkeypatch.setattr(guard if hasattr(guard, name) else reply_module, name, value)
+        from inprocess import InProcess
+
+        running.append(InProcess(chat_folder, settings or Settings(), **more))
+        return running[-1]
+
+    yield go
+    for r in running:
+        r.close()

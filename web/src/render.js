@@ -78,7 +78,9 @@ const marked = new Marked({
       const name = (lang ?? '').trim().split(/\s/)[0].toLowerCase();
       const known = hljs.getLanguage(name);
       const body = known ? hljs.highlight(text, { language: name, ignoreIllegals: true }).value : escape(text);
-      return `<div class="code"><div class="code-head"><span>${escape(name || 'text')}</span><button type="button" class="copy" data-copy>Copy</button></div><pre><code>${body}</code></pre></div>`;
+      const button = '<button type="button" class="copy" data-copy>Copy</button>';
+      const head = `<div class="code-head"><span>${escape(name || 'text')}</span>${button}</div>`;
+      return `<div class="code">${head}<pre><code>${body}</code></pre></div>`;
     },
     image({ href, text }) {
       return `<a href="${escape(href)}" target="_blank" rel="noopener noreferrer">${escape(text || href)}</a>`;
