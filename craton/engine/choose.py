@@ -35,20 +35,27 @@ class Choice:
 def choose(answers: list[Answer], logits: Tensor, end_ids: tuple[int, ...]) -> list[Choice]:
     """The next token of each answer from its row of logits (answers, vocabulary), appended to it. End tokens, which
     end_ids and the requests name, are no part of an answer."""
-    rows = logits.unbind()
-    scores = [_allowed(a, row, end_ids) for a, row in zip(answers, rows, strict=True)]
-    whole = all(s is row for s, row in zip(scores, rows, strict=True))
+    changed = {
+        i: _allowed(a, logits[i], end_ids)
+        for i, a in enumerate(answers)
+        if a.sampling.adjusts or a.generation.answered < a.sampling.min_tokens
+    }
+
+    def scores(which: list[int]) -> Tensor | list[Tensor]:
+        if not changed and len(which) == len(answers):
+            return logits
+        return [changed[i] if i in changed else logits[i] for i in which]
+
     free = [i for i, a in enumerate(answers) if a.matcher is None or a.thinking or _may_begin_thinking(a)]
-    some = logits if whole and len(free) == len(answers) else [scores[i] for i in free]
-    tokens = dict(zip(free, draw(some, [answers[i] for i in free]), strict=True))
+    tokens = dict(zip(free, draw(scores(free), [answers[i] for i in free]), strict=True))
     for i in free:
         reasoning = answers[i].sampling.reasoning
         if reasoning is not None and _may_begin_thinking(answers[i]) and tokens[i] == reasoning.begin:
             answers[i].thinking = True
     bound = [i for i, a in enumerate(answers) if a.matcher is not None and not a.thinking]
-    chosen = dict(zip(bound, _within_grammars([answers[i] for i in bound], [scores[i] for i in bound]), strict=True))
+    chosen = dict(zip(bound, _within_grammars([answers[i] for i in bound], scores(bound)), strict=True))
     out = []
-    for i, (answer, row) in enumerate(zip(answers, rows, strict=True)):
+    for i, answer in enumerate(answers):
         thinking, complete = answer.thinking, False
         if i in chosen:
             token, complete = chosen[i]
@@ -58,7 +65,7 @@ def choose(answers: list[Answer], logits: Tensor, end_ids: tuple[int, ...]) -> l
             out.append(Choice(None, "error"))
         else:
             answer.completion.reasoning_tokens += thinking
-            out.append(_append(answer, token, complete, row, end_ids))
+            out.append(_append(answer, token, complete, logits, i, end_ids))
     return out
 
 
@@ -68,8 +75,7 @@ def _may_begin_thinking(answer: Answer) -> bool:
 
 
 def _allowed(answer: Answer, logits: Tensor, end_ids: tuple[int, ...]) -> Tensor:
-    """logits (vocabulary,) after bias and penalties, without ends before min_tokens; the same tensor where nothing
-    changes."""
+    """logits (vocabulary,) after bias and penalties, without ends before min_tokens."""
     s, g = answer.sampling, answer.generation
     scores = adjusted(logits, s, g.tokens[: g.prompt], g.tokens[g.prompt :]) if s.adjusts else logits
     if g.answered < s.min_tokens:
@@ -78,7 +84,7 @@ def _allowed(answer: Answer, logits: Tensor, end_ids: tuple[int, ...]) -> Tensor
     return scores
 
 
-def _within_grammars(answers: list[Answer], scores: list[Tensor]) -> list[tuple[int | None, bool]]:
+def _within_grammars(answers: list[Answer], scores: Tensor | list[Tensor]) -> list[tuple[int | None, bool]]:
     """For each answer a token that its grammar goes on with, and whether the answer is complete with it. None: it goes
     on nowhere, and the answer says why."""
     out: list[tuple[int | None, bool]] = [(None, False)] * len(answers)
@@ -112,15 +118,15 @@ def _accepted(answer: Answer, scores: Tensor, token: int) -> tuple[int | None, b
     return matcher.take(token, answer.generation.max_new - answer.generation.answered - 1)
 
 
-def _append(answer: Answer, token: int, complete: bool, logits: Tensor, end_ids: tuple[int, ...]) -> Choice:
-    """Put a token to its answer, unless it ends it."""
+def _append(answer: Answer, token: int, complete: bool, logits: Tensor, row: int, end_ids: tuple[int, ...]) -> Choice:
+    """Put a token to its answer, unless it ends it. row: of logits (answers, vocabulary)."""
     s, g, completion = answer.sampling, answer.generation, answer.completion
     ends = () if s.ignore_eos else end_ids
     if (token in ends or token in s.stop_token_ids) and g.answered >= s.min_tokens:
         completion.stop_reason = token if token in s.stop_token_ids else None
         return Choice(None, "stop")
     if s.logprobs is not None:
-        completion.logprobs += token_logprobs(logits[None], [token], s.logprobs)
+        completion.logprobs += token_logprobs(logits[row : row + 1], [token], s.logprobs)
     completion.token_ids.append(token)
     g.tokens.append(token)
     if complete:
