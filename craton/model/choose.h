@@ -24,6 +24,7 @@ struct Cut {
 static inline uint32_t order_key(float x) {
     uint32_t bits;
     memcpy(&bits, &x, 4);
+    if (bits == 0x80000000u) bits = 0;  // -0 is no less than 0
     return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
 }
 

@@ -155,14 +155,14 @@ def test_without_kernels(monkeypatch, tmp_path, capsys):
     make("llama2", tmp_path)
     prompts = [[5, 6, 7], list(range(20, 50))]
     want = Engine(load_network(tmp_path)).generate(prompts, Sampling(20, 0.0, ignore_eos=True))
-    kernels.load_serving.cache_clear()
+    kernels.engine_kernels.cache_clear()
     monkeypatch.setattr(kernels, "cpu_facts", lambda: {"flags": ""})
     try:
         got = Engine(load_network(tmp_path)).generate(prompts, Sampling(20, 0.0, ignore_eos=True))
         small = Engine(pack_network(load_network(tmp_path), 8)).generate(prompts, Sampling(4, 0.0, ignore_eos=True))
         assert capsys.readouterr().err.count("install a C++ compiler") == 1
     finally:
-        kernels.load_serving.cache_clear()
+        kernels.engine_kernels.cache_clear()
     assert [a[0].token_ids for a in got] == [a[0].token_ids for a in want] and len(small[0][0].token_ids) == 4
 
 

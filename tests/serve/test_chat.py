@@ -22,8 +22,9 @@ def lines(done) -> list[str]:
 
 def test_commands(chat_folder, tmp_path):
     script = f'Tell me a joke.\n/set temperature 0\n/retry\n"""\nCount from\n1 to 5.\n"""\n/undo\nCount from 1 to 5.\n/save {tmp_path}/c.json\n/clear\n/load {tmp_path}/c.json\n/save {tmp_path}/c.md\n/set\n'
-    out = lines(craton("chat", chat_folder, "--json", input=script))
-    result = json.loads(out[-1])
+    done = craton("chat", chat_folder, "--json", input=script)
+    (line,), out = lines(done), done.stderr.splitlines()
+    result = json.loads(line)
     assert [m["content"] for m in result["messages"]] == [
         "Tell me a joke.",
         tiny.SHORT,
@@ -34,7 +35,7 @@ def test_commands(chat_folder, tmp_path):
         json.loads((tmp_path / "c.json").read_text())["messages"] == result["messages"]
         and f"## assistant\n\n{tiny.LONG}" in (tmp_path / "c.md").read_text()
     )
-    assert sum(tiny.SHORT in line for line in out[:-1]) >= 2 and any(
+    assert sum(tiny.SHORT in line for line in out) >= 2 and any(
         "thinking" in line and tiny.THOUGHT in line for line in out
     )
 
