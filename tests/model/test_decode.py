@@ -155,6 +155,7 @@ def test_without_kernels(monkeypatch, tmp_path, capsys):
     make("llama2", tmp_path)
     prompts = [[5, 6, 7], list(range(20, 50))]
     want = Engine(load_network(tmp_path)).generate(prompts, Sampling(20, 0.0, ignore_eos=True))
+    kernels.training_kernels()  # these stay
     kernels.engine_kernels.cache_clear()
     monkeypatch.setattr(kernels, "cpu_facts", lambda: {"flags": ""})
     try:
