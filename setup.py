@@ -1,8 +1,8 @@
 """What is built at installation: the CPU kernels and the chat page. Both optional: without a compiler craton runs on
 plain PyTorch, without the page's libraries from npm the server has its API alone.
 
-Kernels: one object per instruction set, no OpenMP runtime is linked; see craton/model/kernels.cpp (training) and
-serve.cpp (the engine). The page: web/ bundled into craton/serve/static; npm from the PATH, else from a wheel.
+Kernels: one object per instruction set, no OpenMP runtime is linked; see craton/model/training.cpp and
+decode.cpp (the engine). The page: web/ bundled into craton/serve/static; npm from the PATH, else from a wheel.
 """
 
 import os
