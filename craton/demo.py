@@ -4,7 +4,7 @@ import sysconfig
 from pathlib import Path
 from typing import Any
 
-from craton.base import UserError, say, span
+from craton.base import UserError, claim, say, span
 from craton.corpus.build import BuildOptions, build
 from craton.engine.model import load_model
 from craton.report.page import write_report
@@ -31,8 +31,8 @@ def gather() -> list[str]:
 
 def demo(out: Path, budget: str) -> dict[str, Any]:
     """Corpus, training, samples and report. UserError if `out` is in use."""
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"{out}: folder in use (not empty); remove it or give another --out")
+    with claim(out, hint="remove it or give another --out"):
+        pass  # known before the corpus takes its time; `train` claims it again
     corpus = out.parent / f"{out.name}-corpus"
     sources = gather()
     say(f"1. A corpus of the Python library found here ({len(sources)} modules and packages)\n")

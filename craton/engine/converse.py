@@ -262,14 +262,8 @@ def _joined(events: list[EngineEvent]) -> list[EngineEvent]:
     return list(out.values())
 
 
-def answer(talker: Talker, ask: Ask) -> Iterator[AnswerDelta]:
-    """The answers to an ask as they come, in this thread, which steps the engine. Raises UserError as `prepare`."""
-    prepared = prepare(talker, ask)
-    yield from answer_prepared(talker, prepared)
-
-
-def answer_prepared(talker: Talker, prepared: Prepared) -> Iterator[AnswerDelta]:
-    """The same from what `prepare` gave."""
+def answer(talker: Talker, prepared: Prepared) -> Iterator[AnswerDelta]:
+    """The answers to what `prepare` gave as they come, in this thread, which steps the engine."""
     parts = AnswerParts(talker, prepared)
     for event in talker.engine.stream(prepared.ids, prepared.sampling, prepared.matcher):
         yield from parts.feed([event])

@@ -16,7 +16,7 @@ from typing import Any
 import httpx
 
 from craton.base import UserError, publish, read_json, say
-from craton.engine.converse import EFFORT, Ask, Prepared, answer_prepared, open_talker, prepare
+from craton.engine.converse import EFFORT, Ask, Prepared, answer, open_talker, prepare
 from craton.serve.guard import local
 from craton.text.calls import Part
 
@@ -75,7 +75,7 @@ class Local:
             prepared = prepare(self.talker, ask)
         else:
             prepared = self._fitting(c, ask, room)
-        for delta in answer_prepared(self.talker, prepared):
+        for delta in answer(self.talker, prepared):
             yield from delta.parts
 
     def _fitting(self, c: Conversation, ask: Ask, room: int) -> Prepared:

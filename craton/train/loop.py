@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from craton.base import Progress, UserError, count, fsync, say, span
+from craton.base import Progress, UserError, count, say, span
 from craton.train import checkpoint
 from craton.train.distributed import Processes, box, clip_gradients, fill, gathered, local
 from craton.train.job import Job, Losses, Store, on
@@ -168,7 +168,6 @@ class Run:
         if self.processes.first:
             try:
                 stream_tensors(temporary, released, get)
-                fsync(temporary)
                 os.replace(temporary, target)
             except OSError as error:
                 problem = error.strerror or str(error)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from craton.base import Progress, UserError, count, say
+from craton.base import Progress, UserError, claim, count, remove_inside, say
 from craton.model.decoder import Decoder, Linear
 from craton.model.packed import GROUP, PackedLinear, can_pack, replace, unpacked
 from craton.weights import stored
@@ -78,9 +78,15 @@ def quantise_folder(source: Path, out: Path, bits: int) -> dict[str, Any]:
     where it was fp32. The layout is compressed-tensors' pack-quantized, which vLLM and transformers read."""
     if bits not in (4, 8):
         raise UserError(f"--bits is {bits}; 4 and 8 are supported")
-    if out.exists() and any(out.iterdir()):
-        raise UserError(f"{out}: folder in use (not empty); remove it or give another --out")
-    network = load_network(source)
+    with claim(out, hint="remove it or give another --out"):
+        try:
+            return _quantise_into(load_network(source), source, out, bits)
+        except BaseException:
+            remove_inside(out, {".lock"})  # it was empty
+            raise
+
+
+def _quantise_into(network: Decoder, source: Path, out: Path, bits: int) -> dict[str, Any]:
     layers = packable(network)
     if any(isinstance(m, PackedLinear) for m in network.modules()) or not layers:
         raise UserError(
@@ -121,16 +127,10 @@ def quantise_folder(source: Path, out: Path, bits: int) -> dict[str, Any]:
             done += layer.weight.numel()
             progress.show(f"quantised {count(done)} of {count(total)} parameters")
 
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        write_shards(out, tensors(), before)
-        progress.clear()
-        copy_tokenizer(source, out)
-        write_config(out, config, "bfloat16", stored.describe(widths, left_out))
-    except BaseException:
-        for path in out.iterdir():  # it was empty
-            path.unlink()
-        raise
+    write_shards(out, tensors(), before)
+    progress.clear()
+    copy_tokenizer(source, out)
+    write_config(out, config, "bfloat16", stored.describe(widths, left_out))
     after = sum(p.stat().st_size for p in out.glob("*.safetensors"))
     error = (squares[0] / max(squares[1], 1e-30)) ** 0.5
     say(

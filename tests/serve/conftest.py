@@ -20,6 +20,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parent))
 import tiny  # noqa: E402
+from inprocess import InProcess  # noqa: E402
 
 from craton.serve import guard  # noqa: E402
 from craton.serve import reply as reply_module  # noqa: E402
@@ -122,8 +123,6 @@ def start(chat_folder, monkeypatch):
     def go(settings=None, constants=None, **more):
         for name, value in (constants or {}).items():
             monkeypatch.setattr(guard if hasattr(guard, name) else reply_module, name, value)
-        from inprocess import InProcess
-
         running.append(InProcess(chat_folder, settings or Settings(), **more))
         return running[-1]
 
