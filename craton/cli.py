@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer import Argument, Option
 
 from craton.base import UserError, count, say
 
@@ -20,9 +21,7 @@ app = typer.Typer(
     "craton corpus build DOCUMENTS --out CORPUS, craton train CORPUS --out MODEL --budget 10m, "
     "craton generate MODEL PROMPT.",
 )
-corpus_app = typer.Typer(
-    no_args_is_help=True, help="Make, look at and trace a corpus: cleaned, deduplicated, tokenised documents."
-)
+corpus_app = typer.Typer(no_args_is_help=True, help="Make or see a corpus: cleaned, deduplicated, tokenised documents.")
 app.add_typer(corpus_app, name="corpus")
 
 
@@ -33,9 +32,8 @@ def _json_alone(context: typer.Context, wanted: bool) -> bool:
     return wanted
 
 
-Json = Annotated[
-    bool, typer.Option("--json", callback=_json_alone, help="One JSON object on stdout, the rest on stderr before it.")
-]
+Json = Annotated[bool, Option("--json", callback=_json_alone, help="One JSON object on stdout, all else on stderr.")]
+Trained = Annotated[Path, Argument(metavar="MODEL", help="A folder that 'craton train' wrote.")]
 
 
 def _emit(wanted: bool, value: dict[str, Any]) -> None:
@@ -44,40 +42,28 @@ def _emit(wanted: bool, value: dict[str, Any]) -> None:
         print(json.dumps(value, ensure_ascii=False), file=sys.__stdout__, flush=True)
 
 
+SOURCES = (
+    "Files, folders, globs (quoted), or hub datasets (hf://ORG/NAME). "
+    "Text, Markdown, reStructuredText, HTML, source code, .jsonl (also .gz, .xz, .zst), .parquet."
+)
+
+
 @corpus_app.command("build")
 def corpus_build(
-    sources: Annotated[
-        list[str],
-        typer.Argument(
-            metavar="SRC...",
-            help="Files, folders, globs (quoted), or hub datasets (hf://ORG/NAME). "
-            "Text, Markdown, reStructuredText, HTML, source code, .jsonl (also .gz, .xz, .zst), .parquet.",
-        ),
-    ],
-    out: Annotated[Path, typer.Option(help="Folder to make.")],
+    sources: Annotated[list[str], Argument(metavar="SRC...", help=SOURCES)],
+    out: Annotated[Path, Option(help="Folder to make.")],
     skip: Annotated[
         list[str] | None,
-        typer.Option(
-            help="A step to leave out: repair, html, quality, english (rules that fit English only), exact, near, "
-            "decontaminate. Repeatable."
-        ),
+        Option(help="Skip repair, html, quality, english (for English only), exact, near, decontaminate. Repeatable."),
     ] = None,
     decontaminate: Annotated[
         list[str] | None,
-        typer.Option(help="Evaluation files; documents that share 13 words in a row with one are dropped. Repeatable."),
+        Option(help="Evaluation files; documents that share 13 words in a row with one are dropped. Repeatable."),
     ] = None,
-    mask_pii: Annotated[
-        bool, typer.Option("--mask-pii", help="Replace e-mail addresses, public IP addresses and phone numbers.")
-    ] = False,
-    tokenizer: Annotated[
-        str | None, typer.Option(help="A folder with tokenizer.json to use, instead of training one.")
-    ] = None,
-    vocab_size: Annotated[
-        int | None, typer.Option(help="Vocabulary of the trained tokenizer; chosen by corpus size if left out.")
-    ] = None,
-    skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="Pass over files and lines that cannot be read, and count them.")
-    ] = False,
+    mask_pii: Annotated[bool, Option("--mask-pii", help="Mask e-mail and public IP addresses, phone numbers.")] = False,
+    tokenizer: Annotated[str | None, Option(help="A folder with tokenizer.json to use; else one is trained.")] = None,
+    vocab_size: Annotated[int | None, Option(help="Size of the trained tokenizer; by corpus size if left out.")] = None,
+    skip_bad: Annotated[bool, Option("--skip-bad", help="Pass over, and count, unreadable files and lines.")] = False,
     json_: Json = False,
 ) -> None:
     """Clean, deduplicate and tokenise documents into a corpus.
@@ -86,29 +72,18 @@ def corpus_build(
     """
     from craton.corpus.build import BuildOptions, build
 
-    options = BuildOptions(
-        sources, sorted(skip or []), list(decontaminate or []), mask_pii, tokenizer, vocab_size, skip_bad
-    )
+    options = BuildOptions(sources, sorted(skip or []), decontaminate or [], mask_pii, tokenizer, vocab_size, skip_bad)
     manifest = build(options, out)
     kept = {s: {k: v for k, v in facts.items() if k != "shards"} for s, facts in manifest["splits"].items()}
-    _emit(
-        json_,
-        {
-            "out": str(out),
-            "splits": kept,
-            "counts": manifest["counts"],
-            "dropped": {k: v["documents"] for k, v in manifest["dropped"].items()},
-            "vocab_size": manifest["vocab_size"],
-            "seconds": manifest["seconds"],
-            "digest": manifest["digest"],
-        },
-    )
+    dropped = {k: v["documents"] for k, v in manifest["dropped"].items()}
+    facts = {k: manifest[k] for k in ("counts", "dropped", "vocab_size", "seconds", "digest")}
+    _emit(json_, {"out": str(out), "splits": kept, **facts, "dropped": dropped})
 
 
 @corpus_app.command("show")
 def corpus_show(
-    folder: Annotated[Path, typer.Argument(metavar="DIR")],
-    examples: Annotated[int, typer.Option(help="Examples a rule, at most 3.")] = 2,
+    folder: Annotated[Path, Argument(metavar="DIR")],
+    examples: Annotated[int, Option(help="Examples a rule, at most 3.")] = 2,
     json_: Json = False,
 ) -> None:
     """What a corpus holds, what was dropped, and why, with examples."""
@@ -119,9 +94,7 @@ def corpus_show(
 
 @corpus_app.command("trace")
 def corpus_trace(
-    run: Annotated[Path, typer.Argument(metavar="MODEL", help="A folder that 'craton train' wrote.")],
-    step: Annotated[int, typer.Option(help="The training step, from 1.")],
-    json_: Json = False,
+    run: Trained, step: Annotated[int, Option(help="The training step, from 1.")], json_: Json = False
 ) -> None:
     """Which documents a training step saw."""
     from craton.train.trace import trace
@@ -131,28 +104,19 @@ def corpus_trace(
 
 @app.command()
 def train(
-    corpora: Annotated[
-        list[str], typer.Argument(metavar="CORPUS...", help="Corpora to train on, each as DIR or DIR=WEIGHT.")
-    ],
-    out: Annotated[Path, typer.Option(help="The model folder to make.")],
-    budget: Annotated[
-        str | None,
-        typer.Option(
-            help="Time on this machine (90s, 10m, 2h) or compute (1e16flop); everything else follows from it."
-        ),
-    ] = None,
-    depth: Annotated[int | None, typer.Option(help="Layers; fixes the model's size instead.")] = None,
-    steps: Annotated[int | None, typer.Option(help="Steps; fixes the run's length instead.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of initialisation and data order.")] = None,
-    checkpoint_every: Annotated[int | None, typer.Option(help="Steps between checkpoints.")] = None,
-    recipe: Annotated[Path | None, typer.Option(help="A TOML file of settings; see recipes/.")] = None,
+    corpora: Annotated[list[str], Argument(metavar="CORPUS...", help="Corpora to train on, each a DIR or DIR=WEIGHT.")],
+    out: Annotated[Path, Option(help="The model folder to make.")],
+    budget: Annotated[str | None, Option(help="Time (90s, 10m, 2h) or compute (1e16flop); all else follows.")] = None,
+    depth: Annotated[int | None, Option(help="Layers; fixes the model's size instead.")] = None,
+    steps: Annotated[int | None, Option(help="Steps; fixes the run's length instead.")] = None,
+    seed: Annotated[int | None, Option(help="Of initialisation and data order.")] = None,
+    checkpoint_every: Annotated[int | None, Option(help="Steps between checkpoints.")] = None,
+    recipe: Annotated[Path | None, Option(help="A TOML file of settings; see recipes/.")] = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option(
-            "--set", metavar="KEY=VALUE", help="Override one setting, for example optimizer.matrix_lr=0.01. Repeatable."
-        ),
+        Option("--set", metavar="KEY=VALUE", help="Override a setting, as optimizer.matrix_lr=0.01. Repeatable."),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in --out.")] = False,
+    resume: Annotated[bool, Option("--resume", help="Go on with the run in --out.")] = False,
     json_: Json = False,
 ) -> None:
     """Train a model from a corpus.
@@ -168,17 +132,12 @@ def train(
     settings = Recipe()
     if recipe:
         read_recipe(recipe, settings)
-    flags = {
-        "run.budget": budget,
-        "model.num_hidden_layers": depth,
-        "run.steps": steps,
-        "run.seed": seed,
-        "run.checkpoint_every": checkpoint_every,
-    }
-    for key, value in flags.items():
+    if depth is not None:
+        assign(settings, "model.num_hidden_layers", depth, "--depth")
+    flags = dict(budget=budget, steps=steps, seed=seed, checkpoint_every=checkpoint_every)
+    for name, value in flags.items():
         if value is not None:
-            name = "depth" if key == "model.num_hidden_layers" else key.partition(".")[2].replace("_", "-")
-            assign(settings, key, value, f"--{name}")
+            assign(settings, f"run.{name}", value, f"--{name.replace('_', '-')}")
     for text in set_ or []:
         parse_setting(settings, text)
     asked = (settings.run.budget, settings.run.steps, settings.model.num_hidden_layers)
@@ -198,11 +157,11 @@ def train(
 
 @app.command()
 def generate(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A model folder, or a GGUF file.")],
-    prompt: Annotated[str, typer.Argument(metavar="PROMPT")],
-    max_tokens: Annotated[int, typer.Option()] = 256,
-    temperature: Annotated[float, typer.Option(help="0 always takes the likeliest token.")] = 0.8,
-    seed: Annotated[int, typer.Option()] = 0,
+    model: Annotated[str, Argument(metavar="MODEL", help="A model folder, or a GGUF file.")],
+    prompt: Annotated[str, Argument(metavar="PROMPT")],
+    max_tokens: Annotated[int, Option()] = 256,
+    temperature: Annotated[float, Option(help="0 always takes the likeliest token.")] = 0.8,
+    seed: Annotated[int, Option()] = 0,
     json_: Json = False,
 ) -> None:
     """Continue a prompt."""
@@ -223,16 +182,11 @@ def generate(
 
 @app.command()
 def chat(
-    target: Annotated[
-        str,
-        typer.Argument(
-            metavar="MODEL|URL", help="A model folder, a GGUF file, or the address of a server with OpenAI's API."
-        ),
-    ],
-    model: Annotated[str | None, typer.Option(help="Which of a server's models.")] = None,
-    max_tokens: Annotated[int | None, typer.Option(help="An answer.")] = 512,
-    temperature: Annotated[float | None, typer.Option(help="The model's own default if left out.")] = None,
-    seed: Annotated[int | None, typer.Option()] = None,
+    target: Annotated[str, Argument(metavar="MODEL|URL", help="A folder, a GGUF file, or a server with OpenAI's API.")],
+    model: Annotated[str | None, Option(help="Which of a server's models.")] = None,
+    max_tokens: Annotated[int | None, Option(help="An answer.")] = 512,
+    temperature: Annotated[float | None, Option(help="The model's own default if left out.")] = None,
+    seed: Annotated[int | None, Option()] = None,
     json_: Json = False,
 ) -> None:
     """Talk with a model; /help lists what can be done, Ctrl-D ends it."""
@@ -246,39 +200,24 @@ def serve(
     context: typer.Context,
     models: Annotated[
         list[str],
-        typer.Argument(
-            metavar="MODEL...",
-            help="Model folders or GGUF files, each as MODEL, NAME=MODEL, or NAME=MODEL+ADAPTER with a LoRA adapter "
-            "merged in.",
-        ),
+        Argument(metavar="MODEL...", help="Folders or GGUF files, as MODEL, NAME=MODEL, or NAME=MODEL+ADAPTER (LoRA)."),
     ],
-    host: Annotated[
-        str, typer.Option(help="Where to listen; anything but this machine needs an API key.")
-    ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="0: any that is free.")] = 8000,
-    api_keys: Annotated[Path | None, typer.Option(help="A file with one API key a line; also CRATON_API_KEY.")] = None,
-    allow_origin: Annotated[
-        list[str] | None, typer.Option(help="A web page's origin that may call the API (CORS). Repeatable.")
-    ] = None,
-    max_wait: Annotated[
-        float, typer.Option(help="Seconds that a request may wait before it is begun; what would wait longer gets 429.")
-    ] = 30.0,
-    max_queue: Annotated[int, typer.Option(help="Requests at once, waiting ones included.")] = 256,
-    max_body: Annotated[int, typer.Option(help="Bytes of a request.")] = 16 << 20,
-    max_n: Annotated[int, typer.Option(help="Answers to one request.")] = 16,
-    timeout: Annotated[float, typer.Option(help="Seconds that an answer may take.")] = 600.0,
-    drain: Annotated[float, typer.Option(help="Seconds that answers in the making get after SIGTERM.")] = 30.0,
-    cache: Annotated[float | None, typer.Option(help="GB of keys and values, for each model.")] = None,
-    lookup: Annotated[
-        bool,
-        typer.Option("--lookup", help="Guess ahead from the text so far: faster where answers repeat their prompts."),
-    ] = False,
-    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
-    votes: Annotated[Path, typer.Option(help="Where votes from the page are kept, one JSON object a line.")] = Path(
-        "votes.jsonl"
-    ),
-    log_prompts: Annotated[bool, typer.Option("--log-prompts", help="Write the requests' bodies to the log.")] = False,
-    engine: Annotated[str, typer.Option(help="craton, or vllm to hand the folder to vLLM.")] = "craton",
+    host: Annotated[str, Option(help="Where to listen; anything but this machine needs an API key.")] = "127.0.0.1",
+    port: Annotated[int, Option(help="0: any that is free.")] = 8000,
+    api_keys: Annotated[Path | None, Option(help="A file with one API key a line; also CRATON_API_KEY.")] = None,
+    allow_origin: Annotated[list[str] | None, Option(help="Origin that may call the API (CORS). Repeatable.")] = None,
+    max_wait: Annotated[float, Option(help="Seconds a request may wait to begin; longer gets 429.")] = 30.0,
+    max_queue: Annotated[int, Option(help="Requests at once, waiting ones included.")] = 256,
+    max_body: Annotated[int, Option(help="Bytes of a request.")] = 16 << 20,
+    max_n: Annotated[int, Option(help="Answers to one request.")] = 16,
+    timeout: Annotated[float, Option(help="Seconds that an answer may take.")] = 600.0,
+    drain: Annotated[float, Option(help="Seconds that answers in the making get after SIGTERM.")] = 30.0,
+    cache: Annotated[float | None, Option(help="GB of keys and values, for each model.")] = None,
+    lookup: Annotated[bool, Option("--lookup", help="Guess ahead; faster where answers repeat their prompts.")] = False,
+    device: Annotated[str, Option(help="cpu or cuda.")] = "cpu",
+    votes: Annotated[Path, Option(help="Where votes from the page go, a JSON object a line.")] = Path("votes.jsonl"),
+    log_prompts: Annotated[bool, Option("--log-prompts", help="Write the requests' bodies to the log.")] = False,
+    engine: Annotated[str, Option(help="craton, or vllm to hand the folder to vLLM.")] = "craton",
 ) -> None:
     """Serve models: a page to chat with, and the APIs of OpenAI, Open Responses and Anthropic."""
     from craton.serve import run
@@ -286,43 +225,31 @@ def serve(
 
     if engine not in ("craton", "vllm"):
         raise UserError(f"--engine is {engine!r}; known: craton, vllm")
-    for name, value in (
-        ("--max-wait", max_wait),
-        ("--max-queue", max_queue),
-        ("--max-body", max_body),
-        ("--max-n", max_n),
-        ("--timeout", timeout),
-    ):
+    limits = dict(max_wait=max_wait, max_queue=max_queue, max_body=max_body, max_n=max_n, timeout=timeout)
+    for name, value in limits.items():
         if value <= 0:
-            raise UserError(f"{name} is {value}, must be above 0")
+            raise UserError(f"--{name.replace('_', '-')} is {value}, must be above 0")
     if not 0 <= port <= 65535:
         raise UserError(f"--port is {port}, must be from 0 to 65535")
     keys, origins = run.read_keys(api_keys), allow_origin or []
     if engine == "vllm":
         here = tuple("max_wait max_body max_n timeout drain cache lookup device votes log_prompts".split())
         if given := [n for n in here if str(context.get_parameter_source(n)).endswith("COMMANDLINE")]:
-            raise UserError(
-                f"--{given[0].replace('_', '-')} is of craton's engine and means nothing to vLLM; leave it out"
-            )
+            name = given[0].replace("_", "-")
+            raise UserError(f"--{name} is of craton's engine and means nothing to vLLM; leave it out")
         run.serve_by_vllm(models, host, port, keys, origins, max_queue)
-    options = {
-        "device": device,
-        "speculate": "lookup" if lookup else "",
-        "cache_bytes": int(cache * 1e9) if cache else None,
-    }
     settings = Settings(
         keys, origins=origins, max_body=max_body, max_n=max_n, timeout=timeout, log_prompts=log_prompts, votes=votes
     )
-    run.serve(models, run.Listening(host, port, max_wait, max_queue, drain), settings, **options)
+    options = {"speculate": "lookup" if lookup else "", "cache_bytes": int(cache * 1e9) if cache else None}
+    run.serve(models, run.Listening(host, port, max_wait, max_queue, drain), settings, device=device, **options)
 
 
 @app.command()
 def pull(
-    name: Annotated[
-        str, typer.Argument(metavar="ORG/NAME", help="A model on the hub (HF_ENDPOINT, or huggingface.co).")
-    ],
-    out: Annotated[Path | None, typer.Option(help="The folder; NAME if left out.")] = None,
-    revision: Annotated[str | None, typer.Option(help="A branch, tag or commit.")] = None,
+    name: Annotated[str, Argument(metavar="ORG/NAME", help="A model on the hub (HF_ENDPOINT, or huggingface.co).")],
+    out: Annotated[Path | None, Option(help="The folder; NAME if left out.")] = None,
+    revision: Annotated[str | None, Option(help="A branch, tag or commit.")] = None,
     json_: Json = False,
 ) -> None:
     """Download a published model; run again, it goes on where it stopped."""
@@ -333,15 +260,11 @@ def pull(
 
 @app.command()
 def inspect(
-    model: Annotated[
-        Path, typer.Argument(metavar="MODEL", help="A model folder; config.json is enough without --prompt.")
-    ],
-    context: Annotated[
-        int | None, typer.Option(help="Tokens a sequence, for the memory; at most 4096 if left out.")
-    ] = None,
-    batch: Annotated[int, typer.Option(help="Sequences at once, for the memory.")] = 1,
-    prompt: Annotated[str | None, typer.Option(help="Write a page on what the model computes for this text.")] = None,
-    out: Annotated[Path, typer.Option(help="The page.")] = Path("inspect.html"),
+    model: Annotated[Path, Argument(metavar="MODEL", help="A model folder; config.json is enough without --prompt.")],
+    context: Annotated[int | None, Option(help="Tokens a sequence, for the memory; at most 4096 if left out.")] = None,
+    batch: Annotated[int, Option(help="Sequences at once, for the memory.")] = 1,
+    prompt: Annotated[str | None, Option(help="Write a page on what the model computes for this text.")] = None,
+    out: Annotated[Path, Option(help="The page.")] = Path("inspect.html"),
     json_: Json = False,
 ) -> None:
     """What a model is made of, what it needs, and with --prompt what it computes: probabilities, attention, layers."""
@@ -359,13 +282,11 @@ def inspect(
 
 @app.command()
 def quantize(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A model folder.")],
-    out: Annotated[Path, typer.Option(help="The folder to make.")],
-    bits: Annotated[int, typer.Option(help="4 or 8.")] = 4,
-    text: Annotated[
-        Path | None, typer.Option(help="Text to measure on; Python's own reference documentation if left out.")
-    ] = None,
-    measure: Annotated[int, typer.Option(help="Characters to measure on; 0 measures nothing.")] = 50_000,
+    model: Annotated[Path, Argument(metavar="MODEL", help="A model folder.")],
+    out: Annotated[Path, Option(help="The folder to make.")],
+    bits: Annotated[int, Option(help="4 or 8.")] = 4,
+    text: Annotated[Path | None, Option(help="Text to measure on; Python's documentation if left out.")] = None,
+    measure: Annotated[int, Option(help="Characters to measure on; 0 measures nothing.")] = 50_000,
     json_: Json = False,
 ) -> None:
     """Store a model in 4 or 8 bits a weight, and say what that costs: bits per byte before and after."""
@@ -378,24 +299,18 @@ def quantize(
     words = read_text(text, measure) if measure else ""
     result = quantise_folder(model, out, bits)
     if words:
-        result["bits_per_byte_before"], result["bits_per_byte_after"] = (
-            bits_per_byte(load_model(str(p)), words) for p in (model, out)
-        )
-        before, after = result["bits_per_byte_before"], result["bits_per_byte_after"]
-        say(
-            f"bits per byte on {text or 'the Python documentation'} ({count(len(words))} characters): {before:.4f} "
-            f"before, {after:.4f} after ({after / before - 1:+.2%})"
-        )
+        before, after = (bits_per_byte(load_model(str(p)), words) for p in (model, out))
+        result |= {"bits_per_byte_before": before, "bits_per_byte_after": after}
+        what = f"{text or 'the Python documentation'} ({count(len(words))} characters)"
+        say(f"bits per byte on {what}: {before:.4f} before, {after:.4f} after ({after / before - 1:+.2%})")
     _emit(json_, result)
 
 
 @app.command()
 def export(
-    model: Annotated[Path, typer.Argument(metavar="MODEL", help="A model folder.")],
-    gguf: Annotated[Path, typer.Option(help="The GGUF file to write, for llama.cpp and what is built on it.")],
-    type_: Annotated[
-        str, typer.Option("--type", help="Of the matrices that are not quantised: f16, bf16 or f32.")
-    ] = "f16",
+    model: Annotated[Path, Argument(metavar="MODEL", help="A model folder.")],
+    gguf: Annotated[Path, Option(help="The GGUF file to write, for llama.cpp and what is built on it.")],
+    type_: Annotated[str, Option("--type", help="Of the matrices that are not quantised: f16, bf16 or f32.")] = "f16",
     json_: Json = False,
 ) -> None:
     """Write a model as GGUF. What 'craton quantize' stored in 4 or 8 bits keeps its values (Q4_0, Q8_0)."""
@@ -405,11 +320,8 @@ def export(
 
 
 @app.command()
-def report(
-    folder: Annotated[Path, typer.Argument(metavar="DIR", help="A folder that 'craton train' wrote.")],
-    json_: Json = False,
-) -> None:
-    """Write DIR/report.html from DIR/record.json."""
+def report(folder: Trained, json_: Json = False) -> None:
+    """Write MODEL/report.html from MODEL/record.json."""
     from craton.report.page import write_report
 
     path = write_report(folder)
@@ -419,8 +331,8 @@ def report(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option(help="The model folder to make.")] = Path("runs/demo"),
-    budget: Annotated[str, typer.Option(help="Training time.")] = "3m",
+    out: Annotated[Path, Option(help="The model folder to make.")] = Path("runs/demo"),
+    budget: Annotated[str, Option(help="Training time.")] = "3m",
     json_: Json = False,
 ) -> None:
     """Train a small model on the Python library of this installation, from documents to report, without a network."""

@@ -23,9 +23,7 @@ def gather() -> list[str]:
         if (p.is_dir() and p.name not in SKIPPED and (p / "__init__.py").exists()) or p.suffix == ".py"
     ]
     if not found:
-        raise UserError(
-            f"{root}: this Python has no library sources; build a corpus of your own with 'craton corpus build'"
-        )
+        raise UserError(f"{root}: this Python has no library sources; build your own corpus with 'craton corpus build'")
     return found
 
 

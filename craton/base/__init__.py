@@ -15,21 +15,5 @@ from craton.base.files import (
     write_text,
 )
 
-__all__ = [
-    "Progress",
-    "UserError",
-    "as_json",
-    "claim",
-    "count",
-    "digest",
-    "fsync",
-    "nearest",
-    "publish",
-    "read_json",
-    "remove_inside",
-    "say",
-    "sha256",
-    "span",
-    "write_json",
-    "write_text",
-]
+__all__ = ["Progress", "UserError", "as_json", "claim", "count", "digest", "fsync", "nearest", "publish", "read_json"]
+__all__ += ["remove_inside", "say", "sha256", "span", "write_json", "write_text"]

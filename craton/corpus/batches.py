@@ -84,17 +84,19 @@ class _Stream:
         return tokens, starts[:-1]
 
 
+def _batch(rows: list[tuple[np.ndarray, np.ndarray]], document_mask: bool) -> Batch:
+    """Rows as `_Stream.row` gives them, with a loss at every position."""
+    tokens = torch.from_numpy(np.stack([t for t, _ in rows]))
+    start = torch.from_numpy(np.stack([s for _, s in rows])) if document_mask else None
+    ids, target = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+    return Batch(ids, target, torch.ones(ids.shape), start)
+
+
 class Batches:
-    """`batch(n)` for n = 0, 1, ...: rows_per_batch rows of `length` tokens from weighted corpora."""
+    """`batch(n)` for n = 0, 1, ...: `rows` rows of `length` tokens from weighted corpora."""
 
     def __init__(
-        self,
-        corpora: list[Corpus],
-        weights: list[float],
-        length: int,
-        rows_per_batch: int,
-        seed: int,
-        document_mask: bool,
+        self, corpora: list[Corpus], weights: list[float], length: int, rows: int, seed: int, document_mask: bool
     ):
         self.streams = [_Stream(c, "train", length, seed * 1_000_003 + i) for i, c in enumerate(corpora)]
         for stream in self.streams:
@@ -103,7 +105,7 @@ class Batches:
                     f"{stream.corpus.folder}: {stream.corpus.length('train')} training tokens, fewer than one row of "
                     f"{length}; give more text or a smaller data.sequence_length"
                 )
-        self.length, self.rows, self.together, self.document_mask = length, rows_per_batch, 1, document_mask
+        self.length, self.rows, self.together, self.document_mask = length, rows, 1, document_mask
         self.corpora, self.weights = corpora, weights
         # Sources of PATTERN consecutive rows: shares by largest remainder, placed at random.
         share = np.array(weights, float) / sum(weights) * PATTERN
@@ -137,10 +139,7 @@ class Batches:
         """A share of the rows of a batch; the network plays no part."""
         mine = range(number * self.rows + share, (number + 1) * self.rows, shares)
         rows = [stream.row(n) for stream, n in map(self._place, mine)]
-        tokens = torch.from_numpy(np.stack([t for t, _ in rows]))
-        start = torch.from_numpy(np.stack([s for _, s in rows])) if self.document_mask else None
-        weight = torch.ones(len(rows), self.length)
-        return Batch(tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous(), weight, start)
+        return _batch(rows, self.document_mask)
 
     def documents(self, number: int) -> list[dict[str, Any]]:
         """The documents that batch `number` is made of."""
@@ -151,16 +150,8 @@ class Batches:
             for document, offset, take in stream.pieces(n):
                 row = rows[stream.first[document]]
                 digest = f"{row['digest'][0]:016x}{row['digest'][1]:016x}"
-                out.append(
-                    {
-                        "row": i,
-                        "corpus": str(stream.corpus.folder),
-                        "document": stream.corpus.name_of(row),
-                        "digest": digest,
-                        "first_token": offset,
-                        "tokens": take,
-                    }
-                )
+                facts = {"row": i, "corpus": str(stream.corpus.folder), "document": stream.corpus.name_of(row)}
+                out.append({**facts, "digest": digest, "first_token": offset, "tokens": take})
         return out
 
 
@@ -171,14 +162,5 @@ def heldout_rows(corpora: list[Corpus], length: int, most_tokens: int, document_
         stream = _Stream(corpus, "heldout", length, 0, shuffle=False)
         wanted = min(stream.per_epoch, max(1, most_tokens // length // len(corpora)))
         for n in range(wanted):
-            tokens, start = stream.row(n * stream.per_epoch // wanted)
-            t = torch.from_numpy(tokens)[None]
-            out.append(
-                Batch(
-                    t[:, :-1].contiguous(),
-                    t[:, 1:].contiguous(),
-                    torch.ones(1, length),
-                    torch.from_numpy(start)[None] if document_mask else None,
-                )
-            )
+            out.append(_batch([stream.row(n * stream.per_epoch // wanted)], document_mask))
     return out

@@ -15,26 +15,16 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from craton import __version__
-from craton.base import (
-    Progress,
-    UserError,
-    claim,
-    count,
-    digest,
-    nearest,
-    read_json,
-    remove_inside,
-    say,
-    sha256,
-    span,
-    write_json,
-)
+from craton.base.console import Progress, count, say, span
+from craton.base.errors import UserError, nearest
+from craton.base.files import claim, digest, read_json, remove_inside, sha256, write_json
 from craton.corpus import sources
 from craton.corpus.clean import INDEX, STEPS, Dropped, Evaluation, clean, evaluation_grams, read_batch
 from craton.corpus.dedup import exact_copies, near_copies
@@ -93,12 +83,20 @@ def _check(options: BuildOptions) -> None:
     for name in options.skip:
         if name not in STEPS:
             raise UserError(f"--skip {name}: no such step{nearest(name, STEPS)}; steps: {', '.join(STEPS)}")
-    if options.vocab_size is not None and options.tokenizer:
+    size = options.vocab_size
+    if size is not None and options.tokenizer:
         raise UserError("--vocab-size and --tokenizer exclude each other: a given tokenizer has its own size")
-    if options.vocab_size is not None and not 300 <= options.vocab_size <= 1_000_000:
-        raise UserError(
-            f"--vocab-size {options.vocab_size}: must be between 300 (256 bytes and the special tokens) and 1000000"
-        )
+    if size is not None and not 300 <= size <= 1_000_000:
+        raise UserError(f"--vocab-size {size}: must be between 300 (256 bytes and the special tokens) and 1000000")
+
+
+def _strings(value: Any) -> Iterator[str]:
+    """Every string in a JSON value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for v in value.values() if isinstance(value, dict) else value:
+            yield from _strings(v)
 
 
 def _evaluation(paths: list[str]) -> Evaluation | None:
@@ -106,24 +104,13 @@ def _evaluation(paths: list[str]) -> Evaluation | None:
     if not paths:
         return None
     items: list[str] = []
-
-    def collect(value: Any) -> None:
-        if isinstance(value, str):
-            items.append(value)
-        elif isinstance(value, dict):
-            for v in value.values():
-                collect(v)
-        elif isinstance(value, list):
-            for v in value:
-                collect(v)
-
     files, _ = sources.find(paths)
     for file in files:
         if file.kind == "jsonl":
             with sources.open_binary(file.path) as f:
                 for number, line in enumerate(f, 1):
                     try:
-                        collect(json.loads(line) if line.strip() else "")
+                        items += _strings(json.loads(line) if line.strip() else "")
                     except ValueError as error:
                         raise UserError(f"{file.path}:{number}: broken JSON line ({error})") from None
         else:
@@ -175,13 +162,9 @@ def _encode(batch: Path, keep: np.ndarray, fresh: np.ndarray, tokenizer: Path, d
     out.with_suffix(".tmp").rename(out)
 
 
-_OPENED: dict[Path, Tokenizer] = {}
-
-
+@cache
 def _tokenizer(folder: Path) -> Tokenizer:
-    if folder not in _OPENED:
-        _OPENED[folder] = Tokenizer.open(folder)
-    return _OPENED[folder]
+    return Tokenizer.open(folder)
 
 
 def heldout_documents(index: np.ndarray, keep: np.ndarray) -> np.ndarray:
@@ -235,29 +218,26 @@ def build(options: BuildOptions, out: Path) -> dict[str, Any]:
             remove_inside(work, {".lock"})
             raise
         except OSError as error:
-            raise UserError(
-                f"{out}: cannot write ({error.strerror}); mend it and run the same command again, it will go on",
-                code="cannot_write",
-            ) from None
+            problem = f"{out}: cannot write ({error.strerror}); mend it and run the same command again, it will go on"
+            raise UserError(problem, code="cannot_write") from None
         finally:
             job.pool.close()
 
 
+@dataclass
 class _Build:
     """One build, stage by stage. Each stage leaves its work in .work, and adds to what is known of the parts."""
 
-    def __init__(
-        self,
-        options: BuildOptions,
-        out: Path,
-        files: list[sources.SourceFile],
-        passed: list[Path],
-        evaluation: Evaluation | None,
-        given: Tokenizer | None,
-        mark: str,
-    ):
-        self.options, self.out, self.work, self.mark = options, out, out / ".work", mark
-        self.files, self.passed, self.evaluation, self.given = files, passed, evaluation, given
+    options: BuildOptions
+    out: Path
+    files: list[sources.SourceFile]
+    passed: list[Path]
+    evaluation: Evaluation | None
+    given: Tokenizer | None
+    mark: str
+
+    def __post_init__(self) -> None:
+        self.work = self.out / ".work"
         self.began, self.progress, self.pool = time.monotonic(), Progress(), _Pool()
         self.counts: Counter[str] = Counter()
         self.dropped: dict[str, Dropped] = {}
@@ -270,11 +250,8 @@ class _Build:
         self.clean()
         self.index = np.concatenate(self.cleaned) if self.cleaned else np.empty(0, INDEX)
         self.offsets = np.cumsum([0] + [len(c) for c in self.cleaned])
-        seconds = span(time.monotonic() - self.began)
-        say(
-            f"clean    {self.counts['documents']} documents, {count(self.counts['bytes'])}B in {seconds}; "
-            f"{len(self.index)} parts left"
-        )
+        size, seconds = count(self.counts["bytes"]), span(time.monotonic() - self.began)
+        say(f"clean    {self.counts['documents']} documents, {size}B in {seconds}; {len(self.index)} parts left")
         self.dedup()
         self.learn_tokenizer()
         self.encode()
@@ -324,16 +301,12 @@ class _Build:
         self._show_copies(copies)
         if not self.keep.any():
             most = sorted(self.dropped.items(), key=lambda x: -x[1].documents)[:4]
-            reasons = ", ".join(f"{why} {d.documents}" for why, d in most)
-            raise UserError(
-                f"{self.options.sources[0]}: no document is left after the filters ({reasons or 'no text'}); "
-                "--skip quality keeps them"
-            )
+            reasons = ", ".join(f"{why} {d.documents}" for why, d in most) or "no text"
+            where = self.options.sources[0]
+            raise UserError(f"{where}: no document is left after the filters ({reasons}); --skip quality keeps them")
         self.held = heldout_documents(index, self.keep)
-        say(
-            f"dedup    {int(copy.sum())} exact and {int(near.sum())} near duplicates dropped, {int(self.keep.sum())} "
-            f"kept, {int(self.held.sum())} held out"
-        )
+        kept, held = self.keep.sum(), self.held.sum()
+        say(f"dedup    {copy.sum()} exact and {near.sum()} near duplicates dropped, {kept} kept, {held} held out")
         if not self.held.any():
             say("dedup    nothing is held out, since there is one document only: give several to have a held-out loss")
 
@@ -416,19 +389,15 @@ class _Build:
             kept = self.keep & (self.index["source"] == i)
             facts = {"documents": int(kept.sum()), "bytes": int(self.index["bytes"][kept].sum())}
             each.append({"name": name, **facts, "license": sorted(licenses.get(i, set()))})
-        looked = self.evaluation
+        looked, types = self.evaluation, Counter(p.suffix or "(none)" for p in self.passed)
+        passed = dict(files=len(self.passed), types=types, bad=len(self.bad), examples=self.bad[:5])
         return {
             "fingerprint": self.mark,
             "craton": __version__,
             "options": asdict(self.options),
             "counts": {**self.counts, "kept": int(self.keep.sum()), "kept_bytes": self.kept_bytes},
             "dropped": {why: asdict(d) for why, d in sorted(self.dropped.items())},
-            "passed_over": {
-                "files": len(self.passed),
-                "types": Counter(p.suffix or "(none)" for p in self.passed),
-                "bad": len(self.bad),
-                "examples": self.bad[:5],
-            },
+            "passed_over": passed,
             "evaluation": {"items": looked.items, "too_short": looked.too_short} if looked else None,
             "sources": each,
             "seconds": round(seconds, 2),

@@ -92,9 +92,7 @@ def _html_text(text: str) -> str:
     return quality.strip_html_lines(found or "")
 
 
-def clean(
-    batch: list[Document], skip: frozenset[str], personal: bool, evaluation: Evaluation | None, out: Path
-) -> None:
+def clean(batch: list[Document], skip: frozenset[str], mask: bool, evaluation: Evaluation | None, out: Path) -> None:
     """Write out.zst (a JSON line a kept document), out.npy (INDEX rows) and last out.json (counts)."""
     dropped: dict[str, Dropped] = defaultdict(Dropped)
     counts: Counter[str] = Counter()
@@ -110,7 +108,7 @@ def clean(
             text = fixed
         if kind == "html" and "html" not in skip:
             text = _html_text(text)
-        if personal:
+        if mask:
             text, masked = quality.mask_personal(text)
             counts["personal_masked"] += masked
         if not text.strip():
@@ -120,11 +118,10 @@ def clean(
         if "quality" not in skip:
             code = kind == "code" or (kind == "unknown" and quality.kind_of(text) == "code")
             counts["code" if code else "prose"] += 1
-            why = (
-                quality.reject_code(text)
-                if code
-                else quality.reject_prose(text, words, kind == "html", "english" not in skip)
-            )
+            if code:
+                why = quality.reject_code(text)
+            else:
+                why = quality.reject_prose(text, words, kind == "html", "english" not in skip)
             if why and not (document.part and why.startswith("gopher_under")):
                 dropped[why].add(document.name, text)
                 continue
@@ -134,9 +131,8 @@ def clean(
         data = text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
         exact = np.frombuffer(hashlib.blake2b(" ".join(data.split()).encode(), digest_size=16).digest(), np.uint64)
         near = bands_of(words, exact) if "near" not in skip else np.zeros(BANDS, np.uint64)
-        name = int.from_bytes(
-            hashlib.blake2b(document.name.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little"
-        )
+        name_bytes = document.name.encode("utf-8", "surrogatepass")
+        name = int.from_bytes(hashlib.blake2b(name_bytes, digest_size=8).digest(), "little")
         rows.append((name, document.part, document.source, len(data.encode()), exact, near))
         lines.append(json.dumps({"name": document.name, "text": data, "license": document.license}))
     _write(out, lines, rows, {"counts": counts, "dropped": {k: asdict(v) for k, v in dropped.items()}})

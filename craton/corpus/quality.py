@@ -103,6 +103,12 @@ def _repeated_share(words: Words, n: int, gram: np.ndarray) -> float:
     return total / max(1, int(length[-1]))
 
 
+def _repetitions(pieces: list[str]) -> tuple[int, int]:
+    """How many pieces are the same as one before them, and the characters of those."""
+    seen = Counter(pieces)
+    return len(pieces) - len(seen), sum(len(p) * (n - 1) for p, n in seen.items())
+
+
 def reject_prose(text: str, words: Words, html: bool, english: bool) -> str | None:
     count = len(words)
     if not 50 <= count <= 100_000:
@@ -122,24 +128,17 @@ def reject_prose(text: str, words: Words, html: bool, english: bool) -> str | No
     if english and len({m.lower() for m in _STOP.findall(text[:50_000])}) < 2:
         return "gopher_stop_words"
     lines = _logical_lines(text)
-    for what, pieces, most in (
-        ("lines", lines, 0.3),
-        ("paragraphs", [p for p in re.split(r"\n{2,}", text) if p.strip()], 0.3),
-    ):
-        seen = Counter(pieces)
-        again = len(pieces) - len(seen)
-        if again > most * len(pieces):
-            return f"gopher_repeated_{what}"
-        if sum(len(p) * (n - 1) for p, n in seen.items() if n > 1) > 0.2 * len(text):
+    paragraphs = [p for p in re.split(r"\n{2,}", text) if p.strip()]
+    for what, pieces in (("lines", lines), ("paragraphs", paragraphs)):
+        again, characters = _repetitions(pieces)
+        if again > 0.3 * len(pieces) or characters > 0.2 * len(text):
             return f"gopher_repeated_{what}"
     for n, most in ((2, 0.20), (3, 0.18), (4, 0.16)):
         gram = ngrams(words.exact, n)
         _, first, times = np.unique(gram, return_index=True, return_counts=True)
         top = int(times.argmax())
-        if (
-            times[top] > 1
-            and words.characters[first[top] : first[top] + n].sum() * times[top] > most * words.characters.sum()
-        ):
+        repeated = words.characters[first[top] : first[top] + n].sum() * times[top]
+        if times[top] > 1 and repeated > most * words.characters.sum():
             return "gopher_top_ngram"
     for n, most in ((5, 0.15), (6, 0.14), (7, 0.13), (8, 0.12), (9, 0.11), (10, 0.10)):
         if _repeated_share(words, n, ngrams(words.exact, n)) > most:
@@ -156,19 +155,16 @@ def reject_prose(text: str, words: Words, html: bool, english: bool) -> str | No
         return "fineweb_line_ends"
     if sum(len(line) <= 30 for line in lines) > 0.67 * len(lines):
         return "fineweb_short_lines"
-    if html:
-        seen = Counter(lines)
-        if sum(len(p) * (n - 1) for p, n in seen.items() if n > 1) > 0.01 * sum(map(len, lines)):
-            return "fineweb_repeated_lines"
+    if html and _repetitions(lines)[1] > 0.01 * sum(map(len, lines)):
+        return "fineweb_repeated_lines"
     if len(lines) > 0.3 * count:
         return "fineweb_newlines"
     return None
 
 
 _EMAIL = re.compile(r"\b[A-Za-z0-9._%+-]+@[A-Za-z0-9-]+(?:\.[A-Za-z0-9-]+)*\.[A-Za-z]{2,}\b")
-_IP = re.compile(
-    r"\b(?!10\.|127\.|192\.168\.|0\.|169\.254\.)(?:(?:25[0-5]|2[0-4]\d|1?\d?\d)\.){3}(?:25[0-5]|2[0-4]\d|1?\d?\d)\b"
-)
+_OCTET = r"(?:25[0-5]|2[0-4]\d|1?\d?\d)"
+_IP = re.compile(rf"\b(?!10\.|127\.|192\.168\.|0\.|169\.254\.)(?:{_OCTET}\.){{3}}{_OCTET}\b")
 _PHONE = re.compile(r"(?<![\w.])(?:\+\d{1,3}[ .-]?)?\(?\d{3}\)?[ .-]\d{3}[ .-]\d{4}(?![\w.])")
 
 

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy import ndarray
 
 from craton.base import fsync, sha256
 from craton.corpus.clean import read_batch
@@ -27,13 +28,7 @@ class Shards:
         self.open_shards: dict[str, Any] = {}
 
     def write(
-        self,
-        batches: list[Path],
-        offsets: np.ndarray,
-        index: np.ndarray,
-        keep: np.ndarray,
-        held: np.ndarray,
-        follows: np.ndarray,
+        self, batches: list[Path], offsets: ndarray, index: ndarray, keep: ndarray, held: ndarray, follows: ndarray
     ) -> None:
         """Tokens of kept parts to their splits, in order."""
         with open(self.out / "names.bin", "wb") as names:
@@ -52,9 +47,7 @@ class Shards:
         with open(self.out / "documents.npy", "wb") as rows_file:
             np.save(rows_file, self.table)
 
-    def _part(
-        self, split: str, follows: bool, facts: Any, ids: np.ndarray, document: dict[str, str], names: Any
-    ) -> None:
+    def _part(self, split: str, follows: bool, facts: Any, ids: ndarray, document: dict[str, str], names: Any) -> None:
         self._shard(split).write(ids.tobytes())
         label = document["name"].encode("utf-8", "replace")[:65_535]
         place = (SPLITS.index(split), follows, facts["source"], self.length[split], len(ids), facts["bytes"])
@@ -85,19 +78,9 @@ class Shards:
             fsync(path)
         splits = {}
         for i, split in enumerate(SPLITS):
-            mine = self.table["split"] == i
-            splits[split] = {
-                "tokens": self.length[split],
-                "documents": int(mine.sum()),
-                "bytes": int(self.table["bytes"][mine].sum()),
-                "shards": self.shards[split],
-            }
+            rows = self.table[self.table["split"] == i]
+            facts = {"tokens": self.length[split], "documents": len(rows), "bytes": int(rows["bytes"].sum())}
+            splits[split] = {**facts, "shards": self.shards[split]}
         files = {str(p.relative_to(self.out)): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in paths}
-        return {
-            "format": "craton-corpus-1",
-            "dtype": self.dtype,
-            "vocab_size": tokenizer.vocab_size,
-            "document_id": tokenizer.document_id,
-            "splits": splits,
-            "files": files,
-        }
+        ids = {"vocab_size": tokenizer.vocab_size, "document_id": tokenizer.document_id}
+        return {"format": "craton-corpus-1", "dtype": self.dtype, **ids, "splits": splits, "files": files}

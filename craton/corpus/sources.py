@@ -18,11 +18,10 @@ from craton.base import UserError
 PROSE = {".txt", ".md", ".rst", ".tex", ".org", ".adoc"}
 HTML = {".html", ".htm", ".xhtml"}
 CODE = set(
-    (
-        ".py .pyi .c .h .cc .cpp .hpp .cu .rs .go .java .kt .scala .js .mjs .ts .tsx .jsx .rb .php .swift .cs .sh "
-        ".pl .lua .r .jl .sql .hs .ml .toml .yaml .yml .css"
-    ).split()
+    """.py .pyi .c .h .cc .cpp .hpp .cu .rs .go .java .kt .scala .js .mjs .ts .tsx .jsx .rb .php .swift .cs .sh
+    .pl .lua .r .jl .sql .hs .ml .toml .yaml .yml .css""".split()
 )
+KINDS = {"prose": PROSE, "html": HTML, "code": CODE, "jsonl": {".jsonl", ".ndjson"}, "parquet": {".parquet"}}
 COMPRESSED = {".gz", ".xz", ".zst"}
 PART_CHARACTERS = 128 << 10  # a longer document is cut at a paragraph into parts, so that memory stays bounded
 
@@ -50,16 +49,7 @@ def _kind(path: Path) -> str | None:
     suffix = path.suffix.lower()
     if suffix in COMPRESSED:
         suffix = path.with_suffix("").suffix.lower()
-    for kind, known in (
-        ("prose", PROSE),
-        ("html", HTML),
-        ("code", CODE),
-        ("jsonl", {".jsonl", ".ndjson"}),
-        ("parquet", {".parquet"}),
-    ):
-        if suffix in known:
-            return kind
-    return None
+    return next((kind for kind, known in KINDS.items() if suffix in known), None)
 
 
 def find(sources: list[str]) -> tuple[list[SourceFile], list[Path]]:
@@ -81,22 +71,13 @@ def find(sources: list[str]) -> tuple[list[SourceFile], list[Path]]:
                 else:
                     found.append(SourceFile(p, number, kind))
             if len(found) == before:
-                what = (
-                    "is empty"
-                    if not inside
-                    else f"holds no text file ({len(inside)} files of other types, such as {inside[0].name})"
-                )
-                raise UserError(
-                    f"{source}: the folder {what}; give .txt, .md, .html, source code, .jsonl or .parquet files"
-                )
-        elif path.is_file():
-            if (kind := _kind(path)) is None:
-                kind = "prose"  # named by hand: its content decides
-            found.append(SourceFile(path, number, kind))
-        elif matches := sorted(glob.glob(source, recursive=True)):
-            for name in matches:
-                if Path(name).is_file():
-                    found.append(SourceFile(Path(name), number, _kind(Path(name)) or "prose"))
+                what = "is empty"
+                if inside:
+                    what = f"holds no text file ({len(inside)} files of other types, such as {inside[0].name})"
+                raise UserError(f"{source}: the folder {what}; give .txt, .md, .html, source code, .jsonl or .parquet")
+        elif named := [path] if path.is_file() else [Path(p) for p in sorted(glob.glob(source, recursive=True))]:
+            # Named by hand, a file of unknown type is text: its content decides.
+            found += [SourceFile(p, number, _kind(p) or "prose") for p in named if p.is_file()]
         elif source.startswith("hf://") or (source.count("/") == 1 and source[0] not in "./~" and not path.suffix):
             found.append(SourceFile(Path(source.removeprefix("hf://")), number, "hub"))
         else:
@@ -139,29 +120,24 @@ class _Zstd(io.RawIOBase):
 
 
 def open_binary(path: Path) -> Any:
-    if path.suffix == ".gz":
-        return gzip.open(path, "rb")
-    if path.suffix == ".xz":
-        return lzma.open(path, "rb")
     if path.suffix == ".zst":
         return io.BufferedReader(_Zstd(path), 1 << 20)
-    return open(path, "rb")
+    openers: dict[str, Any] = {".gz": gzip.open, ".xz": lzma.open}
+    return openers.get(path.suffix, open)(path, "rb")
 
 
 def _decode(data: bytes, path: Path) -> str:
     """UTF-8, else UTF-16 by its mark, else Windows-1252 if that is plausible text. UserError for binary data."""
     if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
         return data.decode("utf-16", errors="replace")
-    if b"\0" in data:
-        raise UserError(f"{path}: binary file, not text; leave it out, or pass --skip-bad to pass over such files")
-    try:
-        return data.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        pass
-    control = sum(data.count(bytes([c])) for c in (*range(1, 9), *range(14, 27), *range(28, 32)))
-    if control > len(data) / 1000:
-        raise UserError(f"{path}: binary file, not text; leave it out, or pass --skip-bad to pass over such files")
-    return data.decode("cp1252", errors="replace")
+    if b"\0" not in data:
+        try:
+            return data.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            control = sum(data.count(bytes([c])) for c in (*range(1, 9), *range(14, 27), *range(28, 32)))
+            if control <= len(data) / 1000:
+                return data.decode("cp1252", errors="replace")
+    raise UserError(f"{path}: binary file, not text; leave it out, or pass --skip-bad to pass over such files")
 
 
 def _parts(text: str) -> Iterator[str]:
@@ -208,6 +184,7 @@ def _utf16(file: SourceFile, f: Any, piece: bytes) -> Iterator[tuple[str, str, s
 
 
 TEXT_FIELDS = ("text", "content", "markdown", "code")
+_NAMES = ", ".join(TEXT_FIELDS)
 # Records of questions and answers: the fields that are text, the first and the last of which must be there.
 PAIRS = (("prompt", "response"), ("prompt", "completion"), ("question", "answer"), ("instruction", "input", "output"))
 
@@ -217,17 +194,11 @@ def _text_of(row: Any, where: str) -> tuple[str, str]:
     if isinstance(row, str):
         return row, ""
     if isinstance(row, dict):
-        for field in TEXT_FIELDS:
-            if isinstance(row.get(field), str):
-                return row[field], str(row.get("license") or row.get("licence") or "")
-        for fields in PAIRS:
+        for fields in (*((f,) for f in TEXT_FIELDS), *PAIRS):
             if all(isinstance(row.get(f), str) for f in (fields[0], fields[-1])):
                 said = [row[f] for f in fields if isinstance(row.get(f), str) and row[f]]
                 return "\n\n".join(said), str(row.get("license") or row.get("licence") or "")
-    raise UserError(
-        f"{where}: no text in this record; expected a field named {', '.join(TEXT_FIELDS)}; --skip-bad passes over "
-        "such records"
-    )
+    raise UserError(f"{where}: no text in this record; expected a field named {_NAMES}; --skip-bad passes over it")
 
 
 def _jsonl(file: SourceFile) -> Iterator[tuple[str, str, str] | UserError]:
@@ -241,9 +212,7 @@ def _jsonl(file: SourceFile) -> Iterator[tuple[str, str, str] | UserError]:
             except UserError as error:
                 yield error
             except (UnicodeDecodeError, json.JSONDecodeError) as error:
-                yield UserError(
-                    f"{where}: broken JSON line ({error}); mend it, or pass --skip-bad to pass over such lines"
-                )
+                yield UserError(f"{where}: broken JSON line ({error}); mend it, or pass --skip-bad to pass over it")
             else:
                 yield where, text, license
 
@@ -257,11 +226,10 @@ def _parquet(file: SourceFile) -> Iterator[tuple[str, str, str] | UserError]:
         table = parquet.ParquetFile(file.path)
     except Exception as error:
         raise UserError(f"{file.path}: not a readable parquet file ({str(error).splitlines()[0]})") from None
-    names = [n for n in (*TEXT_FIELDS, "license", "licence") if n in table.schema_arrow.names]
+    there = table.schema_arrow.names
+    names = [n for n in (*TEXT_FIELDS, "license", "licence") if n in there]
     if not set(names) & set(TEXT_FIELDS):
-        raise UserError(
-            f"{file.path}: no column named {', '.join(TEXT_FIELDS)} (it has {', '.join(table.schema_arrow.names)})"
-        )
+        raise UserError(f"{file.path}: no column named {_NAMES} (it has {', '.join(there)})")
     number = 0
     for batch in table.iter_batches(batch_size=64, columns=names):
         for row in batch.to_pylist():
@@ -276,9 +244,8 @@ def _hub(file: SourceFile) -> Iterator[tuple[str, str, str] | UserError]:
     try:
         from datasets import load_dataset
     except ImportError:
-        raise UserError(
-            f"{file.path}: no such file or folder; if it is a hub dataset, reading it needs pip install 'craton[hf]'"
-        ) from None
+        problem = "no such file or folder; if it is a hub dataset, reading it needs pip install 'craton[hf]'"
+        raise UserError(f"{file.path}: {problem}") from None
     try:
         rows = load_dataset(str(file.path), split="train", streaming=True)
         for number, row in enumerate(rows):
@@ -287,9 +254,8 @@ def _hub(file: SourceFile) -> Iterator[tuple[str, str, str] | UserError]:
             except UserError as error:
                 yield error
     except Exception as error:
-        raise UserError(
-            f"{file.path}: no such path here, and not readable from the hub ({str(error).splitlines()[0]})"
-        ) from None
+        problem = f"no such path here, and not readable from the hub ({str(error).splitlines()[0]})"
+        raise UserError(f"{file.path}: {problem}") from None
 
 
 def read(files: list[SourceFile], skip_bad: bool, bad: Callable[[str], None]) -> Iterator[Document]:

@@ -42,9 +42,7 @@ class Corpus:
         if not folder.is_dir():
             raise UserError(f"{folder}: no such corpus; make one with 'craton corpus build SRC --out {folder}'")
         if not (folder / "manifest.json").exists():
-            raise UserError(
-                f"{folder}: no manifest.json there, so not a finished corpus; run its 'craton corpus build' again"
-            )
+            raise UserError(f"{folder}: not a finished corpus (no manifest.json); run its 'craton corpus build' again")
         self.manifest: dict[str, Any] = read_json(folder / "manifest.json")
         try:
             self.dtype = np.dtype(self.manifest["dtype"])
@@ -52,9 +50,8 @@ class Corpus:
             self.digest: str = self.manifest["digest"]
             splits = self.manifest["splits"]
         except (KeyError, TypeError) as error:
-            raise UserError(
-                f"{folder}/manifest.json: missing or mistyped field ({error}); build the corpus again"
-            ) from None
+            problem = f"missing or mistyped field ({error})"
+            raise UserError(f"{folder}/manifest.json: {problem}; build the corpus again") from None
         text = (folder / "manifest.json").read_text(encoding="utf-8")
         if self.digest != manifest_digest(self.manifest) or text != as_json(self.manifest):
             raise UserError(f"{folder}/manifest.json: altered since it was built; build the corpus again")
@@ -92,6 +89,10 @@ class Corpus:
     def rows(self, split: str) -> np.ndarray:
         """DOCUMENT rows of a split, in stream order."""
         return self.documents[self.documents["split"] == SPLITS.index(split)]
+
+    def dropped(self) -> dict[str, dict[str, int]]:
+        """Documents and bytes that each rule dropped."""
+        return {why: {k: d[k] for k in ("documents", "bytes")} for why, d in self.manifest["dropped"].items()}
 
     def name_of(self, row: Any) -> str:
         with open(self.folder / "names.bin", "rb") as f:

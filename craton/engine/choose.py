@@ -16,12 +16,8 @@ def draw(scores: Tensor | Sequence[Tensor], answers: Sequence[Answer]) -> list[i
     if not answers:
         return []
     rows = scores if isinstance(scores, Tensor) else torch.stack(list(scores))
-    samplings = [a.sampling for a in answers]
-    if all(s.temperature == 0 for s in samplings):
-        tokens: list[int] = rows.argmax(-1).tolist()
-        return tokens
     u = [uniform(a.seed, a.completion.index, len(a.generation.tokens)) for a in answers]
-    return draw_each(rows, samplings, u)
+    return draw_each(rows, [a.sampling for a in answers], u)
 
 
 @dataclass

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from craton.base import UserError, read_json
-from craton.engine.engine import Engine
+from craton.engine.engine import Engine, too_long
 from craton.engine.model import load_model
 from craton.engine.request import Completion, EngineEvent, Reasoning, Sampling, TokenLogprob
 from craton.engine.structured import Matcher
@@ -113,12 +113,8 @@ def prepare(talker: Talker, ask: Ask) -> Prepared:
     room = talker.engine.context - len(prepared.ids)
     if values.get("max_tokens") is None:
         if room < 1:
-            raise UserError(
-                f"the prompt has {len(prepared.ids)} tokens, the context is {talker.engine.context}, which leaves no "
-                "room for an answer; shorten it",
-                field="messages" if ask.prompt is None else "prompt",
-                code="context_length_exceeded",
-            )
+            where = "messages" if ask.prompt is None else "prompt"
+            raise too_long(len(prepared.ids), talker.engine.context, ", which leaves no room for an answer", where)
         values["max_tokens"] = room
     prepared.sampling = Sampling(**values)
     prepared.matcher = talker.engine.matcher(prepared.sampling)
@@ -135,9 +131,7 @@ def _render(talker: Talker, ask: Ask, values: dict[str, Any], prepared: Prepared
     text, prepared.opened = d.render(ask.messages, shown, ask.thinking, ask.effort, ask.prefix, ask.template)
     prepared.ids = d.tokenizer.encode_rendered(text)
     if ask.prefix and any(values.get(k) for k in _FORMS):
-        raise UserError(
-            "a schema and an answer that was begun exclude each other; leave out the last message or the schema"
-        )
+        raise UserError("a schema and a begun answer exclude each other; leave out the last message or the schema")
     prepared.may_think = d.thinking is not None and not ask.prefix and ask.thinking is not False
     if d.thinking and prepared.may_think:
         begin = d.tokenizer.encode_rendered(d.thinking[0])
@@ -152,10 +146,8 @@ def _render(talker: Talker, ask: Ask, values: dict[str, Any], prepared: Prepared
 def _constrain_to_tools(d: Dialogue, ask: Ask, values: dict[str, Any]) -> None:
     schema = values.pop("json_schema", None)
     if schema is not None and ask.choice == "required":
-        raise UserError(
-            "response_format cannot be met by an answer that must call a tool; leave one of them out",
-            field="response_format",
-        )
+        problem = "response_format cannot be met by an answer that must call a tool; leave one of them out"
+        raise UserError(problem, field="response_format")
     values["stop_before"] = d.calls.opening.split("\n")[0] or d.calls.opening
     if ask.choice == "required":  # nothing but calls, which no stop text may break
         values["stop"] = ()
@@ -201,11 +193,11 @@ class AnswerParts:
     def _delta(self, event: EngineEvent) -> AnswerDelta:
         index = event.completion.index
         parser = self.parsers[index]
-        before = parser.state
+        was = parser.state
         parts = [*parser.feed(event.text), *(parser.feed("", last=True) if event.finished else ())]
         logprobs, content = list(event.logprobs), "".join(p.text for p in parts if p.kind == "content")
         if logprobs and not self.plain:
-            logprobs = self._of_content(index, logprobs, before, parser.state, bool(content))
+            logprobs = self._of_content(index, logprobs, was, parser.state, bool(content))
         if logprobs or content:
             logprobs = self.aligned[index].take(logprobs, content)
         self.cached_tokens = max(self.cached_tokens, event.completion.cached_tokens)
@@ -218,14 +210,12 @@ class AnswerParts:
         calls = parser.call >= 0 and parser.state not in ("name", "arguments")
         return AnswerDelta(index, parts, logprobs, done, calls)
 
-    def _of_content(
-        self, index: int, new: list[TokenLogprob], before: str, after: str, shown: bool
-    ) -> list[TokenLogprob]:
-        """Those of the answer, not of thinking or of calls."""
-        if before == "start":
+    def _of_content(self, index: int, new: list[TokenLogprob], was: str, now: str, shown: bool) -> list[TokenLogprob]:
+        """Those of the answer, not of thinking or of calls. was, now: states of its parser."""
+        if was == "start":
             new = self.unplaced[index] + new
-            self.unplaced[index] = new if after == "start" else []
-        return new if before == "content" or (after == "content" and shown) else []
+            self.unplaced[index] = new if now == "start" else []
+        return new if was == "content" or (now == "content" and shown) else []
 
 
 class _Aligned:

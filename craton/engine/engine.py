@@ -62,10 +62,8 @@ class Engine:
         if speculate not in ("", "lookup"):
             raise UserError(f"speculate is {speculate!r}; known: '', 'lookup'", field="speculate")
         if draft is not None and draft.config.vocab_size != config.vocab_size:
-            raise UserError(
-                f"the draft model's vocabulary is {draft.config.vocab_size}, the model's {config.vocab_size}; "
-                "they must be the same"
-            )
+            sizes = f"{draft.config.vocab_size}, the model's {config.vocab_size}"
+            raise UserError(f"the draft model's vocabulary is {sizes}; they must be the same")
         self.speculate, self.guesses = speculate, guesses
         each = sum(bytes_per_token(n.config, cache_dtype(n).itemsize) for n in (network, draft) if n is not None)
         device = network.model.embed_tokens.weight.device
@@ -74,16 +72,10 @@ class Engine:
         self.context = min(config.max_position_embeddings, blocks * BLOCK)
         self.runner = Runner(network, blocks, self.context)
         self.draft = None if draft is None else DraftModel(draft, blocks, self.context, guesses)
-        self.counters = Counters()
-        self.scheduler = Scheduler(
-            blocks,
-            step_tokens=step_tokens,
-            scored_tokens=max(1, _LOGIT_BYTES // (4 * config.vocab_size)),
-            max_running=most_running,
-            share_prefixes=share_prefixes,
-            counters=self.counters,
-            guess=self._guess,
-        )
+        counters = self.counters = Counters()
+        scored = max(1, _LOGIT_BYTES // (4 * config.vocab_size))
+        most = dict(step_tokens=step_tokens, scored_tokens=scored, max_running=most_running)
+        self.scheduler = Scheduler(blocks, share_prefixes=share_prefixes, counters=counters, guess=self._guess, **most)
         self.answers: dict[Generation, Answer] = {}
         self.requests: dict[int, list[Answer]] = {}
         self.last_request = 0
@@ -116,17 +108,13 @@ class Engine:
         self.last_request += 1
         seed = s.seed if s.seed is not None else int.from_bytes(os.urandom(8), "little")
         answers: list[Answer] = []
+        most = min(s.max_tokens, self.context - len(prompt))
         for index in range(s.n):
-            leader = answers[0].generation if answers else None
-            generation = Generation(
-                list(prompt),
-                len(prompt),
-                min(s.max_tokens, self.context - len(prompt)),
-                adapter,
-                leader=leader,
-                score_from=score_from if leader is None else None,
-                every_state=embed,
-            )
+            generation = Generation(list(prompt), len(prompt), most, adapter, every_state=embed)
+            if answers:
+                generation.leader = answers[0].generation
+            else:
+                generation.score_from = score_from
             completion = Completion(self.last_request, index, prompt_tokens=len(prompt))
             answers.append(self._answer(generation, completion, s, seed, matcher))
         self.requests[self.last_request] = answers
@@ -136,18 +124,16 @@ class Engine:
         self.counters.prompt_tokens += len(prompt)
         return self.last_request
 
-    def _answer(
-        self, generation: Generation, completion: Completion, s: Sampling, seed: int, matcher: Matcher | None
-    ) -> Answer:
-        answer = Answer(generation, completion, s, seed)
+    def _answer(self, g: Generation, completion: Completion, s: Sampling, seed: int, matcher: Matcher | None) -> Answer:
+        answer = Answer(g, completion, s, seed)
         answer.matcher = matcher.copy() if matcher else self.matcher(s)
         answer.thinking = s.reasoning is not None and s.reasoning.begin is None
         if self.speculate == "lookup":
             answer.lookup = PromptLookup(self.guesses)
-        if generation.score_from is not None or generation.every_state:
+        if g.score_from is not None or g.every_state:
             answer.collector = Collector(s.prompt_logprobs or 0)
         if self.tokenizer is not None:
-            answer.text = TextStream(self.tokenizer, generation.tokens[: generation.prompt], s)
+            answer.text = TextStream(self.tokenizer, g.tokens[: g.prompt], s)
             if s.reasoning is not None:
                 answer.thinking_end = tuple(self.tokenizer.encode_rendered(s.reasoning.end))
         return answer
@@ -162,11 +148,7 @@ class Engine:
         if len(prompt) + bool(s.max_tokens) > self.context:
             own = self.config.max_position_embeddings
             why = "" if self.context == own else f", which the cache has room for, of the model's {own}"
-            raise UserError(
-                f"the prompt has {len(prompt)} tokens, the context is {self.context}{why}; shorten it",
-                field="prompt",
-                code="context_length_exceeded",
-            )
+            raise too_long(len(prompt), self.context, why)
         if adapter is not None:
             raise UserError(f"adapter {adapter!r} is not loaded", field="adapter")
         if (s.stop or s.structured or s.reasoning) and self.tokenizer is None:
@@ -298,9 +280,7 @@ class Engine:
                     self.counters.accepted_tokens += 1
                     further.append(item)
             going, turn = further, turn + 1
-        return [
-            self._advanced(part, answer, added[answer], texts[answer], finishes[answer]) for part, answer, _ in ready
-        ]
+        return [self._advanced(part, a, added[a], texts[a], finishes[a]) for part, a, _ in ready]
 
     def _advanced(self, part: Slice, answer: Answer, added: list[int], text: str, finish: str | None) -> EngineEvent:
         generation = answer.generation
@@ -398,6 +378,12 @@ class Engine:
         """(texts, hidden): the mean of the last hidden states over a text's tokens, scaled to length 1."""
         numbers = [self.add(t, Sampling(max_tokens=0), embed=True) for t in texts]
         return torch.tensor([c.embedding for (c,) in self._run(numbers)])
+
+
+def too_long(prompt: int, context: int, why: str, field: str = "prompt") -> UserError:
+    """The error of a prompt of so many tokens. why: more about the context."""
+    message = f"the prompt has {prompt} tokens, the context is {context}{why}; shorten it"
+    return UserError(message, field=field, code="context_length_exceeded")
 
 
 def _newest(completion: Completion, added: Sequence[int]) -> tuple[TokenLogprob, ...]:

@@ -50,17 +50,9 @@ class Sampling:
 
     def __post_init__(self) -> None:
         """UserError names the field that is out of range."""
-        bounds = {
-            "max_tokens": (0, 1 << 30),
-            "temperature": (0, 100),
-            "top_k": (0, 1 << 30),
-            "min_p": (0, 1),
-            "repetition_penalty": (0.01, 100),
-            "frequency_penalty": (-100, 100),
-            "presence_penalty": (-100, 100),
-            "min_tokens": (0, 1 << 30),
-            "n": (1, 128),
-        }
+        many, penalty = (0, 1 << 30), (-100, 100)
+        bounds = dict(max_tokens=many, temperature=(0, 100), top_k=many, min_p=(0, 1), repetition_penalty=(0.01, 100))
+        bounds |= dict(frequency_penalty=penalty, presence_penalty=penalty, min_tokens=many, n=(1, 128))
         for name, (low, high) in bounds.items():
             value = getattr(self, name)
             if not low <= value <= high:
@@ -83,11 +75,8 @@ class Sampling:
     @property
     def adjusts(self) -> bool:
         """Whether bias or penalties change the logits."""
-        return (
-            bool(self.logit_bias)
-            or self.repetition_penalty != 1.0
-            or self.frequency_penalty != 0.0
-            or self.presence_penalty != 0.0
+        return bool(
+            self.logit_bias or self.repetition_penalty != 1.0 or self.frequency_penalty or self.presence_penalty
         )
 
 

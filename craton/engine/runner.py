@@ -43,12 +43,12 @@ class Runner:
     def forward(
         self, ids: Tensor, batch: TokenBatch, rows: Tensor, want_logits: bool = True
     ) -> tuple[Tensor | None, Tensor]:
-        """ids (tokens,) int32 on the CPU -> logits (outputs, vocabulary) and last hidden states (outputs, hidden) of
+        """ids (tokens,) int32 on the device -> logits (outputs, vocabulary) and last hidden states (outputs, hidden) of
         the tokens in rows (outputs,), fp32 on the CPU."""
         if self.fused is not None:
             return self.fused.run(ids, batch, rows, want_logits)
         with modes.batch_invariant():
-            hidden = self.network.model(ids.to(self.device).long()[None], past=batch)
-            hidden = hidden[0, rows.to(self.device).long()]
+            hidden = self.network.model(ids.long()[None], past=batch)
+            hidden = hidden[0, rows.long()]
             logits = self.network.head(hidden).float().cpu() if want_logits else None
         return logits, hidden.float().cpu()

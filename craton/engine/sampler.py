@@ -2,6 +2,8 @@
 matter."""
 
 from collections.abc import Sequence
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,14 +40,22 @@ def adjusted(logits: Tensor, sampling: Sampling, prompt: list[int], answer: list
 
 def draw_each(logits: Tensor, samplings: Sequence[Sampling], u: Sequence[float]) -> list[int]:
     """A token for each row of logits (rows, vocabulary); see ops.choose_tokens. u: numbers in [0, 1)."""
-    columns = [
-        torch.tensor([s.temperature for s in samplings]),
-        torch.tensor([s.top_k for s in samplings]),
-        torch.tensor([s.top_p for s in samplings], dtype=torch.float64),
-        torch.tensor([s.min_p for s in samplings], dtype=torch.float64),
-        torch.tensor(u, dtype=torch.float64),
-    ]
-    return ops.choose_tokens(logits, *(c.to(logits.device) for c in columns)).tolist()
+    if not any(s.temperature for s in samplings):
+        return ops.choose_tokens(logits, *_likeliest(len(samplings), logits.device)).tolist()
+    filters = [(s.temperature, s.top_k, s.top_p, s.min_p) for s in samplings]
+    return ops.choose_tokens(logits, *_columns(filters, u, logits.device)).tolist()
+
+
+def _columns(filters: list[tuple[float, int, float, float]], u: Sequence[float], device: Any) -> tuple[Tensor, ...]:
+    rows = torch.tensor([*zip(*filters, strict=True), u], dtype=torch.float64).to(device)
+    temperature, top_k, top_p, min_p, numbers = rows
+    return temperature.float(), top_k.long(), top_p, min_p, numbers
+
+
+@lru_cache(64)
+def _likeliest(rows: int, device: Any) -> tuple[Tensor, ...]:
+    """The columns of so many rows that take the likeliest token: the same in step after step."""
+    return _columns([(0.0, 0, 1.0, 0.0)] * rows, [0.0] * rows, device)
 
 
 def token_logprobs(logits: Tensor, tokens: list[int], top: int) -> list[TokenLogprob]:

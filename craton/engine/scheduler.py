@@ -169,14 +169,12 @@ class Scheduler:
         self.waiting.appendleft(generation)
         self.counters.preemptions += 1
 
-    def _register(self, generation: Generation) -> None:
+    def _register(self, g: Generation) -> None:
         """Full blocks become known."""
         if not self.share_prefixes:
             return
-        while (generation.known_blocks + 1) * BLOCK <= generation.computed:
-            number = generation.known_blocks
-            tokens = tuple(generation.tokens[number * BLOCK : (number + 1) * BLOCK])
-            generation.prefix_id = self.pool.register(
-                generation.blocks[number], generation.prefix_id, tokens, generation.pictures_in(number)
-            )
-            generation.known_blocks += 1
+        while (g.known_blocks + 1) * BLOCK <= g.computed:
+            number = g.known_blocks
+            tokens = tuple(g.tokens[number * BLOCK : (number + 1) * BLOCK])
+            g.prefix_id = self.pool.register(g.blocks[number], g.prefix_id, tokens, g.pictures_in(number))
+            g.known_blocks += 1

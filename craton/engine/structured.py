@@ -18,22 +18,7 @@ from craton.engine.request import Sampling
 from craton.text.tokenizer import Tokenizer
 
 _MOST_SCHEMA = 256 << 10  # bytes
-_CLOSERS = (
-    "}",
-    "]",
-    ")",
-    ">",
-    '"',
-    ",",
-    ":",
-    "null",
-    "9",
-    "5",
-    "1",
-    "0",
-    "false",
-    "a",
-)  # 9: the digit that meets a lower bound first
+_CLOSERS = '} ] ) > " , : null 9 5 1 0 false a'.split()  # 9: the digit that meets a lower bound first
 _OPENERS = b"([{<\"'"
 
 
@@ -47,17 +32,14 @@ class Grammars:
         eos = ends[0] if ends else tokenizer.eos_id
         if eos is None:
             raise UserError("structured output needs a model with an end token; config.json has no eos_token_id")
-        self.tokenizer = LLTokenizer(
-            tokenizer.backend.to_str(), n_vocab=vocabulary, eos_token=[int(e) for e in ends] or int(eos)
-        )
+        eos_token = [int(e) for e in ends] or int(eos)
+        self.tokenizer = LLTokenizer(tokenizer.backend.to_str(), n_vocab=vocabulary, eos_token=eos_token)
         self.order = [t[0] for c in _CLOSERS if len(t := self.tokenizer.tokenize_str(c)) == 1]
         self.in_string = [t[0] for c in ("}", "q", "Z") if len(t := self.tokenizer.tokenize_str(c)) == 1]
         self.quote = self.tokenizer.tokenize_str('"')[0]
-        texts = [self.tokenizer.decode_bytes([i]) for i in range(min(vocabulary, tokenizer.vocab_size))]
-        self.spelling = {text: i for i, text in enumerate(texts) if text and i not in self.special}
-        self.short = sorted(
-            range(len(texts)), key=lambda i: (any(c in _OPENERS for c in texts[i]), len(texts[i]) or 99, i)
-        )
+        raw = [self.tokenizer.decode_bytes([i]) for i in range(min(vocabulary, tokenizer.vocab_size))]
+        self.spelling = {text: i for i, text in enumerate(raw) if text and i not in self.special}
+        self.short = sorted(range(len(raw)), key=lambda i: (any(c in _OPENERS for c in raw[i]), len(raw[i]) or 99, i))
 
     def matcher(self, s: Sampling) -> "Matcher | None":
         """UserError if the request's schema or grammar is wrong, too large or cannot be met; None if it has none."""
@@ -116,11 +98,9 @@ class Matcher:
     def accepts(self, token: int) -> bool:
         """Whether the grammar really goes on with a token of the mask, which is too generous with special tokens whose
         names the answer spells out."""
-        return (
-            token not in self.grammars.special
-            or token in self.grammars.ends
-            or bool(self.matcher.validate_tokens([token]) == 1)
-        )
+        if token not in self.grammars.special or token in self.grammars.ends:
+            return True
+        return bool(self.matcher.validate_tokens([token]) == 1)
 
     def spelled(self) -> int | None:
         """The longest token that begins what must come, where the mask has nothing but the special token of that
@@ -150,13 +130,8 @@ class Matcher:
         could not be closed any more is replaced by the one that closes. Returns the token taken, and whether all is
         complete."""
         self.matcher.consume_token(token)
-        if (
-            not self.closing
-            and not self.matcher.is_stopped()
-            and self.check_at is not None
-            and left <= self.check_at
-            and self._look(left) > left
-        ):
+        due = self.check_at is not None and left <= self.check_at and not self.closing
+        if due and not self.matcher.is_stopped() and self._look(left) > left:
             self.matcher.rollback(1)
             self.closing = True
             fill_next_token_bitmask(self.matcher, self.bits)

@@ -39,9 +39,7 @@ class Past(Protocol):
 
     positions: Tensor  # (tokens,) of the new tokens, each in its own sequence
 
-    def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, sinks: Tensor | None = None
-    ) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, sinks: Tensor | None) -> Tensor:
         """Store k (1, tokens, kv_heads, key size) and v, then attend to all that q (1, tokens, heads, key size) may see
         -> (1, tokens, heads, value size)."""
         ...
@@ -68,9 +66,7 @@ class TokenBatch:
         """The five tensors, as operations take them."""
         return [self.positions, self.slots, self.starts, self.lengths, self.tables]
 
-    def attend(
-        self, layer: int, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, sinks: Tensor | None = None
-    ) -> Tensor:
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, sinks: Tensor | None) -> Tensor:
         """As `Past` says."""
         pool = self.cache.keys[layer], self.cache.values[layer]
         return ops.paged_attention(q, k, v, pool, self.places, spec, None if sinks is None else sinks.float())
@@ -82,6 +78,5 @@ def one_sequence(cache: PagedCache, past: int, new: int) -> TokenBatch:
     at = torch.arange(past, past + new, dtype=torch.int32, device=device)
     starts = torch.tensor([0, new], dtype=torch.int32, device=device)
     lengths = torch.tensor([past + new], dtype=torch.int32, device=device)
-    return TokenBatch(
-        cache, at, at, starts, lengths, torch.arange(cache.blocks, dtype=torch.int32, device=device)[None]
-    )
+    table = torch.arange(cache.blocks, dtype=torch.int32, device=device)
+    return TokenBatch(cache, at, at, starts, lengths, table[None])

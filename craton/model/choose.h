@@ -48,19 +48,32 @@ class Row {
     const Filter& f;
     std::vector<float> e;  // exp((x - most) / temperature)
 
+    // The first of the largest. Parts are looked at in whole vectors, and only the best of them value by value.
     int64_t likeliest() const {
-        int64_t best = 0;
-        f16 most = splat16(-INFINITY);
-        int64_t i = 0;
-        for (; i + 16 <= n; i += 16) {
-            f16 v = load16(x + i);
-            most = v > most ? v : most;
-        }
+        const int64_t size = 512;
+        int64_t part = 0;
         float top = -INFINITY;
-        for (int l = 0; l < 16; l++) top = std::max(top, ((float*)&most)[l]);
-        for (; i < n; i++) top = std::max(top, x[i]);
-        for (best = 0; best < n - 1 && x[best] != top; best++) continue;
+        for (int64_t at = 0; at < n; at += size) {
+            const float most = largest(at, std::min(n, at + size));
+            if (most > top) top = most, part = at;
+        }
+        int64_t best = part;
+        while (best < n - 1 && x[best] != top) best++;
         return best;
+    }
+
+    float largest(int64_t at, int64_t end) const {
+        f16 a = splat16(-INFINITY), b = a;
+        for (; at + 32 <= end; at += 32) {
+            const f16 v = load16(x + at), w = load16(x + at + 16);
+            a = v > a ? v : a;
+            b = w > b ? w : b;
+        }
+        a = b > a ? b : a;
+        float most = -INFINITY;
+        for (int l = 0; l < 16; l++) most = std::max(most, ((float*)&a)[l]);
+        for (; at < end; at++) most = std::max(most, x[at]);
+        return most;
     }
 
     void exponentiate(float most) {

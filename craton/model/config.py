@@ -50,9 +50,8 @@ class ModelConfig:
     attn_logit_softcapping: float | None = None
     attention_sinks: bool = False  # a learnt logit a head that takes part in the softmax (gpt-oss)
     sliding_window: int | None = None  # positions that a sliding layer sees, its own included
-    layer_types: tuple[str, ...] | None = (
-        None  # "sliding_attention" or "full_attention"; None: sliding if there is a window
-    )
+    # "sliding_attention" or "full_attention"; None: sliding if there is a window
+    layer_types: tuple[str, ...] | None = None
     # multi-head latent attention (arXiv 2405.04434); kv_lora_rank 0 is ordinary attention
     kv_lora_rank: int = 0
     q_lora_rank: int | None = None
@@ -111,16 +110,12 @@ class ModelConfig:
         ):
             if getattr(self, name) not in known:
                 raise ValueError(f"{name} is {getattr(self, name)!r}; known: {', '.join(map(repr, known))}")
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
-                f"num_key_value_heads ({self.num_key_value_heads})"
-            )
+        heads, kv_heads = self.num_attention_heads, self.num_key_value_heads
+        if heads % kv_heads:
+            raise ValueError(f"num_attention_heads ({heads}) must be a multiple of num_key_value_heads ({kv_heads})")
         if self.rope_dim % 2:
-            raise ValueError(
-                f"{'qk_rope_head_dim' if self.kv_lora_rank else 'head_dim'} is {self.rope_dim}, must be even for "
-                "rotary embedding"
-            )
+            name = "qk_rope_head_dim" if self.kv_lora_rank else "head_dim"
+            raise ValueError(f"{name} is {self.rope_dim}, must be even for rotary embedding")
         for name in ("layer_types", "no_rope_layers"):
             value = getattr(self, name)
             if value is not None and len(value) != self.num_hidden_layers:
@@ -129,46 +124,31 @@ class ModelConfig:
             raise ValueError(f"layer_types holds {sorted(unknown)[0]!r}; known: 'sliding_attention', 'full_attention'")
         if "sliding_attention" in (self.layer_types or ()) and self.sliding_window is None:
             raise ValueError("layer_types holds 'sliding_attention' but sliding_window is not set")
-        if (
-            self.kv_lora_rank
-            and min(
-                self.kv_lora_rank, self.qk_nope_head_dim, self.qk_rope_head_dim, self.v_head_dim, self.q_lora_rank or 1
-            )
-            < 1
-        ):
+        dims = (self.kv_lora_rank, self.qk_nope_head_dim, self.qk_rope_head_dim, self.v_head_dim, self.q_lora_rank or 1)
+        if self.kv_lora_rank and min(dims) < 1:
             raise ValueError(
                 "kv_lora_rank, q_lora_rank, qk_nope_head_dim, qk_rope_head_dim and v_head_dim must all be at least 1"
             )
         if self.num_experts:
-            if not 1 <= self.num_experts_per_tok <= self.num_experts:
-                raise ValueError(
-                    f"num_experts_per_tok is {self.num_experts_per_tok}, must be from 1 to the {self.num_experts} "
-                    "experts"
-                )
-            if self.moe_intermediate_size < 1 or self.shared_intermediate_size < 0:
-                raise ValueError(f"moe_intermediate_size is {self.moe_intermediate_size}, must be at least 1")
-            if self.num_experts % self.n_group or self.topk_group > self.n_group:
-                raise ValueError(
-                    f"n_group ({self.n_group}) must divide the {self.num_experts} experts and topk_group "
-                    f"({self.topk_group}) not exceed it"
-                )
-            if self.num_experts_per_tok > self.num_experts // self.n_group * self.topk_group:
-                raise ValueError(
-                    f"num_experts_per_tok ({self.num_experts_per_tok}) exceeds the experts in topk_group "
-                    f"({self.topk_group}) groups"
-                )
+            self._check_experts(self.num_experts, self.num_experts_per_tok)
+
+    def _check_experts(self, experts: int, chosen: int) -> None:
+        groups, kept = self.n_group, self.topk_group
+        if not 1 <= chosen <= experts:
+            raise ValueError(f"num_experts_per_tok is {chosen}, must be from 1 to the {experts} experts")
+        if self.moe_intermediate_size < 1 or self.shared_intermediate_size < 0:
+            raise ValueError(f"moe_intermediate_size is {self.moe_intermediate_size}, must be at least 1")
+        if experts % groups or kept > groups:
+            raise ValueError(f"n_group ({groups}) must divide {experts} experts and topk_group ({kept}) not exceed it")
+        if chosen > experts // groups * kept:
+            raise ValueError(f"num_experts_per_tok ({chosen}) exceeds the experts in topk_group ({kept}) groups")
 
     @property
     def eos_token_ids(self) -> tuple[int, ...]:
         """The ids that end a text."""
-        ends = (
-            ()
-            if self.eos_token_id is None
-            else (self.eos_token_id,)
-            if isinstance(self.eos_token_id, int)
-            else self.eos_token_id
-        )
-        return tuple(i for i in ends if 0 <= i < self.vocab_size)
+        given = self.eos_token_id
+        ends: tuple[int | None, ...] = given if isinstance(given, tuple) else (given,)
+        return tuple(i for i in ends if i is not None and 0 <= i < self.vocab_size)
 
     @property
     def rope_dim(self) -> int:
@@ -196,20 +176,16 @@ class ModelConfig:
         if self.kv_lora_rank:
             q_out, v_out = heads * (self.qk_nope_head_dim + self.qk_rope_head_dim), heads * self.v_head_dim
             q = h * self.q_lora_rank + self.q_lora_rank * q_out if self.q_lora_rank else h * q_out
-            kv = h * (self.kv_lora_rank + self.qk_rope_head_dim) + self.kv_lora_rank * (
-                heads * self.qk_nope_head_dim + v_out
-            )
+            kv = h * (self.kv_lora_rank + self.qk_rope_head_dim)
+            kv += self.kv_lora_rank * (heads * self.qk_nope_head_dim + v_out)
             attention = q + kv + v_out * h
         else:
             attention = h * self.head_dim * (2 * heads + 2 * self.num_key_value_heads)
         if not self.has_experts(layer):
             return attention + 3 * h * self.intermediate_size
         experts = self.num_experts_per_tok if active else self.num_experts
-        return (
-            attention
-            + h * self.num_experts
-            + 3 * h * (experts * self.moe_intermediate_size + self.shared_intermediate_size)
-        )
+        size = experts * self.moe_intermediate_size + self.shared_intermediate_size
+        return attention + h * self.num_experts + 3 * h * size
 
     def _layer_vectors(self, layer: int) -> int:
         """Values in norms, biases and sinks of a layer."""
@@ -218,11 +194,8 @@ class ModelConfig:
         total += {"": 0, "head": 2 * self.head_dim, "projection": q + kv}[self.qk_norm]
         if self.kv_lora_rank:
             total += self.kv_lora_rank + (self.q_lora_rank or 0)
-        total += (
-            (q + 2 * kv) * self.attention_bias
-            + h * self.attention_out_bias
-            + self.num_attention_heads * self.attention_sinks
-        )
+        total += (q + 2 * kv) * self.attention_bias + h * self.attention_out_bias
+        total += self.num_attention_heads * self.attention_sinks
         if not self.has_experts(layer):
             return total + (2 * self.intermediate_size + h) * self.mlp_bias
         if self.router == "softmax_of_top":
@@ -236,10 +209,8 @@ class ModelConfig:
 
         This is the N of 6·N FLOPs a token and of the tokens-per-parameter rules here.
         """
-        return (
-            sum(self._layer_matrices(i, True) for i in range(self.num_hidden_layers))
-            + self.vocab_size * self.hidden_size
-        )
+        layers = sum(self._layer_matrices(i, True) for i in range(self.num_hidden_layers))
+        return layers + self.vocab_size * self.hidden_size
 
     @property
     def parameters(self) -> int:
@@ -251,11 +222,8 @@ class ModelConfig:
     def flops_per_token(self, context: int) -> float:
         """Training FLOPs a token, forward and backward: 6·N, plus causal attention at `context` tokens."""
         width = self.qk_nope_head_dim + self.qk_rope_head_dim if self.kv_lora_rank else self.head_dim
-        attention = sum(
-            6 * self.num_attention_heads * width * min(context, 2 * (self.window(i) or context))
-            for i in range(self.num_hidden_layers)
-        )
-        return 6 * self.matrix_parameters + attention
+        seen = sum(min(context, 2 * (self.window(i) or context)) for i in range(self.num_hidden_layers))
+        return 6 * self.matrix_parameters + 6 * self.num_attention_heads * width * seen
 
 
 def _fits(value: Any, kind: Any) -> bool:
@@ -263,15 +231,11 @@ def _fits(value: Any, kind: Any) -> bool:
     origin = typing.get_origin(kind)
     if origin in (types.UnionType, typing.Union):
         return any(_fits(value, k) for k in typing.get_args(kind))
-    if kind is type(None):
-        return value is None
     if origin is tuple:
         return isinstance(value, tuple) and all(_fits(v, typing.get_args(kind)[0]) for v in value)
-    if origin is dict:
-        return isinstance(value, dict)
     if kind in (int, float) and isinstance(value, bool):
         return False
-    return isinstance(value, (int, float) if kind is float else kind)
+    return isinstance(value, (int, float) if kind is float else origin or kind)
 
 
 def _name(kind: Any) -> str:

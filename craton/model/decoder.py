@@ -14,8 +14,9 @@ from craton.model import nll, ops, plain, rope
 from craton.model.attention import AttentionSpec, Spans
 from craton.model.cache import Past
 from craton.model.config import ModelConfig
+from craton.model.plain import Pair
 
-Rope = tuple[Tensor, Tensor] | None  # cos, sin: (time, rotated dimensions / 2)
+Rope = Pair | None  # cos, sin: (time, rotated dimensions / 2)
 
 
 class Linear(nn.Module):
@@ -45,7 +46,7 @@ class Head(Linear):
         """Negative log likelihoods of targets (batch, time), in nats, with a gradient."""
         return nll.token_nll(x.flatten(0, 1), self.weight, target.flatten(), self.softcap).view_as(target)
 
-    def weighted_nll(self, x: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+    def weighted_nll(self, x: Tensor, target: Tensor, weight: Tensor) -> Pair:
         """Their sum by weights (batch, time), and they themselves without a gradient."""
         total, each = nll.weighted_nll(x.flatten(0, 1), self.weight, target.flatten(), weight.flatten(), self.softcap)
         return total, each.view_as(target)
@@ -69,7 +70,7 @@ class RMSNorm(nn.Module):
     def scale(self) -> Tensor:
         return 1 + self.weight if self.offset else self.weight
 
-    def add_then_norm(self, x: Tensor, delta: Tensor | None) -> tuple[Tensor, Tensor]:
+    def add_then_norm(self, x: Tensor, delta: Tensor | None) -> Pair:
         """x + delta, and its norm."""
         return ops.add_rms_norm(x, delta, self.scale(), self.eps)
 
@@ -154,7 +155,7 @@ class LatentAttention(nn.Module):
         if past is not None:
             q = torch.cat([ops.linear_heads(q_nope, up[:, :nope].transpose(1, 2)), q_rope], -1)
             k = torch.cat([latent[:, :, None], k_rope], -1)
-            o = past.attend(self.layer, q, k, latent[:, :, None], self.spec)
+            o = past.attend(self.layer, q, k, latent[:, :, None], self.spec, None)
             o = ops.linear_heads(o, up[:, nope:])
         else:
             k_nope, v = self.kv_b_proj(latent).view(batch, time, heads, -1).split([nope, c.v_head_dim], -1)
@@ -190,7 +191,7 @@ class Router(nn.Module):
         if config.router == "sigmoid":  # moves the choice, not the weights: balance without a loss (arXiv 2408.15664)
             self.register_buffer("e_score_correction_bias", torch.zeros(config.num_experts))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor) -> Pair:
         """x (tokens, hidden) -> weights and indices, each (tokens, num_experts_per_tok)."""
         c, k = self.config, self.config.num_experts_per_tok
         logits = ops.linear(x.float(), self.weight.float())
@@ -239,11 +240,10 @@ class Experts(nn.Module):
                 picks = order[at : at + count]
                 token = picks // chosen.shape[1]
                 hidden = self._product(x[token], "gate_up_proj", expert)
-                hidden = (
-                    ops.gated_activation(hidden, c.hidden_act)
-                    if c.swiglu_limit is None
-                    else ops.clamped_swiglu(hidden, c.swiglu_limit)
-                )
+                if c.swiglu_limit is None:
+                    hidden = ops.gated_activation(hidden, c.hidden_act)
+                else:
+                    hidden = ops.clamped_swiglu(hidden, c.swiglu_limit)
                 y = self._product(hidden, "down_proj", expert) * weights.flatten()[picks, None]
                 out = out.index_add(0, token, y.to(out.dtype))
                 at += count
@@ -257,9 +257,8 @@ class MoE(nn.Module):
         super().__init__()
         self.gate = Router(config)
         self.experts = Experts(config)
-        self.shared_experts: MLP | None = (
-            MLP(config, config.shared_intermediate_size, False) if config.shared_intermediate_size else None
-        )
+        shared = config.shared_intermediate_size
+        self.shared_experts = MLP(config, shared, False) if shared else None
 
     def forward(self, x: Tensor) -> Tensor:
         rows = x.flatten(0, 1)
@@ -285,9 +284,7 @@ class Block(nn.Module):
         if self.placement != "pre":
             self.post_feedforward_layernorm = RMSNorm(c.hidden_size, c)
 
-    def forward(
-        self, x: Tensor, delta: Tensor | None, rope: Rope, spans: Spans | None, past: Past | None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, delta: Tensor | None, rope: Rope, spans: Spans | None, past: Past | None) -> Pair:
         if self.placement == "post":
             x = x if delta is None else x + delta
             x = x + self.post_attention_layernorm(self.self_attn(x, rope, spans, past))
@@ -307,9 +304,8 @@ class Backbone(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.embed_tokens = nn.Embedding(
-            config.vocab_size, config.hidden_size, _weight=torch.empty(config.vocab_size, config.hidden_size)
-        )
+        shape = config.vocab_size, config.hidden_size
+        self.embed_tokens = nn.Embedding(*shape, _weight=torch.empty(shape))
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config)
 
@@ -361,9 +357,7 @@ class Decoder(nn.Module):
         """ids (batch, time) -> logits (batch, time, vocabulary); with a past, ids (1, tokens) of it."""
         return self.head(self.model(ids, past=past))
 
-    def weighted_nll(
-        self, ids: Tensor, target: Tensor, weight: Tensor, document_start: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
+    def weighted_nll(self, ids: Tensor, target: Tensor, weight: Tensor, document_start: Tensor | None = None) -> Pair:
         """The sum over positions of weight * negative log likelihood, and the latter (batch, time) without a gradient,
         in nats.
 

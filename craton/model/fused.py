@@ -52,24 +52,12 @@ class FusedStep:
             self._fill(self.layers[i], block, i, cache)
         embedding = backbone.embed_tokens.weight.detach()
         self.kept += [embedding, cache.keys, cache.values]
-        self.model = ModelC(
-            c.num_hidden_layers,
-            c.hidden_size,
-            c.num_attention_heads,
-            c.num_key_value_heads,
-            c.head_dim,
-            c.intermediate_size,
-            c.vocab_size,
-            KINDS[embedding.dtype],
-            c.rms_norm_eps,
-            c.attention_scale or c.head_dim**-0.5,
-            ctypes.cast(self.layers, ctypes.c_void_p),
-            self._matrix(network.lm_head),
-            embedding.data_ptr(),
-            self._float(backbone.norm.weight),
-            cos,
-            sin,
-        )
+        sizes = [c.num_hidden_layers, c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim]
+        sizes += [c.intermediate_size, c.vocab_size, KINDS[embedding.dtype]]
+        scale = c.attention_scale or c.head_dim**-0.5
+        layers, head = ctypes.cast(self.layers, ctypes.c_void_p), self._matrix(network.lm_head)
+        places = embedding.data_ptr(), self._float(backbone.norm.weight), cos, sin
+        self.model = ModelC(*sizes, c.rms_norm_eps, scale, layers, head, *places)
         self.workspace = torch.empty(0, dtype=torch.uint8)
 
     def _fill(self, layer: LayerC, block: Any, number: int, cache: PagedCache) -> None:
@@ -105,22 +93,14 @@ class FusedStep:
     def run(self, ids: Tensor, batch: TokenBatch, rows: Tensor, want_logits: bool) -> tuple[Tensor | None, Tensor]:
         """ids (tokens,) int32 -> logits (outputs, vocabulary) and last hidden states (outputs, hidden) of the tokens in
         rows (outputs,) int32."""
-        threads, c = torch.get_num_threads(), self.config
-        need = self.library.craton_workspace(ctypes.byref(self.model), ids.shape[0], threads)
+        threads, c, model = torch.get_num_threads(), self.config, ctypes.byref(self.model)
+        need = self.library.craton_workspace(model, ids.shape[0], threads)
         if self.workspace.numel() < need:
             self.workspace = torch.empty(need, dtype=torch.uint8)
         logits = torch.empty(rows.shape[0], c.vocab_size) if want_logits else None
         hidden = torch.empty(rows.shape[0], c.hidden_size)
-        step = step_of(batch.places)
-        self.library.craton_step(
-            ctypes.byref(self.model),
-            ctypes.byref(step),
-            ids.data_ptr(),
-            rows.shape[0],
-            rows.data_ptr(),
-            None if logits is None else logits.data_ptr(),
-            hidden.data_ptr(),
-            self.workspace.data_ptr(),
-            threads,
-        )
+        step, scores = step_of(batch.places), None if logits is None else logits.data_ptr()
+        inputs = ids.data_ptr(), rows.shape[0], rows.data_ptr()
+        places = scores, hidden.data_ptr(), self.workspace.data_ptr()
+        self.library.craton_step(model, ctypes.byref(step), *inputs, *places, threads)
         return logits, hidden

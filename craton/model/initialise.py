@@ -28,9 +28,8 @@ def initial_rows(config: ModelConfig, seed: int, name: str, shape: tuple[int, ..
     if name.endswith("_bias") or name.endswith(("o_proj.weight", "down_proj.weight", "experts.down_proj")):
         return torch.zeros(part)
     if "embed_tokens" in name:
-        return _drawn(seed, name, shape, first, count, torch.randn) * (
-            config.hidden_size**-0.5 if config.tie_word_embeddings else 1.0
-        )
+        scale = config.hidden_size**-0.5 if config.tie_word_embeddings else 1.0
+        return _drawn(seed, name, shape, first, count, torch.randn) * scale
     if "lm_head" in name:
         return _drawn(seed, name, shape, first, count, torch.randn) * 0.001
     bound = math.sqrt(3.0 / shape[-1])

@@ -18,39 +18,32 @@ class MatrixC(ctypes.Structure):
 class LayerC(ctypes.Structure):
     """step.h: Layer."""
 
-    _fields_: ClassVar[Any] = (
-        [(n, MatrixC) for n in ("q", "k", "v", "o", "gate", "up", "down")]
-        + [(n, _P) for n in ("norm", "mlp_norm", "q_norm", "k_norm", "keys", "values")]
-        + [("window", _I), ("rope", _I)]
-    )
+    _fields_: ClassVar[Any] = [(n, MatrixC) for n in ("q", "k", "v", "o", "gate", "up", "down")]
+    _fields_ += [(n, _P) for n in ("norm", "mlp_norm", "q_norm", "k_norm", "keys", "values")]
+    _fields_ += [("window", _I), ("rope", _I)]
 
 
 class ModelC(ctypes.Structure):
     """step.h: Model."""
 
-    _fields_: ClassVar[Any] = (
-        [(n, _I) for n in ("layers", "hidden", "heads", "kv_heads", "head_dim", "intermediate", "vocabulary")]
-        + [("embedding_kind", _I), ("eps", _F), ("scale", _F), ("layer", _P), ("head", MatrixC)]
-        + [(n, _P) for n in ("embedding", "norm", "cos", "sin")]
-    )
+    _counts = ("layers", "hidden", "heads", "kv_heads", "head_dim", "intermediate", "vocabulary", "embedding_kind")
+    _fields_: ClassVar[Any] = [(n, _I) for n in _counts]
+    _fields_ += [("eps", _F), ("scale", _F), ("layer", _P), ("head", MatrixC)]
+    _fields_ += [(n, _P) for n in ("embedding", "norm", "cos", "sin")]
 
 
 class StepC(ctypes.Structure):
     """paged_attention.h: Step."""
 
-    _fields_: ClassVar[Any] = [(n, _I) for n in ("tokens", "sequences", "most_blocks")] + [
-        (n, _P) for n in ("positions", "slots", "starts", "lengths", "tables")
-    ]
+    _fields_: ClassVar[Any] = [(n, _I) for n in ("tokens", "sequences", "most_blocks")]
+    _fields_ += [(n, _P) for n in ("positions", "slots", "starts", "lengths", "tables")]
 
 
 class HeadsC(ctypes.Structure):
     """paged_attention.h: Heads."""
 
-    _fields_: ClassVar[Any] = [(n, _I) for n in ("heads", "kv_heads", "key", "value", "window")] + [
-        ("scale", _F),
-        ("softcap", _F),
-        ("sinks", _P),
-    ]
+    _fields_: ClassVar[Any] = [(n, _I) for n in ("heads", "kv_heads", "key", "value", "window")]
+    _fields_ += [("scale", _F), ("softcap", _F), ("sinks", _P)]
 
 
 KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # of MatrixC; 4 and 8 are packed
@@ -76,15 +69,6 @@ def linear(library: Any, x: Tensor, w: Tensor) -> Tensor:
     """x (..., cols) times w (rows, cols; fp32, bf16 or fp16) transposed, each row of x on its own."""
     w = w.contiguous()
     return product(library, MatrixC(w.data_ptr(), None, w.shape[0], w.shape[1], KINDS[w.dtype]), x)
-
-
-def heads_of(
-    q: Tensor, k: Tensor, v: Tensor, window: int | None, scale: float, softcap: float | None, sinks: Tensor | None
-) -> HeadsC:
-    """sinks must outlive the result."""
-    assert sinks is None or sinks.dtype == torch.float32
-    place = None if sinks is None else sinks.data_ptr()
-    return HeadsC(q.shape[2], k.shape[2], k.shape[3], v.shape[3], window or 0, scale, softcap or 0.0, place)
 
 
 def paged_attention(

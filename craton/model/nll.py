@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from craton.model import kernels, ops
+from craton.model.plain import Pair
 
 IGNORE = -100  # a target for which there is no loss
 _SLICE_BYTES = {"cpu": 32 << 20}  # of fp32 logits held at once; what stays near the cores
@@ -27,9 +28,7 @@ def token_nll(x: Tensor, w: Tensor, target: Tensor, softcap: float | None = None
     return _TokenNLL.apply(x, w, target, softcap)
 
 
-def weighted_nll(
-    x: Tensor, w: Tensor, target: Tensor, weight: Tensor, softcap: float | None = None
-) -> tuple[Tensor, Tensor]:
+def weighted_nll(x: Tensor, w: Tensor, target: Tensor, weight: Tensor, softcap: float | None = None) -> Pair:
     """The sum of weight (rows,) * nll, a scalar with a gradient, and nll (rows,) in nats without one.
 
     The rest as for `token_nll`. The gradient is made while the logits are at hand.
@@ -59,7 +58,7 @@ def _slices(x: Tensor, vocabulary: int) -> list[slice]:
     return [slice(at, at + rows) for at in range(0, x.shape[0], rows)]
 
 
-def _softmax_gradient(logits: Tensor, target: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+def _softmax_gradient(logits: Tensor, target: Tensor, weight: Tensor) -> Pair:
     """fp32 logits (rows, vocabulary) -> weight * (softmax - onehot(target)), in their place, and nll (rows,)."""
     library = kernels.training_kernels() if logits.device.type == "cpu" else None
     if library is not None:
@@ -115,9 +114,7 @@ class _Sliced:
 
 class _WeightedNLL(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, w: Tensor, target: Tensor, weight: Tensor, softcap: float | None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, w: Tensor, target: Tensor, weight: Tensor, softcap: float | None) -> Pair:
         sliced = _Sliced(x, w, softcap, _compute_type(x))
         want_x, want_w = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         dx = torch.empty_like(x) if want_x else None

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from craton.model import ops_cpu, plain
 from craton.model.attention import AttentionSpec, Spans
+from craton.model.plain import Pair
 
 _LIBRARY = torch.library.Library("craton", "DEF")
 _DIFFERENTIABLE = {
@@ -29,13 +30,10 @@ _WITHOUT_GRADIENT = {
     "choose_tokens(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tensor min_p, Tensor u)"
     " -> Tensor": plain.choose_tokens,
 }
-for _kind, _operations in (
-    ("CompositeImplicitAutograd", _DIFFERENTIABLE),
-    ("CompositeExplicitAutograd", _WITHOUT_GRADIENT),
-):
-    for _schema, _meaning in _operations.items():
-        _LIBRARY.define(_schema)
-        _LIBRARY.impl(_schema.partition("(")[0], _meaning, _kind)
+for _schema, _meaning in (_DIFFERENTIABLE | _WITHOUT_GRADIENT).items():
+    _LIBRARY.define(_schema)
+    _kind = "CompositeImplicitAutograd" if _schema in _DIFFERENTIABLE else "CompositeExplicitAutograd"
+    _LIBRARY.impl(_schema.partition("(")[0], _meaning, _kind)
 ops_cpu.register(_LIBRARY)
 _OPS = torch.ops.craton
 
@@ -60,7 +58,7 @@ def linear_heads(x: Tensor, w: Tensor) -> Tensor:
     return _OPS.linear_heads(x, w)
 
 
-def add_rms_norm(x: Tensor, delta: Tensor | None, w: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm(x: Tensor, delta: Tensor | None, w: Tensor, eps: float) -> Pair:
     """(x + delta, RMSNorm(x + delta) * w) over the last dimension; delta None adds nothing. arXiv 1910.07467.
 
     The norm is computed in fp32 and rounded before the weight, as the published Llama and Qwen code does.
@@ -69,14 +67,7 @@ def add_rms_norm(x: Tensor, delta: Tensor | None, w: Tensor, eps: float) -> tupl
 
 
 def split_norm_rope(
-    x: Tensor,
-    wq: Tensor | None,
-    wk: Tensor | None,
-    rope: tuple[Tensor, Tensor] | None,
-    *,
-    heads: int,
-    kv_heads: int,
-    eps: float,
+    x: Tensor, wq: Tensor | None, wk: Tensor | None, rope: Pair | None, *, heads: int, kv_heads: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Rows of projections to heads that can attend.
 
@@ -126,13 +117,7 @@ def attention(
 
 
 def paged_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    pool: tuple[Tensor, Tensor],
-    places: list[Tensor],
-    spec: AttentionSpec,
-    sinks: Tensor | None = None,
+    q: Tensor, k: Tensor, v: Tensor, pool: Pair, places: list[Tensor], spec: AttentionSpec, sinks: Tensor | None = None
 ) -> Tensor:
     """Attention over a paged cache: k (1, tokens, kv_heads, key size) and v are stored in the pool first, then q (1,
     tokens, heads, key size) attends to all that it may see -> (1, tokens, heads, value size).

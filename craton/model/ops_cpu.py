@@ -4,26 +4,18 @@ What the kernels do not cover (other types, tensors that only stand for others w
 plain.py. Inside `batch_invariant` products go through the engine's kernels, row by row.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from craton.model import kernels, modes, native, plain
+from craton.model.plain import Maybe, Pair
 
 
 def register(library: torch.library.Library) -> None:
     """Make these the executions of their operations on CPUs, with and without gradients."""
-    differentiable: tuple[Callable[..., Any], ...] = (
-        matmul_t,
-        linear,
-        linear_heads,
-        add_rms_norm,
-        split_norm_rope,
-        gated_activation,
-        attention,
-    )
+    differentiable: Any = (matmul_t, linear, linear_heads, add_rms_norm, split_norm_rope, gated_activation, attention)
     for function in (*differentiable, paged_attention, choose_tokens):
         library.impl(function.__name__, function, "CPU")
     for function in differentiable:
@@ -106,7 +98,7 @@ def linear_heads(x: Tensor, w: Tensor) -> Tensor:
 
 class _AddRMSNorm(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, delta: Tensor | None, w: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, x: Tensor, delta: Maybe, w: Tensor, eps: float) -> Pair:
         x, n = x.contiguous(), x.shape[-1]
         delta = None if delta is None else delta.contiguous()
         rows = x.numel() // n
@@ -132,7 +124,7 @@ class _AddRMSNorm(torch.autograd.Function):
         return dx, dx if ctx.has_delta else None, dw, None
 
 
-def add_rms_norm(x: Tensor, delta: Tensor | None, w: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm(x: Tensor, delta: Maybe, w: Tensor, eps: float) -> Pair:
     if _training(x) is None:
         return plain.add_rms_norm(x, delta, w, eps)
     return _AddRMSNorm.apply(x, delta, w, eps)
@@ -166,14 +158,7 @@ class _SplitNormRope(torch.autograd.Function):
 
 
 def split_norm_rope(
-    x: Tensor,
-    wq: Tensor | None,
-    wk: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    heads: int,
-    kv_heads: int,
-    eps: float,
+    x: Tensor, wq: Maybe, wk: Maybe, cos: Maybe, sin: Maybe, heads: int, kv_heads: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     d = x.shape[-1] // (heads + 2 * kv_heads)
     if _training(x) is None or cos is None or d % 16 or d > 1024:
@@ -234,14 +219,7 @@ class _Attention(torch.autograd.Function):
 
 
 def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    first_key: Tensor | None,
-    sinks: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    causal: bool,
+    q: Tensor, k: Tensor, v: Tensor, first_key: Maybe, sinks: Maybe, scale: float, softcap: float | None, causal: bool
 ) -> Tensor:
     time, d = q.shape[1], q.shape[3]
     fits = d % 16 == 0 and v.shape[3] == d and time > 1 and causal and softcap is None and sinks is None
@@ -250,32 +228,22 @@ def attention(
     return _Attention.apply(q, k, v, first_key, scale)
 
 
-def paged_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    places: list[Tensor],
-    sinks: Tensor | None,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
-) -> Tensor:
+def paged_attention(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, *rest: Any) -> Tensor:
+    """rest: as plain.paged_attention takes it."""
     library = kernels.engine_kernels() if _real(q) and v.shape[3] % 16 == 0 and modes.observer() is None else None
     if library is None:
-        return plain.paged_attention(q, k, v, keys, values, places, sinks, scale, window, softcap)
-    heads = native.heads_of(q, k, v, window, scale, softcap, sinks)
+        return plain.paged_attention(q, k, v, keys, values, *rest)
+    places, sinks, scale, window, softcap = rest
+    assert sinks is None or sinks.dtype == torch.float32
+    heads = native.HeadsC(q.shape[2], *k.shape[2:], v.shape[3], window or 0, scale, softcap or 0.0, _ptr(sinks))
     return native.paged_attention(library, q, k, v, keys, values, native.step_of(places), heads)
 
 
 # ---- choice of tokens ---------------------------------------------------------------------------------------------
 
 
-def choose_tokens(
-    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, u: Tensor
-) -> Tensor:
-    library = kernels.engine_kernels() if _real(logits) else None
+def choose_tokens(rows: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, u: Tensor) -> Tensor:
+    library = kernels.engine_kernels() if _real(rows) else None
     if library is None:
-        return plain.choose_tokens(logits, temperature, top_k, top_p, min_p, u)
-    return native.choose_tokens(library, logits, temperature, top_k, top_p, min_p, u)
+        return plain.choose_tokens(rows, temperature, top_k, top_p, min_p, u)
+    return native.choose_tokens(library, rows, temperature, top_k, top_p, min_p, u)

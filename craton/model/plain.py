@@ -13,6 +13,9 @@ from torch import Tensor
 from craton.model import modes
 from craton.model.paging import BLOCK, blocks_for
 
+Pair = tuple[Tensor, Tensor]
+Maybe = Tensor | None
+
 
 def via_double(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     """function(x), inside `batch_invariant` by way of fp64: PyTorch's vector and scalar code differ in the last bit,
@@ -30,7 +33,7 @@ def linear_heads(x: Tensor, w: Tensor) -> Tensor:
     return torch.einsum("bthk,hnk->bthn", x, w)
 
 
-def add_rms_norm(x: Tensor, delta: Tensor | None, w: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+def add_rms_norm(x: Tensor, delta: Maybe, w: Tensor, eps: float) -> Pair:
     total = x if delta is None else x + delta
     wide = total.float()
     y = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
@@ -45,14 +48,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def split_norm_rope(
-    x: Tensor,
-    wq: Tensor | None,
-    wk: Tensor | None,
-    cos: Tensor | None,
-    sin: Tensor | None,
-    heads: int,
-    kv_heads: int,
-    eps: float,
+    x: Tensor, wq: Maybe, wk: Maybe, cos: Maybe, sin: Maybe, heads: int, kv_heads: int, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     d = x.shape[-1] // (heads + 2 * kv_heads)
     q, k, v = x.unflatten(-1, (-1, d)).split([heads, kv_heads, kv_heads], 2)
@@ -71,47 +67,34 @@ def gated_activation(x: Tensor, act: str) -> Tensor:
 
 
 def attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    first_key: Tensor | None,
-    sinks: Tensor | None,
-    scale: float,
-    softcap: float | None,
-    causal: bool,
+    q: Tensor, k: Tensor, v: Tensor, first_key: Maybe, sinks: Maybe, scale: float, softcap: float | None, causal: bool
 ) -> Tensor:
     time = q.shape[1]
     if first_key is None and softcap is None and sinks is None and modes.observer() is None:
-        o = F.scaled_dot_product_attention(
-            q.transpose(1, 2),
-            k.transpose(1, 2),
-            v.transpose(1, 2),
-            None,
-            is_causal=causal and time > 1,
-            enable_gqa=q.shape[2] != k.shape[2],
-            scale=scale,
-        )
-        return o.transpose(1, 2)
+        return _library_attention(q, k, v, None, scale, causal and time > 1)
     at = torch.arange(time, device=q.device)
-    mask = (
-        (at[None, :] <= at[:, None])[None, None] if causal else torch.ones_like(at, dtype=torch.bool)[None, None, None]
-    )
+    mask = (at[None] <= at[:, None] if causal else torch.ones_like(at, dtype=torch.bool)[None])[None, None]
     if first_key is not None:
         mask = mask & (at >= first_key[:, None, :, None])
     return masked_attention(q, k, v, mask, scale, softcap, sinks)
 
 
+def _library_attention(q: Tensor, k: Tensor, v: Tensor, mask: Maybe, scale: float, causal: bool = False) -> Tensor:
+    """PyTorch's, which has the heads before the time."""
+    q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+    groups = q.shape[1] != k.shape[1]
+    o = F.scaled_dot_product_attention(q, k, v, mask, is_causal=causal, scale=scale, enable_gqa=groups)
+    return o.transpose(1, 2)
+
+
 def masked_attention(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float | None, sinks: Tensor | None
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, scale: float, softcap: float | None, sinks: Maybe
 ) -> Tensor:
     """Attention where mask (batch or 1, 1, time, keys) is True. sinks (heads,) are logits that take their share of the
     softmax and give nothing (gpt-oss)."""
     groups, observer = q.shape[2] // k.shape[2], modes.observer()
     if softcap is None and sinks is None and observer is None:
-        o = F.scaled_dot_product_attention(
-            q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), mask, scale=scale, enable_gqa=groups > 1
-        )
-        return o.transpose(1, 2)
+        return _library_attention(q, k, v, mask, scale)
     k, v = k.repeat_interleave(groups, 2), v.repeat_interleave(groups, 2)
     scores = torch.einsum("bthd,bshd->bhts", q, k).float() * scale
     if softcap is not None:
@@ -133,7 +116,7 @@ def paged_attention(
     keys: Tensor,
     values: Tensor,
     places: list[Tensor],
-    sinks: Tensor | None,
+    sinks: Maybe,
     scale: float,
     window: int | None,
     softcap: float | None,
@@ -157,12 +140,9 @@ def paged_attention(
     return torch.cat(pieces, 1)
 
 
-def choose_tokens(
-    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, u: Tensor
-) -> Tensor:
-    x = logits.double()
+def choose_tokens(rows: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, u: Tensor) -> Tensor:
     greedy = temperature == 0
-    x = x / torch.where(greedy, 1.0, temperature.double())[:, None]
+    x = rows.double() / torch.where(greedy, 1.0, temperature.double())[:, None]
     values, ids = torch.sort(x, stable=True, dim=-1, descending=True)
     rank = torch.arange(x.shape[1], device=x.device)[None, :]
     kept = rank < torch.where(top_k > 0, top_k, x.shape[1])[:, None]
@@ -174,4 +154,4 @@ def choose_tokens(
     cumulative = p.cumsum(-1)
     chosen = torch.searchsorted(cumulative, u.double()[:, None], right=True)[:, 0]
     last = p.shape[1] - 1 - (p > 0).flip(-1).int().argmax(-1)
-    return torch.where(greedy, logits.argmax(-1), torch.minimum(chosen, last))
+    return torch.where(greedy, rows.argmax(-1), torch.minimum(chosen, last))

@@ -18,6 +18,15 @@ from craton.report.pages import filled
 from craton.weights.folder import read_config
 
 MOST_TOKENS = 64  # on the page
+PARTS = {  # what a parameter's name says of it, the first that fits
+    "embed_tokens": "embedding",
+    "lm_head": "head",
+    ".self_attn.": "attention",
+    ".mlp.gate.": "routers",
+    ".experts.": "experts",
+    "shared_experts": "shared experts",
+    ".mlp.": "mlp",
+}
 
 
 def parts(config: ModelConfig) -> dict[str, int]:
@@ -26,23 +35,7 @@ def parts(config: ModelConfig) -> dict[str, int]:
         network = Decoder(config)
     out: dict[str, int] = {}
     for name, p in network.named_parameters():
-        key = (
-            "embedding"
-            if "embed_tokens" in name
-            else "head"
-            if "lm_head" in name
-            else "attention"
-            if ".self_attn." in name
-            else "routers"
-            if ".mlp.gate." in name
-            else "experts"
-            if ".experts." in name
-            else "shared experts"
-            if "shared_experts" in name
-            else "mlp"
-            if ".mlp." in name
-            else "norms"
-        )
+        key = next((part for piece, part in PARTS.items() if piece in name), "norms")
         out[key] = out.get(key, 0) + p.numel()
     return out
 
@@ -50,28 +43,20 @@ def parts(config: ModelConfig) -> dict[str, int]:
 def meaning(config: ModelConfig) -> list[str]:
     """The configuration in words."""
     c, out = config, []
-    out.append(
-        f"{c.num_hidden_layers} layers of {c.hidden_size}, vocabulary {c.vocab_size}, context "
-        f"{c.max_position_embeddings} tokens"
-    )
+    n, heads, kv = c.num_hidden_layers, c.num_attention_heads, c.num_key_value_heads
+    out.append(f"{n} layers of {c.hidden_size}, vocabulary {c.vocab_size}, context {c.max_position_embeddings} tokens")
     if c.kv_lora_rank:
         out.append(
-            f"multi-head latent attention: {c.num_attention_heads} heads read one compressed vector of "
-            f"{c.cache_dims[1]} a token"
+            f"multi-head latent attention: {heads} heads read one compressed vector of {c.cache_dims[1]} a token"
         )
-    elif c.num_key_value_heads < c.num_attention_heads:
-        out.append(
-            f"grouped-query attention: {c.num_attention_heads} query heads share {c.num_key_value_heads} key-value "
-            f"heads of {c.head_dim}"
-        )
+    elif kv < heads:
+        out.append(f"grouped-query attention: {heads} query heads share {kv} key-value heads of {c.head_dim}")
     else:
-        out.append(f"attention with {c.num_attention_heads} heads of {c.head_dim}")
-    windows = [c.window(i) for i in range(c.num_hidden_layers)]
+        out.append(f"attention with {heads} heads of {c.head_dim}")
+    windows = [c.window(i) for i in range(n)]
     if any(windows):
-        out.append(
-            f"{sum(w is not None for w in windows)} of {c.num_hidden_layers} layers see only the last "
-            f"{c.sliding_window} tokens"
-        )
+        seen = sum(w is not None for w in windows)
+        out.append(f"{seen} of {n} layers see only the last {c.sliding_window} tokens")
     positions = f"rotary positions, theta {c.rope_theta:g}"
     if c.rope_scaling:
         positions += f", stretched {c.rope_scaling['factor']:g} times ({c.rope_scaling['rope_type']})"
@@ -80,18 +65,13 @@ def meaning(config: ModelConfig) -> list[str]:
     out.append(positions)
     if c.num_experts:
         shared = f" and a shared MLP of {c.shared_intermediate_size}" if c.shared_intermediate_size else ""
-        out.append(
-            f"experts: each token goes to {c.num_experts_per_tok} of {c.num_experts} of size "
-            f"{c.moe_intermediate_size}{shared}; dense in {len(c.dense_layers)} layers"
-        )
+        chosen = f"{c.num_experts_per_tok} of {c.num_experts} of size {c.moe_intermediate_size}"
+        out.append(f"experts: each token goes to {chosen}{shared}; dense in {len(c.dense_layers)} layers")
     else:
         out.append(f"gated MLP of {c.intermediate_size} ({c.hidden_act})")
-    norms = {
-        "pre": "before each half of a block",
-        "post": "on each half's output",
-        "both": "before and after each half of a block",
-    }[c.norm_placement]
-    out.append(f"RMSNorm {norms}" + (f", and on q and k ({c.qk_norm})" if c.qk_norm else ""))
+    half = "each half of a block"
+    norms = {"pre": f"before {half}", "post": "on each half's output", "both": f"before and after {half}"}
+    out.append(f"RMSNorm {norms[c.norm_placement]}" + (f", and on q and k ({c.qk_norm})" if c.qk_norm else ""))
     out.append("the head is the embedding" if c.tie_word_embeddings else "the head has its own matrix")
     return out
 
@@ -99,20 +79,17 @@ def meaning(config: ModelConfig) -> list[str]:
 def inspect(folder: Path, context: int | None, batch: int) -> dict[str, Any]:
     """Prints and returns the facts; needs config.json alone. UserError for a context or batch that makes no sense."""
     config = read_config(folder)
-    context = min(config.max_position_embeddings, 4096) if context is None else context
-    if not 1 <= context <= config.max_position_embeddings or batch < 1:
-        raise UserError(
-            f"--context is {context} and --batch {batch}; the model's context is {config.max_position_embeddings}"
-        )
+    most = config.max_position_embeddings
+    context = min(most, 4096) if context is None else context
+    if not 1 <= context <= most or batch < 1:
+        raise UserError(f"--context is {context} and --batch {batch}; the model's context is {most}")
     by_part, each = parts(config), bytes_per_token(config)
     total = sum(by_part.values())
     stored = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
     weights = {"fp32": 4 * total, "bf16": 2 * total, "8 bits": total * 17 // 16, "4 bits": total * 9 // 16}
     cache = each * context * batch
-    say(
-        f"{folder}: {config.model_type}, {total:,} parameters ({count(total)}), {count(config.matrix_parameters)} "
-        "active a token\n"
-    )
+    active = config.matrix_parameters
+    say(f"{folder}: {config.model_type}, {total:,} parameters ({count(total)}), {count(active)} active a token\n")
     for line in meaning(config):
         say(f"  {line}")
     say("\n  parameters")
@@ -124,19 +101,9 @@ def inspect(folder: Path, context: int | None, batch: int) -> dict[str, Any]:
     say(f"  arithmetic      {count(config.flops_per_token(context) / 3)}FLOP a token at {context} tokens of context")
     if stored:
         say(f"  on disk         {count(stored)}B of weights")
-    return {
-        "model_type": config.model_type,
-        "parameters": total,
-        "active_parameters": config.matrix_parameters,
-        "parts": by_part,
-        "cache_bytes_per_token": each,
-        "context": context,
-        "batch": batch,
-        "cache_bytes": cache,
-        "weight_bytes": weights,
-        "stored_bytes": stored,
-        "meaning": meaning(config),
-    }
+    facts: dict[str, Any] = {"model_type": config.model_type, "parameters": total, "active_parameters": active}
+    facts |= {"parts": by_part, "cache_bytes_per_token": each, "context": context, "batch": batch, "cache_bytes": cache}
+    return facts | {"weight_bytes": weights, "stored_bytes": stored, "meaning": meaning(config)}
 
 
 @torch.no_grad()
@@ -148,10 +115,7 @@ def observe(model: Model, prompt: str) -> dict[str, Any]:
         raise UserError(f"--prompt has {len(ids)} tokens; a page shows from 2 to {MOST_TOKENS}")
     layers: list[torch.Tensor] = []
     maps: list[torch.Tensor] = []
-    hooks = [
-        block.register_forward_hook(lambda _m, _i, out: layers.append(out[0] + out[1]))
-        for block in network.model.layers
-    ]
+    hooks = [b.register_forward_hook(lambda _m, _i, out: layers.append(out[0] + out[1])) for b in network.model.layers]
     try:
         with modes.observing(lambda p: maps.append(p[0])):
             logits = network(torch.tensor([ids]))[0].float()

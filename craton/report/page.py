@@ -45,6 +45,7 @@ def _plots(record: dict[str, Any]) -> list[tuple[str, str]]:
 
     rows = record["curve"]
     held = [r for r in rows if "heldout_bits_per_byte" in r]
+    held_bits = [r["heldout_bits_per_byte"] for r in held]
     bits = [r["bits_per_byte"] for r in rows]
 
     def loss(x: str, scale: float, label: str) -> Any:
@@ -53,19 +54,10 @@ def _plots(record: dict[str, Any]) -> list[tuple[str, str]]:
             axes.plot(xs, bits, color=ACCENT, alpha=0.25, linewidth=0.8)
             axes.plot(xs, _smooth(bits), color=ACCENT, linewidth=1.6, label="training")
             if held:
-                axes.plot(
-                    [r[x] / scale for r in held],
-                    [r["heldout_bits_per_byte"] for r in held],
-                    "o-",
-                    color=SECOND,
-                    markersize=4,
-                    linewidth=1,
-                    label="held out",
-                )
+                at = [r[x] / scale for r in held]
+                axes.plot(at, held_bits, "o-", color=SECOND, markersize=4, linewidth=1, label="held out")
             top = sorted(bits)[int(0.97 * (len(bits) - 1))]
-            axes.set_ylim(
-                min(bits + [r["heldout_bits_per_byte"] for r in held]) * 0.97, max(top, _smooth(bits)[-1]) * 1.05
-            )
+            axes.set_ylim(min(bits + held_bits) * 0.97, max(top, _smooth(bits)[-1]) * 1.05)
             axes.set_xlabel(label)
             axes.set_ylabel("bits per byte")
             axes.legend(frameon=False, labelcolor=INK, fontsize=8)
@@ -80,19 +72,12 @@ def _plots(record: dict[str, Any]) -> list[tuple[str, str]]:
         axes.set_ylabel("tokens per second")
 
     def steering(axes: Any) -> None:
-        axes.plot(
-            [r["step"] for r in rows],
-            [r["lr_share"] for r in rows],
-            color=ACCENT,
-            linewidth=1.4,
-            label="learning rate, share of peak",
-        )
+        steps = [r["step"] for r in rows]
+        axes.plot(steps, [r["lr_share"] for r in rows], color=ACCENT, linewidth=1.4)
         axes.set_xlabel("step")
         axes.set_ylim(0, 1.08)
         other = axes.twinx()
-        other.plot(
-            [r["step"] for r in rows], [r["gradient_norm"] for r in rows], color=SECOND, linewidth=0.7, alpha=0.7
-        )
+        other.plot(steps, [r["gradient_norm"] for r in rows], color=SECOND, linewidth=0.7, alpha=0.7)
         other.set_yscale("log")
         other.tick_params(colors=SECOND, labelsize=8)
         for spine in other.spines.values():
@@ -115,9 +100,7 @@ def write_report(out: Path) -> Path:
     if not out.is_dir():
         raise UserError(f"{out}: no such folder")
     if not (out / "record.json").exists():
-        raise UserError(
-            f"{out}/record.json: missing; it is written when training stops, so train or --resume there first"
-        )
+        raise UserError(f"{out}/record.json: missing; written when training stops, so train or --resume there first")
     record = read_json(out / "record.json")
     if not isinstance(record, dict) or record.get("format") != "craton-record-1":
         raise UserError(f"{out}/record.json: not a training record that this version reads")
@@ -140,37 +123,23 @@ def write_report(out: Path) -> Path:
     ]
     if record["energy_joules"]:
         tiles.append(("energy, processors", f"{record['energy_joules'] / 3.6e6:.3g} kWh"))
-    warnings = (
-        []
-        if record["status"] == "finished"
-        else [
-            f"The run was interrupted at step {record['steps']} of {record['recipe']['run']['steps']}; --resume goes "
-            "on."
-        ]
-    )
+    warnings = []
+    if record["status"] != "finished":
+        where = f"step {record['steps']} of {record['recipe']['run']['steps']}"
+        warnings.append(f"The run was interrupted at {where}; --resume goes on.")
     if not held:
         warnings.append("Nothing was held out, so nothing here says how the model does on text that it has not seen.")
-    provenance = [(f"corpus {c['folder']}", c["digest"]) for c in record["corpora"]] + [
-        (f"tokenizer of {c['folder']}", c["tokenizer_sha256"]) for c in record["corpora"]
-    ]
-    provenance += [("weights (model.safetensors)", record["weights_sha256"])] + [
-        (k, v) for k, v in record["environment"].items() if v is not None
-    ]
-    text = filled(
-        "training",
-        name=out.name,
-        headline=f"A {count(record['parameters'])}-parameter decoder, {m['num_hidden_layers']} layers of "
-        f"{m['hidden_size']}, trained for {record['steps']} steps.",
-        warnings=warnings,
-        tiles=tiles,
-        plots=_plots(record),
-        samples=record["samples"],
-        corpora=record["corpora"],
-        plan=record["plan"],
-        events=record["events"],
-        provenance=provenance,
-        configuration=[("model", m)]
-        + [(k, {a: b for a, b in v.items() if b is not None}) for k, v in record["recipe"].items() if k != "model"],
-    )
-    write_text(out / "report.html", text)
+    provenance = [(f"corpus {c['folder']}", c["digest"]) for c in record["corpora"]]
+    provenance += [(f"tokenizer of {c['folder']}", c["tokenizer_sha256"]) for c in record["corpora"]]
+    provenance += [("weights (model.safetensors)", record["weights_sha256"])]
+    provenance += [(k, v) for k, v in record["environment"].items() if v is not None]
+    configuration = [("model", m)]
+    for part, settings in record["recipe"].items():
+        if part != "model":
+            configuration.append((part, {k: v for k, v in settings.items() if v is not None}))
+    size = f"A {count(record['parameters'])}-parameter decoder, {m['num_hidden_layers']} layers of {m['hidden_size']}"
+    values = {k: record[k] for k in ("samples", "corpora", "plan", "events")}
+    values |= {"name": out.name, "headline": f"{size}, trained for {record['steps']} steps.", "plots": _plots(record)}
+    values |= {"warnings": warnings, "tiles": tiles, "provenance": provenance, "configuration": configuration}
+    write_text(out / "report.html", filled("training", **values))
     return out / "report.html"

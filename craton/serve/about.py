@@ -19,27 +19,15 @@ from craton.serve.served import ApiError
 
 def routes(state: State, page: Page) -> APIRouter:
     """Models, health, metrics, votes and the page's files."""
-    router, keyed = APIRouter(), state.security()
+    router = APIRouter()
 
-    @router.get(
-        "/v1/models",
-        summary="The models that are served",
-        responses=shapes.documented(shapes.MODELS, False, "/v1/models"),
-        response_class=Response,
-        **keyed,
-    )
+    @router.get(**state.route("/v1/models", "The models that are served", shapes.MODELS))
     async def models() -> Response:
         data = [s.describe() for s in state.models.values()]
         ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]}
         return JSONResponse({"object": "list", "data": data, "has_more": False, **ends})
 
-    @router.get(
-        "/v1/models/{model}",
-        summary="One of them",
-        responses=shapes.documented(shapes.MODEL, False, "/v1/models/{model}"),
-        response_class=Response,
-        **keyed,
-    )
+    @router.get(**state.route("/v1/models/{model}", "One of them", shapes.MODEL))
     async def model(model: str) -> Response:
         return JSONResponse(state.find(model).describe())
 
@@ -52,17 +40,11 @@ def routes(state: State, page: Page) -> APIRouter:
     async def ready() -> Response:
         return JSONResponse({"status": "draining" if state.draining else "ready"}, 503 if state.draining else 200)
 
-    @router.get("/metrics", summary="Prometheus", response_class=Response, **keyed)
+    @router.get("/metrics", summary="Prometheus", response_class=Response, **state.security())
     async def metrics() -> Response:
         return Response(state.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
 
-    @router.post(
-        "/votes",
-        summary="Which of two answers is better",
-        responses=shapes.documented(shapes.obj(stored=shapes.TRUE), False, "/votes"),
-        response_class=Response,
-        **keyed,
-    )
+    @router.post(**state.route("/votes", "Which of two answers is better", shapes.obj(stored=shapes.TRUE)))
     async def votes(body: VoteRequest) -> Reply:
         return Reply(_vote(state, body), False, state)
 

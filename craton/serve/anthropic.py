@@ -7,15 +7,13 @@ from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 from fastapi import APIRouter
-from fastapi.responses import Response
 
 from craton.engine.converse import AnswerParts, Ask, prepare, schema_text
 from craton.engine.request import Completion
-from craton.serve import shapes
-from craton.serve.dialect import choose_tools, thinking_of
+from craton.serve import dialect, shapes
 from craton.serve.reply import Reply, State, named_event, whole
 from craton.serve.schema_anthropic import CountTokensRequest, MessagesRequest
-from craton.serve.served import ApiError, Served, run
+from craton.serve.served import ApiError, Json, Served, run
 from craton.text.calls import Part
 from craton.text.messages import joined, parts_of, text_of
 
@@ -24,23 +22,11 @@ def routes(state: State) -> APIRouter:
     """/v1/messages."""
     router = APIRouter()
 
-    @router.post(
-        "/v1/messages",
-        summary="A message, as Anthropic's API has it",
-        responses=shapes.documented(shapes.MESSAGE, True, "/v1/messages"),
-        response_class=Response,
-        **state.security(),
-    )
+    @router.post(**state.route("/v1/messages", "A message, as Anthropic's API has it", shapes.MESSAGE, streamed=True))
     async def messages(body: MessagesRequest) -> Reply:
         return Reply(answer(state.counted(body), body), bool(body.stream), state)
 
-    @router.post(
-        "/v1/messages/count_tokens",
-        summary="Tokens of a message",
-        responses=shapes.documented(shapes.COUNTED, False, "/v1/messages/count_tokens"),
-        response_class=Response,
-        **state.security(),
-    )
+    @router.post(**state.route("/v1/messages/count_tokens", "Tokens of a message", shapes.COUNTED))
     async def count_tokens(body: CountTokensRequest) -> Reply:
         return Reply(count(state.counted(body), body), False, state)
 
@@ -50,27 +36,22 @@ def routes(state: State) -> APIRouter:
 # ---- to the engine ----------------------------------------------------------------------------------------------
 
 
-def _parts(content: Any) -> Any:
-    plain = content is None or isinstance(content, str)
-    return parts_of(content if plain else [p.model_dump() for p in content])
-
-
-def messages_of(body: CountTokensRequest) -> list[dict[str, Any]]:
+def messages_of(body: CountTokensRequest) -> list[Json]:
     """In OpenAI's shape: results of tools are messages of their own there."""
-    out: list[dict[str, Any]] = []
+    out: list[Json] = []
     if body.system:
-        out.append({"role": "system", "content": _parts(body.system)})
+        out.append({"role": "system", "content": dialect.content_of(body.system)})
     for m in body.messages:
         if isinstance(m.content, str):
             out.append({"role": m.role, "content": m.content})
             continue
-        parts, message = [], dict[str, Any](role=m.role)
+        parts, message = [], Json(role=m.role)
         for block in m.content:
             if block.type == "tool_result":
                 out.append(_tool_result(block))
             elif block.type == "tool_use":
-                function = {"name": block.name, "arguments": json.dumps(block.input, ensure_ascii=False)}
-                call = {"id": block.id.removeprefix("toolu_"), "type": "function", "function": function}
+                arguments = json.dumps(block.input, ensure_ascii=False)
+                call = dialect.call_of(block.id.removeprefix("toolu_"), block.name, arguments)
                 message.setdefault("tool_calls", []).append(call)
             elif block.type == "thinking":
                 message["reasoning_content"] = message.get("reasoning_content", "") + block.thinking
@@ -81,8 +62,8 @@ def messages_of(body: CountTokensRequest) -> list[dict[str, Any]]:
     return out
 
 
-def _tool_result(block: Any) -> dict[str, Any]:
-    content = _parts(block.content)
+def _tool_result(block: Any) -> Json:
+    content = dialect.content_of(block.content)
     if block.is_error:
         content = f"Error: {content}" if isinstance(content, str) else joined("Error:", content)
     return {"role": "tool", "tool_call_id": block.tool_use_id.removeprefix("toolu_"), "content": content}
@@ -98,42 +79,22 @@ def ask_of(body: CountTokensRequest) -> Ask:
     c = body.tool_choice
     if c is not None and c.type == "tool" and c.name is None:
         raise ApiError(400, "tool_choice: type 'tool' needs a name", "tool_choice.name")
-    choice: Any = (
-        None if c is None else {"auto": "auto", "any": "required", "none": "none"}.get(c.type) or ([c.name], "required")
-    )
+    words = {"auto": "auto", "any": "required", "none": "none"}
+    choice = None if c is None else words.get(c.type) or ([c.name], "required")
     listed = [
-        {
-            "type": "function",
-            "function": {
-                "name": t.name,
-                "parameters": t.input_schema,
-                **({"description": t.description} if t.description else {}),
-            },
-        }
+        dialect.tool_of(name=t.name, parameters=t.input_schema, description=t.description or None)
         for t in body.tools or ()
     ]
-    tools, mode = choose_tools(listed, choice)
+    tools = dialect.choose_tools(listed, choice, not (c and c.disable_parallel_tool_use))
     sampling: dict[str, Any] = {}
     if body.output_config and body.output_config.format:
         sampling["json_schema"] = schema_text(body.output_config.format.schema_)
     if isinstance(body, MessagesRequest):
-        sampling |= {
-            "max_tokens": body.max_tokens,
-            "temperature": body.temperature,
-            "top_p": body.top_p,
-            "top_k": body.top_k,
-            "stop": tuple(body.stop_sequences or ()),
-        }
+        sampling |= {k: getattr(body, k) for k in ("max_tokens", "temperature", "top_p", "top_k")}
+        sampling["stop"] = tuple(body.stop_sequences or ())
     effort = body.output_config.effort if body.output_config else None
-    return Ask(
-        sampling,
-        messages=messages,
-        tools=tools,
-        choice=mode,
-        parallel=not (c and c.disable_parallel_tool_use),
-        prefix=prefix or None,
-        **thinking_of(body.thinking, effort),
-    )
+    thinking = dialect.thinking_of(body.thinking, effort)
+    return Ask(sampling, messages=messages, prefix=prefix or None, **tools, **thinking)
 
 
 # ---- from the engine --------------------------------------------------------------------------------------------
@@ -145,18 +106,12 @@ async def count(served: Served, body: CountTokensRequest) -> AsyncIterator[bytes
     yield whole({"input_tokens": len(prepared.ids)})
 
 
-def _usage(parts: AnswerParts) -> dict[str, Any]:
-    return {
-        "input_tokens": parts.prompt_tokens - parts.cached_tokens,
-        "output_tokens": parts.completion_tokens,
-        "cache_read_input_tokens": parts.cached_tokens,
-        "cache_creation_input_tokens": 0,
-        "cache_creation": None,
-        "inference_geo": None,
-        "output_tokens_details": {"thinking_tokens": parts.reasoning_tokens},
-        "server_tool_use": None,
-        "service_tier": "standard",
-    }
+def _usage(parts: AnswerParts) -> Json:
+    counts = dict(input_tokens=parts.prompt_tokens - parts.cached_tokens, output_tokens=parts.completion_tokens)
+    cache = dict(cache_read_input_tokens=parts.cached_tokens, cache_creation_input_tokens=0, cache_creation=None)
+    details = {"thinking_tokens": parts.reasoning_tokens}
+    other = dict(inference_geo=None, output_tokens_details=details, server_tool_use=None, service_tier="standard")
+    return {**counts, **cache, **other}
 
 
 def _stop(c: Completion, calls: bool) -> tuple[str, str | None]:
@@ -168,19 +123,12 @@ def _stop(c: Completion, calls: bool) -> tuple[str, str | None]:
     return ("tool_use" if calls else "end_turn"), None
 
 
-def _head(served: Served, parts: AnswerParts) -> dict[str, Any]:
-    return {
-        "id": f"msg_{secrets.token_hex(12)}",
-        "type": "message",
-        "role": "assistant",
-        "model": served.name,
-        "content": [],
-        "stop_reason": None,
-        "stop_sequence": None,
-        "stop_details": None,
-        "container": None,
-        "usage": _usage(parts),
-    }
+def _head(served: Served, parts: AnswerParts) -> Json:
+    head: Json = dict(
+        id=f"msg_{secrets.token_hex(12)}", type="message", role="assistant", model=served.name, content=[]
+    )
+    stop = dict(stop_reason=None, stop_sequence=None, stop_details=None)
+    return {**head, **stop, "container": None, "usage": _usage(parts)}
 
 
 class _Blocks:
@@ -189,7 +137,7 @@ class _Blocks:
 
     def __init__(self, emit: Callable[..., None], hide_reasoning: bool):
         self.emit, self.hide_reasoning = emit, hide_reasoning
-        self.blocks: list[dict[str, Any]] = []
+        self.blocks: list[Json] = []
         self.arguments: dict[int, list[str]] = {}  # JSON of a tool's input, by block
         self.open = ""  # kind of the last block, while it grows
 
@@ -214,7 +162,7 @@ class _Blocks:
         self.close()
         self.open = "arguments" if kind == "call" else kind
         if kind == "reasoning":
-            block: dict[str, Any] = {"type": "thinking", "thinking": "", "signature": ""}
+            block: Json = {"type": "thinking", "thinking": "", "signature": ""}
         elif kind == "call":
             block = {"type": "tool_use", "id": f"toolu_{id_}", "name": text, "input": {}, "caller": {"type": "direct"}}
         else:
@@ -230,7 +178,7 @@ class _Blocks:
             self.emit("content_block_stop", index=len(self.blocks) - 1)
         self.open = ""
 
-    def content(self) -> list[dict[str, Any]]:
+    def content(self) -> list[Json]:
         """All blocks, inputs of tools as objects."""
         for at, pieces in self.arguments.items():
             try:

@@ -15,10 +15,10 @@ from starlette.routing import Route
 from craton.serve import about, anthropic, openai_chat, openai_text, responses, schema, tokens
 from craton.serve import schema_anthropic as anthropic_schema
 from craton.serve import schema_responses as responses_schema
-from craton.serve.guard import Guard, error_body
+from craton.serve.guard import Guard, Settings, error_body
 from craton.serve.metrics import Counting, Metrics
 from craton.serve.page import Page
-from craton.serve.reply import Settings, State
+from craton.serve.reply import State
 from craton.serve.served import ApiError, Served
 
 # Names of branches of unions, which appear in the paths of validation errors.
@@ -28,37 +28,26 @@ _BRANCHES = {n for m in (schema, anthropic_schema, responses_schema) for n, v in
 def create_app(models: dict[str, Served], settings: Settings, metrics: Metrics) -> Any:
     """The ASGI application. Its workers start with it and end with it."""
     state, page = State(models, settings, metrics), Page()
+    what = "Compatible with OpenAI's, Open Responses' and Anthropic's APIs."
+    off: Any = {"tracing": False, "metrics": False, "logs": False}
     app = FastAPI(
-        title="Craton",
-        version="1",
-        lifespan=_lifespan,
-        docs_url=None,
-        redoc_url=None,
-        telemetry={"tracing": False, "metrics": False, "logs": False},
-        description="Compatible with OpenAI's, Open Responses' and Anthropic's APIs.",
+        title="Craton", version="1", description=what, lifespan=_lifespan, docs_url=None, redoc_url=None, telemetry=off
     )
     app.state.craton = state
-    routers = [d.routes(state) for d in (openai_chat, openai_text, responses, anthropic, tokens)]
-    routers.append(about.routes(state, page))
+    dialects = (openai_chat, openai_text, responses, anthropic, tokens)
+    routers = [*(d.routes(state) for d in dialects), about.routes(state, page)]
     for router in routers:
         app.include_router(router)
     routes = [route for router in routers for route in router.routes if isinstance(route, Route)]
     _handle_errors(app, routes)
     _document(app, state)
-    guarded: Any = Guard(
-        Counting(app, metrics),
-        keys=settings.keys,
-        hosts=settings.hosts,
-        open_paths={"/", *(f"/page/{n}" for n in page.names)},
-        posts={r.path for r in routes if "POST" in (r.methods or ())},
-        most_bytes=settings.max_body,
-        log_prompts=settings.log_prompts,
-    )
-    if settings.origins:
-        guarded = CORSMiddleware(
-            guarded, allow_origins=settings.origins, allow_methods=["GET", "POST", "DELETE"], allow_headers=["*"]
-        )
-    return guarded
+    open_paths = {"/", *(f"/page/{n}" for n in page.names)}
+    posts = {r.path for r in routes if "POST" in (r.methods or ())}
+    guarded: Any = Guard(Counting(app, metrics), settings, open_paths, posts)
+    if not settings.origins:
+        return guarded
+    methods = ["GET", "POST", "DELETE"]
+    return CORSMiddleware(guarded, allow_origins=settings.origins, allow_methods=methods, allow_headers=["*"])
 
 
 @contextlib.asynccontextmanager
@@ -78,15 +67,13 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 def _handle_errors(app: FastAPI, routes: list[Route]) -> None:
     """Every error is JSON in the words of its path's dialect."""
 
-    @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> Response:
-        message, param = explain(error.errors())
-        return JSONResponse(error_body(request.url.path, 400, message, param), 400)
-
     @app.exception_handler(ApiError)
     async def known(request: Request, error: ApiError) -> Response:
-        body = error_body(request.url.path, error.status, error.message, error.param, error.code)
-        return JSONResponse(body, error.status, error.headers)
+        return JSONResponse(error_body(request.url.path, error), error.status, error.headers)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:
+        return await known(request, ApiError(400, *explain(error.errors())))
 
     @app.exception_handler(HTTPException)
     async def other(request: Request, error: HTTPException) -> Response:
@@ -95,12 +82,11 @@ def _handle_errors(app: FastAPI, routes: list[Route]) -> None:
             here = [r for r in routes if r.path_regex.match(request.url.path)]
             methods = {m for r in here if r.include_in_schema for m in r.methods or ()}
             headers["allow"] = ", ".join(sorted(methods))
-        body = error_body(request.url.path, error.status_code, str(error.detail))
-        return JSONResponse(body, error.status_code, headers)
+        return await known(request, ApiError(error.status_code, str(error.detail), headers=headers))
 
     @app.exception_handler(Exception)
     async def unforeseen(request: Request, error: Exception) -> Response:
-        return JSONResponse(error_body(request.url.path, 500, "the server failed; its log says more"), 500)
+        return await known(request, ApiError(500, "the server failed; its log says more"))
 
 
 def _document(app: FastAPI, state: State) -> None:

@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,13 @@ class Conversation:
     def all(self) -> list[dict[str, str]]:
         return [{"role": "system", "content": self.system}, *self.messages] if self.system else self.messages
 
+    def text(self) -> str:
+        """As a model that was only pretrained sees it."""
+        return "".join(m["content"] for m in self.messages)
+
+    def sampling(self) -> dict[str, Any]:
+        return {k: v for k, v in self.settings.items() if k not in ("thinking", "model")}
+
 
 class Local:
     """A model folder or GGUF file in this process."""
@@ -62,13 +69,13 @@ class Local:
 
     def answer(self, c: Conversation) -> Iterator[Part]:
         """Raises UserError for settings that cannot be."""
-        sampling = {k: v for k, v in c.settings.items() if k not in ("thinking", "model")}
+        sampling = c.sampling()
         thinking = c.settings.get("thinking")
         ask = Ask(sampling, thinking=None if thinking is None else thinking != "off", budget=EFFORT.get(thinking or ""))
         context = self.talker.engine.context
         room = context - min(sampling.get("max_tokens") or context, context // 2)
         if self.base:
-            ids = self.talker.tokenizer.encode("".join(m["content"] for m in c.messages))
+            ids = self.talker.tokenizer.encode(c.text())
             if len(ids) > room:
                 say(f"(the text has {len(ids)} tokens; the first {len(ids) - room} no longer fit the context)")
             ask.prompt = ids[-room:]
@@ -100,19 +107,22 @@ class Local:
 def key_for(url: str) -> str:
     """The API key for an address, '' for none: CRATON_API_KEY, which is for whatever server is named, but not over an
     open network; OPENAI_API_KEY for OpenAI alone, or the server that OPENAI_BASE_URL names."""
-    parts = httpx.URL(url)
-    if parts.scheme != "https" and not local(parts.host):
+    if _overheard(url):
         return ""
     if key := os.environ.get("CRATON_API_KEY", "").split(",")[0].strip():
         return key
     theirs = httpx.URL(os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com")
-    return os.environ.get("OPENAI_API_KEY", "") if parts.host == theirs.host else ""
+    return os.environ.get("OPENAI_API_KEY", "") if httpx.URL(url).host == theirs.host else ""
+
+
+def _overheard(url: str) -> bool:
+    parts = httpx.URL(url)
+    return parts.scheme != "https" and not local(parts.host)
 
 
 def _withheld(url: str) -> str:
     """Why a key that is set was not sent."""
-    parts = httpx.URL(url)
-    if parts.scheme != "https" and not local(parts.host):
+    if _overheard(url):
         return "; keys are sent over https only, and this address is not"
     return "; OPENAI_API_KEY goes to OpenAI alone" if os.environ.get("OPENAI_API_KEY") else ""
 
@@ -124,9 +134,8 @@ class Remote:
         url = url.rstrip("/")
         self.url = url if url.endswith("/v1") else f"{url}/v1"
         key = key_for(self.url)
-        self.client = httpx.Client(
-            headers={"authorization": f"Bearer {key}"} if key else {}, timeout=httpx.Timeout(30, read=600)
-        )
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        self.client = httpx.Client(headers=headers, timeout=httpx.Timeout(30, read=600))
         listed = self._json("GET", "/models").get("data") or []
         names = [m["id"] for m in listed]
         if model is not None and names and model not in names:
@@ -142,9 +151,8 @@ class Remote:
             self._check(got)
             value: dict[str, Any] = got.json()
         except (httpx.HTTPError, httpx.InvalidURL, json.JSONDecodeError) as error:
-            raise UserError(
-                f"{self.url}: no OpenAI-compatible server there ({error or type(error).__name__})"
-            ) from None
+            why = error or type(error).__name__
+            raise UserError(f"{self.url}: no OpenAI-compatible server there ({why})") from None
         return value
 
     def _check(self, got: httpx.Response) -> None:
@@ -158,18 +166,11 @@ class Remote:
             raise UserError(f"{self.url}: {got.status_code} {message}")
 
     def answer(self, c: Conversation) -> Iterator[Part]:
-        body: dict[str, Any] = {
-            "model": c.settings.get("model", self.name),
-            "stream": True,
-            **{k: v for k, v in c.settings.items() if k not in ("thinking", "model")},
-        }
+        body: dict[str, Any] = {"model": c.settings.get("model", self.name), "stream": True, **c.sampling()}
         if thinking := c.settings.get("thinking"):
             body["reasoning_effort"] = "none" if thinking == "off" else thinking
         if self.base:
-            path, body = (
-                "/completions",
-                {"max_tokens": 256, **body, "prompt": "".join(m["content"] for m in c.messages)},
-            )
+            path, body = "/completions", {"max_tokens": 256, **body, "prompt": c.text()}
         else:
             path, body["messages"] = "/chat/completions", c.all()
         try:
@@ -203,9 +204,8 @@ def _inputs() -> Iterator[str]:
         state.mkdir(parents=True, exist_ok=True)
         keys = KeyBindings()
         keys.add("escape", "enter")(lambda event: event.current_buffer.insert_text("\n"))
-        session: PromptSession[str] = PromptSession(
-            history=FileHistory(str(state / "history")), key_bindings=keys, enable_history_search=True
-        )
+        history = FileHistory(str(state / "history"))
+        session = PromptSession[str](history=history, key_bindings=keys, enable_history_search=True)
 
         def read(mark: str) -> str:
             while True:
@@ -256,7 +256,7 @@ def chat(target: str, model: str | None, settings: dict[str, Any]) -> dict[str, 
             say(f"{error}")
             if c.messages and c.messages[-1]["role"] == "user":
                 c.messages.pop()
-    return {"messages": c.messages, "system": c.system, "settings": c.settings}
+    return asdict(c)
 
 
 def _answer(other: Local | Remote, c: Conversation) -> None:
@@ -278,10 +278,8 @@ def _answer(other: Local | Remote, c: Conversation) -> None:
         print(f"{PLAIN if colour else ''} (stopped)", end="")
     print(PLAIN if colour and state == "reasoning" else "")
     if colour and first:
-        print(
-            f"{FAINT}{tokens} pieces, first after {first - began:.2f} s, "
-            f"{tokens / max(1e-9, time.perf_counter() - first):.0f} a second{PLAIN}"
-        )
+        rate = tokens / max(1e-9, time.perf_counter() - first)
+        print(f"{FAINT}{tokens} pieces, first after {first - began:.2f} s, {rate:.0f} a second{PLAIN}")
     c.messages.append({"role": "assistant", "content": text})
 
 
@@ -350,15 +348,10 @@ def _set(text: str, c: Conversation) -> None:
 def _save(name: str, c: Conversation) -> None:
     if not name.endswith((".json", ".md")):
         raise UserError("/save: give a name that ends in .json or .md")
+    if name.endswith(".json"):
+        text = json.dumps(asdict(c), ensure_ascii=False, indent=1) + "\n"
+    else:
+        text = "".join(f"## {m['role']}\n\n{m['content']}\n\n" for m in c.all())
     with publish(Path(name)) as temporary:
-        if name.endswith(".json"):
-            temporary.write_text(
-                json.dumps(
-                    {"messages": c.messages, "system": c.system, "settings": c.settings}, ensure_ascii=False, indent=1
-                )
-                + "\n",
-                encoding="utf-8",
-            )
-        else:
-            temporary.write_text("".join(f"## {m['role']}\n\n{m['content']}\n\n" for m in c.all()), encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8")
     say(f"{name}: {len(c.messages)} messages")

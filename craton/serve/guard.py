@@ -12,16 +12,34 @@ import logging
 import re
 import time
 from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from craton.serve.served import ApiError, Json
 
 log = logging.getLogger("craton.serve")
 OPEN = {"/health", "/ready"}  # need no key, nor does the page, which says nothing of the server
 HEADER_SECONDS, BODY_SECONDS, MOST_CONNECTIONS = 15.0, 60.0, 2048
 HEAD_BYTES = 64 << 10  # of a request, at most
 _STRANGE = re.compile(rb"NaN|Infinity|\\u[dD][89a-fA-F]")
-Send = Callable[[dict[str, Any]], Any]
+Send = Callable[[Json], Any]
+
+
+@dataclass
+class Settings:
+    """Limits, and who may ask. See `craton serve --help`."""
+
+    keys: list[str] = field(default_factory=list)  # none: everybody may ask
+    hosts: set[str] | None = None  # values of the Host header that are answered; None: all
+    origins: list[str] = field(default_factory=list)
+    max_body: int = 16 << 20
+    max_n: int = 16
+    timeout: float = 600.0
+    log_prompts: bool = False
+    votes: Path | None = None
 
 
 def local(host: str) -> bool:
@@ -32,44 +50,28 @@ def local(host: str) -> bool:
         return host == "localhost"
 
 
-def error_body(
-    path: str, status: int, message: str, param: str | None = None, code: str | None = None
-) -> dict[str, Any]:
+def error_body(path: str, error: ApiError) -> Json:
     """An error as the path's dialect has it."""
     kinds = {
-        400: "invalid_request_error",
         401: "authentication_error",
         403: "permission_error",
         404: "not_found_error",
         413: "request_too_large",
         429: "rate_limit_error",
     }
-    kind = kinds.get(status, "invalid_request_error" if status < 500 else "api_error")
+    kind = kinds.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
     if path.startswith("/v1/messages"):
-        return {"type": "error", "error": {"type": kind, "message": message}, "request_id": None}
-    return {
-        "error": {"message": message, "type": "server_error" if status >= 500 else kind, "param": param, "code": code}
-    }
+        return {"type": "error", "error": {"type": kind, "message": error.message}, "request_id": None}
+    if error.status >= 500:
+        kind = "server_error"
+    return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}
 
 
-async def send_error(
-    scope: dict[str, Any],
-    send: Send,
-    status: int,
-    message: str,
-    param: str | None = None,
-    code: str | None = None,
-    headers: dict[str, str] | None = None,
-) -> None:
-    data = json.dumps(error_body(scope["path"], status, message, param, code), ensure_ascii=False).encode()
-    head = {"content-type": "application/json", "content-length": str(len(data)), **(headers or {})}
-    await send(
-        {
-            "type": "http.response.start",
-            "status": status,
-            "headers": [(k.lower().encode(), v.encode("latin-1", "replace")) for k, v in head.items()],
-        }
-    )
+async def send_error(scope: Json, send: Send, error: ApiError) -> None:
+    data = json.dumps(error_body(scope["path"], error), ensure_ascii=False).encode()
+    head = {"content-type": "application/json", "content-length": str(len(data)), **error.headers}
+    headers = [(k.lower().encode(), v.encode("latin-1", "replace")) for k, v in head.items()]
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
     await send({"type": "http.response.body", "body": data})
 
 
@@ -85,30 +87,19 @@ def _plain_json(body: bytearray) -> bool:
 
 
 class Guard:
-    """keys: none means that everybody may ask. hosts: values of the Host header that are answered; None: all."""
+    """open_paths: those that need no key; posts: those that take a body."""
 
-    def __init__(
-        self,
-        app: Any,
-        *,
-        keys: list[str],
-        hosts: set[str] | None,
-        open_paths: set[str],
-        posts: set[str],
-        most_bytes: int,
-        log_prompts: bool,
-    ):
-        self.app, self.hosts, self.posts, self.most_bytes, self.log_prompts = app, hosts, posts, most_bytes, log_prompts
-        self.open = OPEN | open_paths
-        self.keys = [hashlib.sha256(k.encode()).digest() for k in keys]
+    def __init__(self, app: Any, settings: Settings, open_paths: set[str], posts: set[str]):
+        self.app, self.settings, self.open, self.posts = app, settings, OPEN | open_paths, posts
+        self.keys = [hashlib.sha256(k.encode()).digest() for k in settings.keys]
 
-    async def __call__(self, scope: dict[str, Any], receive: Any, send: Any) -> None:
+    async def __call__(self, scope: Json, receive: Any, send: Any) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
         began, status = time.perf_counter(), 0
 
-        async def watched(message: dict[str, Any]) -> None:
+        async def watched(message: Json) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
@@ -117,79 +108,64 @@ class Guard:
 
         try:
             await self._guarded(scope, receive, watched)
+        except ApiError as refused:
+            await send_error(scope, watched, refused)
         except Exception:
             log.exception("a request failed")
             if not status:
-                await send_error(scope, watched, 500, "the server failed; its log says more")
+                await send_error(scope, watched, ApiError(500, "the server failed; its log says more"))
         finally:
+            method = scope["method"] if scope["method"].isalpha() else "?"
             route = getattr(scope.get("route"), "path", "(no such path)" if status == 404 else "-")
-            log.info(
-                "%s %s %d %.3f s",
-                scope["method"] if scope["method"].isalpha() else "?",
-                route,
-                status,
-                time.perf_counter() - began,
-            )
+            log.info("%s %s %d %.3f s", method, route, status, time.perf_counter() - began)
 
-    async def _guarded(self, scope: dict[str, Any], receive: Any, send: Send) -> None:
-        headers = dict(scope["headers"])
+    async def _guarded(self, scope: Json, receive: Any, send: Send) -> None:
+        """Raises ApiError for what does not get through."""
+        headers, hosts = dict(scope["headers"]), self.settings.hosts
         host = re.sub(r":\d*$", "", headers.get(b"host", b"").decode("latin-1")).lower().rstrip(".")
-        if self.hosts is not None and host not in self.hosts:
-            message = "this Host is not served; a server without keys answers to local names only"
-            await send_error(scope, send, 403, message)
-            return
+        if hosts is not None and host not in hosts:
+            raise ApiError(403, "this Host is not served; a server without keys answers to local names only")
         owner = self._owner(headers) if self.keys else ""
         if owner is None and scope["path"] not in self.open:
             asked = {"www-authenticate": "Bearer", "connection": "close"}
-            message = "an API key is needed: Authorization: Bearer KEY"
-            await send_error(scope, send, 401, message, headers=asked)
-            return
+            raise ApiError(401, "an API key is needed: Authorization: Bearer KEY", headers=asked)
         scope["owner"] = owner or ""
         if scope["method"] != "POST" or scope["path"] not in self.posts:
             await self.app(scope, receive, send)
             return
         kind = headers.get(b"content-type", b"").decode("latin-1").partition(";")[0].strip().lower()
         if kind != "application/json":  # a page elsewhere cannot send this without asking first
-            await send_error(scope, send, 415, "the body must be JSON, with Content-Type: application/json")
-            return
-        body = await self._body(scope, headers, receive, send)
+            raise ApiError(415, "the body must be JSON, with Content-Type: application/json")
+        body = await self._body(headers, receive)
         if body is not None:
             await self.app(scope, _replay(body, receive), send)
 
-    async def _body(self, scope: dict[str, Any], headers: dict[bytes, bytes], receive: Any, send: Send) -> bytes | None:
-        """A request's body; None if it was refused, or nobody waits for an answer."""
-        close = {"connection": "close"}
+    async def _body(self, headers: dict[bytes, bytes], receive: Any) -> bytes | None:
+        """A request's body; None if nobody waits for an answer. ApiError if it is refused."""
+        close, most = {"connection": "close"}, self.settings.max_body
+        length = headers.get(b"content-length", b"0")
+        if not length.isdigit() or int(length[:20]) > most:
+            raise ApiError(413, f"the body is larger than {most} bytes", headers=close)
         try:
             async with asyncio.timeout(BODY_SECONDS):
-                body = await self._read(headers, receive)
+                body = await self._read(receive)
         except TimeoutError:
-            message = f"the body did not arrive within {BODY_SECONDS:.0f} s"
-            await send_error(scope, send, 408, message, headers=close)
-            return None
+            raise ApiError(408, f"the body did not arrive within {BODY_SECONDS:.0f} s", headers=close) from None
         if body is None:
             return None
-        if len(body) > self.most_bytes:
-            message = f"the body is larger than {self.most_bytes} bytes"
-            await send_error(scope, send, 413, message, headers=close)
-            return None
+        if len(body) > most:
+            raise ApiError(413, f"the body is larger than {most} bytes", headers=close)
         if _STRANGE.search(body) and not _plain_json(body):
-            message = "the body is not JSON that can be written again: it has NaN, Infinity or half a character"
-            await send_error(scope, send, 400, message)
-            return None
-        if self.log_prompts:
+            why = "it has NaN, Infinity or half a character"
+            raise ApiError(400, f"the body is not JSON that can be written again: {why}")
+        if self.settings.log_prompts:
             log.info("body: %s", json.dumps(body[:100_000].decode("utf-8", "replace")))
         return bytes(body)
 
-    async def _read(self, headers: dict[bytes, bytes], receive: Any) -> bytearray | None:
-        """As much of a body as is more than allowed; None if the client is gone."""
-        too_long = bytearray(self.most_bytes + 1)
-        try:
-            if int(headers.get(b"content-length", b"0")) > self.most_bytes:
-                return too_long
-        except ValueError:
-            return too_long
+    async def _read(self, receive: Any) -> bytearray | None:
+        """A body, or as much of it as is more than allowed; None if the client is gone."""
         body, more = bytearray(), True
-        while more and len(body) <= self.most_bytes:
+        while more and len(body) <= self.settings.max_body:
             message = await receive()
             if message["type"] == "http.disconnect":
                 return None
@@ -213,10 +189,10 @@ def _replay(body: bytes, receive: Any) -> Callable[[], Any]:
     """A `receive` that gives a body that was read already, then what comes after it."""
     given = False
 
-    async def replay() -> dict[str, Any]:
+    async def replay() -> Json:
         nonlocal given
         if given:
-            message: dict[str, Any] = await receive()
+            message: Json = await receive()
             return message
         given = True
         return {"type": "http.request", "body": body, "more_body": False}

@@ -5,8 +5,24 @@ from collections.abc import Callable
 import prometheus_client as prom
 
 from craton.serve.served import Served
+from craton.serve.worker import Worker
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
+_ASKED: list[tuple[str, str, Callable[[Worker], float]]] = [
+    ("running", "Answers in the making", lambda w: w.running),
+    ("waiting", "Answers that wait for room", lambda w: w.waiting),
+    ("cache_blocks", "Blocks of the cache", lambda w: w.engine.scheduler.pool.total),
+    ("cache_blocks_free", "Blocks that can be allocated", lambda w: w.engine.scheduler.pool.free),
+    ("prompt_tokens_total", "Prompt tokens", lambda w: w.engine.counters.prompt_tokens),
+    (
+        "cached_prompt_tokens_total",
+        "Prompt tokens found in the cache",
+        lambda w: w.engine.counters.cached_prompt_tokens,
+    ),
+    ("preemptions_total", "Answers set back because the cache was full", lambda w: w.engine.counters.preemptions),
+    ("cancelled_total", "Answers that nobody waited for", lambda w: w.engine.counters.cancelled),
+    ("expected_wait_seconds", "What a request that comes now would wait", lambda w: w.expected_wait(1)),
+]
 
 
 class Metrics:
@@ -21,26 +37,7 @@ class Metrics:
         self.ttft = prom.Histogram("craton_time_to_first_token_seconds", first, buckets=_SECONDS, registry=r)
         self.step = prom.Histogram("craton_step_seconds", step, buckets=_SECONDS, registry=r)
         self.generated = prom.Counter("craton_generated_tokens", "Tokens generated", registry=r)
-        asked: dict[str, tuple[str, Callable[[Served], float]]] = {
-            "running": ("Answers in the making", lambda m: m.worker.running),
-            "waiting": ("Answers that wait for room", lambda m: m.worker.waiting),
-            "cache_blocks": ("Blocks of the cache", lambda m: m.talker.engine.scheduler.pool.total),
-            "cache_blocks_free": ("Blocks that can be allocated", lambda m: m.talker.engine.scheduler.pool.free),
-            "prompt_tokens_total": ("Prompt tokens", lambda m: m.talker.engine.counters.prompt_tokens),
-            "cached_prompt_tokens_total": (
-                "Prompt tokens found in the cache",
-                lambda m: m.talker.engine.counters.cached_prompt_tokens,
-            ),
-            "preemptions_total": (
-                "Answers set back because the cache was full",
-                lambda m: m.talker.engine.counters.preemptions,
-            ),
-            "cancelled_total": ("Answers that nobody waited for", lambda m: m.talker.engine.counters.cancelled),
-            "expected_wait_seconds": ("What a request that comes now would wait", lambda m: m.worker.expected_wait(1)),
-        }
-        self.gauges = [
-            (prom.Gauge(f"craton_{name}", text, ["model"], registry=r), get) for name, (text, get) in asked.items()
-        ]
+        self.gauges = [(prom.Gauge(f"craton_{n}", text, ["model"], registry=r), get) for n, text, get in _ASKED]
 
     def observe(self, name: str, value: float) -> None:
         """A worker's figure: 'time_to_first_token', 'step' or 'generated'."""
@@ -55,7 +52,7 @@ class Metrics:
         """As Prometheus reads it."""
         for gauge, get in self.gauges:
             for name, served in self.models.items():
-                gauge.labels(name).set(get(served))
+                gauge.labels(name).set(get(served.worker))
         return prom.generate_latest(self.registry)
 
 

@@ -8,22 +8,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fastapi import APIRouter
-from fastapi.responses import Response
 
 from craton.engine.converse import AnswerDelta, Ask, schema_text
-from craton.serve import shapes
-from craton.serve.dialect import (
-    check_stream_options,
-    choose_tools,
-    finish_reason,
-    logprobs_of,
-    sampling_of,
-    thinking_of,
-    usage_of,
-)
+from craton.serve import dialect, shapes
 from craton.serve.reply import Reply, State, event, whole
 from craton.serve.schema import ChatRequest
-from craton.serve.served import Answers, ApiError, Served, run
+from craton.serve.served import Answers, ApiError, Json, Served, run
 from craton.text.messages import parts_of
 from craton.text.tokenizer import Tokenizer
 
@@ -33,15 +23,8 @@ DONE = b"data: [DONE]\n\n"
 def routes(state: State) -> APIRouter:
     """POST /v1/chat/completions."""
     router = APIRouter()
-    documented = shapes.documented(shapes.CHAT, True, "/v1/chat/completions")
 
-    @router.post(
-        "/v1/chat/completions",
-        summary="A chat completion",
-        responses=documented,
-        response_class=Response,
-        **state.security(),
-    )
+    @router.post(**state.route("/v1/chat/completions", "A chat completion", shapes.CHAT, streamed=True))
     async def chat(body: ChatRequest) -> Reply:
         return Reply(answer(state.counted(body), body), bool(body.stream), state)
 
@@ -51,7 +34,7 @@ def routes(state: State) -> APIRouter:
 # ---- to the engine ----------------------------------------------------------------------------------------------
 
 
-def messages_of(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def messages_of(messages: list[Json]) -> list[Json]:
     """Dumped messages with contents in our parts."""
     out = []
     for m in messages:
@@ -67,7 +50,7 @@ def messages_of(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def ask_of(body: ChatRequest) -> Ask:
     """ApiError for fields that exclude each other."""
-    check_stream_options(body)
+    dialect.check_stream_options(body)
     choice: Any = body.tool_choice
     if choice is not None and not isinstance(choice, str):
         if choice.type == "function":
@@ -75,21 +58,16 @@ def ask_of(body: ChatRequest) -> Ask:
         else:
             allowed = choice.allowed_tools
             choice = [t.function.name for t in allowed.tools], allowed.mode
-    tools, mode = choose_tools([t.model_dump(exclude_none=True) for t in body.tools or ()], choice)
+    listed = [t.model_dump(exclude_none=True) for t in body.tools or ()]
+    tools = dialect.choose_tools(listed, choice, body.parallel_tool_calls is not False)
+    sampling, messages = _sampling(body), messages_of([m.model_dump() for m in body.messages])
     effort = body.reasoning_effort or (body.reasoning.effort if body.reasoning else None)
-    return Ask(
-        _sampling(body),
-        messages=messages_of([m.model_dump() for m in body.messages]),
-        tools=tools,
-        choice=mode,
-        parallel=body.parallel_tool_calls is not False,
-        template=dict(body.chat_template_kwargs or {}),
-        **thinking_of(body.thinking, effort),
-    )
+    thinking, template = dialect.thinking_of(body.thinking, effort), dict(body.chat_template_kwargs or {})
+    return Ask(sampling, messages=messages, template=template, **tools, **thinking)
 
 
 def _sampling(body: ChatRequest) -> dict[str, Any]:
-    sampling = sampling_of(body)
+    sampling = dialect.sampling_of(body)
     both = body.max_tokens is not None and body.max_completion_tokens is not None
     if both and body.max_tokens != body.max_completion_tokens:
         raise ApiError(400, "max_tokens and max_completion_tokens differ; give one", "max_tokens")
@@ -119,16 +97,16 @@ class _Choice:
     hide_reasoning: bool
     content: list[str] = field(default_factory=list)
     reasoning: list[str] = field(default_factory=list)
-    calls: list[dict[str, Any]] = field(default_factory=list)
-    scores: list[dict[str, Any]] = field(default_factory=list)
+    calls: list[Json] = field(default_factory=list)
+    scores: list[Json] = field(default_factory=list)
     begun: bool = False
     finish: str | None = None
 
-    def add(self, d: AnswerDelta) -> list[dict[str, Any]]:
+    def add(self, d: AnswerDelta) -> list[Json]:
         """Pieces: {"delta": ..., "logprobs": ..., "finish_reason": ...}."""
         out = [] if self.begun else [_piece({"role": "assistant", "content": "", "refusal": None})]
         self.begun = True
-        scores = logprobs_of(self.tokenizer, d.logprobs) if self.scored and d.logprobs else None
+        scores = dialect.logprobs_of(self.tokenizer, d.logprobs) if self.scored and d.logprobs else None
         self.scores += scores or []
         for part in d.parts:
             if part.kind == "content":
@@ -140,24 +118,22 @@ class _Choice:
                     self.reasoning.append(part.text)
                     out.append(_piece({"reasoning_content": part.text}))
             elif part.kind == "call":
-                function = {"name": part.text, "arguments": ""}
-                call: dict[str, Any] = {"id": part.id, "type": "function", "function": function}
-                self.calls.append(call)
-                out.append(_piece({"tool_calls": [{"index": part.call, **call, "function": dict(function)}]}))
+                self.calls.append(dialect.call_of(part.id, part.text, ""))
+                out.append(_piece({"tool_calls": [{"index": part.call, **dialect.call_of(part.id, part.text, "")}]}))
             else:
                 self.calls[part.call]["function"]["arguments"] += part.text
                 out.append(_piece({"tool_calls": [{"index": part.call, "function": {"arguments": part.text}}]}))
         if scores:
             out.append(_piece({"content": ""}, scores))
         if d.finished is not None:
-            self.finish = finish_reason(d.finished, d.calls)
+            self.finish = dialect.finish_reason(d.finished, d.calls)
             out.append(_piece({}, None, self.finish))
         return out
 
-    def message(self) -> dict[str, Any]:
+    def message(self) -> Json:
         """The choice, whole."""
         content = "".join(self.content) if self.content or not self.calls else None
-        message: dict[str, Any] = {"role": "assistant", "content": content, "refusal": None, "annotations": []}
+        message: Json = {"role": "assistant", "content": content, "refusal": None, "annotations": []}
         if self.reasoning:
             message["reasoning_content"] = "".join(self.reasoning)
         if self.calls:
@@ -166,9 +142,7 @@ class _Choice:
         return {"index": self.index, "message": message, "logprobs": scores, "finish_reason": self.finish}
 
 
-def _piece(
-    delta: dict[str, Any], scores: list[dict[str, Any]] | None = None, finish: str | None = None
-) -> dict[str, Any]:
+def _piece(delta: Json, scores: list[Json] | None = None, finish: str | None = None) -> Json:
     logprobs = None if scores is None else {"content": scores, "refusal": None}
     return {"delta": delta, "logprobs": logprobs, "finish_reason": finish}
 
@@ -177,13 +151,8 @@ async def answer(served: Served, body: ChatRequest) -> AsyncIterator[bytes]:
     """The body of the response, in pieces where it is streamed."""
     ask = ask_of(body)
     answers = await run(served, ask)
-    head = {
-        "id": f"chatcmpl-{secrets.token_hex(12)}",
-        "created": int(time.time()),
-        "model": served.name,
-        "system_fingerprint": "craton",
-        "service_tier": "default",
-    }
+    fixed = {"system_fingerprint": "craton", "service_tier": "default"}
+    head = dict(id=f"chatcmpl-{secrets.token_hex(12)}", created=int(time.time()), model=served.name, **fixed)
     scored = "logprobs" in ask.sampling
     tokenizer, n = served.talker.tokenizer, answers.parts.n
     choices = [_Choice(i, tokenizer, scored, ask.hide_reasoning) for i in range(n)]
@@ -196,14 +165,13 @@ async def answer(served: Served, body: ChatRequest) -> AsyncIterator[bytes]:
                 for d in deltas:
                     choices[d.index].add(d)
             made = [c.message() for c in choices]
-            yield whole({"object": "chat.completion", **head, "choices": made, "usage": usage_of(answers.parts)})
+            usage = dialect.usage_of(answers.parts)
+            yield whole({"object": "chat.completion", **head, "choices": made, "usage": usage})
     finally:
         answers.close()
 
 
-async def _streamed(
-    answers: Answers, choices: list[_Choice], head: dict[str, Any], body: ChatRequest
-) -> AsyncIterator[bytes]:
+async def _streamed(answers: Answers, choices: list[_Choice], head: Json, body: ChatRequest) -> AsyncIterator[bytes]:
     head = {"object": "chat.completion.chunk", **head}
     include = bool(body.stream_options and body.stream_options.include_usage)
     # The same for every chunk, so made once: what differs is the choice.
@@ -217,5 +185,5 @@ async def _streamed(
         if out:
             yield b"".join(out)
     if include:
-        yield event({**head, "choices": [], "usage": usage_of(answers.parts)})
+        yield event({**head, "choices": [], "usage": dialect.usage_of(answers.parts)})
     yield DONE

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 from fastapi import APIRouter
-from fastapi.responses import Response
 
 from craton.engine.converse import AnswerDelta, Prepared, Talker, sampling_values
 from craton.engine.request import Sampling, TokenLogprob
@@ -21,7 +20,7 @@ from craton.serve.dialect import check_stream_options, finish_reason, sampling_o
 from craton.serve.openai_chat import DONE
 from craton.serve.reply import Reply, State, event, whole
 from craton.serve.schema import CompletionRequest, EmbeddingRequest
-from craton.serve.served import Answers, ApiError, Served
+from craton.serve.served import Answers, ApiError, Json, Served
 from craton.serve.worker import Stream
 from craton.text.tokenizer import Tokenizer
 
@@ -32,23 +31,11 @@ def routes(state: State) -> APIRouter:
     """POST /v1/completions and /v1/embeddings."""
     router = APIRouter()
 
-    @router.post(
-        "/v1/completions",
-        summary="A text completion",
-        responses=shapes.documented(shapes.COMPLETION, True, "/v1/completions"),
-        response_class=Response,
-        **state.security(),
-    )
+    @router.post(**state.route("/v1/completions", "A text completion", shapes.COMPLETION, streamed=True))
     async def completions(body: CompletionRequest) -> Reply:
         return Reply(complete(state.counted(body), body), bool(body.stream), state)
 
-    @router.post(
-        "/v1/embeddings",
-        summary="Embeddings",
-        responses=shapes.documented(shapes.EMBEDDINGS, False, "/v1/embeddings"),
-        response_class=Response,
-        **state.security(),
-    )
+    @router.post(**state.route("/v1/embeddings", "Embeddings", shapes.EMBEDDINGS))
     async def embeddings(body: EmbeddingRequest) -> Reply:
         return Reply(embed(state.counted(body), body), False, state)
 
@@ -93,7 +80,7 @@ class _Text:
     offset: int = 0
     finish: str | None = None
 
-    def add(self, d: AnswerDelta) -> dict[str, Any] | None:
+    def add(self, d: AnswerDelta) -> Json | None:
         """The choice of a streamed event; None if nothing is new."""
         new = "".join(p.text for p in d.parts)
         self.text.append(new)
@@ -106,7 +93,7 @@ class _Text:
         shown = self.logprobs(list(d.logprobs))
         return {"index": self.index, "text": new, "logprobs": shown, "finish_reason": self.finish}
 
-    def whole(self, echoed: str, prompt: list[int]) -> dict[str, Any]:
+    def whole(self, echoed: str, prompt: list[int]) -> Json:
         """The choice, whole. echoed: the prompt's text that comes first, with its scores; "" for none."""
         self.offset = 0
         scores = [*self.prompt_scores, *self.scores] if echoed else self.scores
@@ -114,11 +101,11 @@ class _Text:
         shown = self.logprobs(scores, prompt[0])
         return {"index": self.index, "text": text, "logprobs": shown, "finish_reason": self.finish}
 
-    def logprobs(self, scores: list[TokenLogprob | None], first: int | None = None) -> dict[str, Any] | None:
+    def logprobs(self, scores: list[TokenLogprob | None], first: int | None = None) -> Json | None:
         """In the old form, offsets going on from call to call. first: the token that has no score."""
         if self.wanted is None:
             return None
-        out: dict[str, Any] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        out: Json = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         for s in scores:
             token = s.token if s is not None else first
             assert token is not None
@@ -166,13 +153,8 @@ async def _merged(running: list[Answers]) -> AsyncGenerator[tuple[int, list[Answ
 async def complete(served: Served, body: CompletionRequest) -> AsyncIterator[bytes]:
     """The body of the response, in pieces where it is streamed."""
     prepared = await asyncio.to_thread(_prepare, served.talker, body)
-    head = {
-        "id": f"cmpl-{secrets.token_hex(12)}",
-        "object": "text_completion",
-        "created": int(time.time()),
-        "model": served.name,
-        "system_fingerprint": "craton",
-    }
+    head: Json = dict(id=f"cmpl-{secrets.token_hex(12)}", object="text_completion", created=int(time.time()))
+    head |= {"model": served.name, "system_fingerprint": "craton"}
     n, tokenizer = prepared[0].sampling.n, served.talker.tokenizer
     made = [_Text(i, tokenizer, body.logprobs) for i in range(n * len(prepared))]
     include = bool(body.stream_options and body.stream_options.include_usage)
@@ -206,9 +188,9 @@ def _echo(body: CompletionRequest, tokenizer: Tokenizer, ids: list[int]) -> str:
     return body.prompt if isinstance(body.prompt, str) else tokenizer.decode(ids)
 
 
-def _usage(running: list[Answers]) -> dict[str, Any]:
+def _usage(running: list[Answers]) -> Json:
     each = [usage_of(a.parts) for a in running]
-    out: dict[str, Any] = {k: sum(u[k] for u in each) for k in ("prompt_tokens", "completion_tokens", "total_tokens")}
+    out: Json = {k: sum(u[k] for u in each) for k in ("prompt_tokens", "completion_tokens", "total_tokens")}
     cached = sum(a.parts.cached_tokens for a in running)
     out["prompt_tokens_details"] = {"cached_tokens": cached, "audio_tokens": 0}
     return out

@@ -4,7 +4,10 @@ import gzip
 import hashlib
 from pathlib import Path
 
-from fastapi.responses import Response
+from fastapi.responses import JSONResponse, Response
+
+from craton.serve.guard import error_body
+from craton.serve.served import ApiError
 
 FOLDER = Path(__file__).parent / "static"
 _TYPES = {
@@ -15,24 +18,12 @@ _TYPES = {
     ".woff2": "font/woff2",
     ".webmanifest": "application/manifest+json",
 }
-_HEADERS = {
-    "content-security-policy": "; ".join(
-        (
-            "default-src 'none'",
-            "script-src 'self'",
-            "style-src 'self' 'unsafe-inline'",
-            "connect-src 'self'",
-            "img-src 'self' data: blob:",
-            "font-src 'self'",
-            "manifest-src 'self'",
-            "base-uri 'none'",
-            "form-action 'none'",
-            "frame-ancestors 'none'",
-        )
-    ),
-    "referrer-policy": "no-referrer",
-    "cache-control": "no-cache",
-}
+_POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self' 'unsafe-inline'; connect-src 'self'; "
+    "img-src 'self' data: blob:; font-src 'self'; manifest-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+_HEADERS = {"content-security-policy": _POLICY, "referrer-policy": "no-referrer", "cache-control": "no-cache"}
 _MISSING = (
     b"<!doctype html><meta charset=utf-8><title>Craton</title>"
     b"<p>The chat page was not built, because npm was not found when Craton was installed. "
@@ -49,18 +40,10 @@ class Page:
 
     def answer(self, name: str, accepted: str) -> Response:
         if name not in self.files:
-            return Response(
-                b'{"error":{"message":"Not Found","type":"not_found_error","param":null,"code":null}}',
-                404,
-                media_type="application/json",
-            )
-        headers = {
-            **_HEADERS,
-            "vary": "accept-encoding",
-            "etag": f'"{hashlib.sha256(self.files[name]).hexdigest()[:16]}"',
-        }
+            return JSONResponse(error_body("/page", ApiError(404, "Not Found")), 404)
+        data = self.files[name]
+        etag = f'"{hashlib.sha256(data).hexdigest()[:16]}"'
+        headers = {**_HEADERS, "vary": "accept-encoding", "etag": etag}
         if "gzip" in accepted:
-            return Response(
-                self.small[name], headers={**headers, "content-encoding": "gzip"}, media_type=_TYPES[Path(name).suffix]
-            )
-        return Response(self.files[name], headers=headers, media_type=_TYPES[Path(name).suffix])
+            data, headers["content-encoding"] = self.small[name], "gzip"
+        return Response(data, headers=headers, media_type=_TYPES[Path(name).suffix])

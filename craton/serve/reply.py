@@ -6,12 +6,13 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from fastapi.responses import Response
 
 from craton.base import UserError
+from craton.serve import shapes
+from craton.serve.guard import Settings as Settings
 from craton.serve.guard import error_body, send_error
 from craton.serve.metrics import Metrics
 from craton.serve.served import ApiError, Served
@@ -19,20 +20,6 @@ from craton.serve.worker import Overloaded, Unavailable
 
 log = logging.getLogger("craton.serve")
 SLOW_READER = 60.0  # seconds that a reader may take nothing
-
-
-@dataclass
-class Settings:
-    """Limits, and who may ask. See `craton serve --help`."""
-
-    keys: list[str] = field(default_factory=list)
-    hosts: set[str] | None = None
-    origins: list[str] = field(default_factory=list)
-    max_body: int = 16 << 20
-    max_n: int = 16
-    timeout: float = 600.0
-    log_prompts: bool = False
-    votes: Path | None = None
 
 
 @dataclass
@@ -50,9 +37,8 @@ class State:
         if name is None:
             return next(iter(self.models.values()))
         if (served := self.models.get(name)) is None:
-            raise ApiError(
-                404, f"there is no model {name[:256]!r}; /v1/models lists what there is", "model", "model_not_found"
-            )
+            message = f"there is no model {name[:256]!r}; /v1/models lists what there is"
+            raise ApiError(404, message, "model", "model_not_found")
         return served
 
     def counted(self, body: Any) -> Served:
@@ -64,6 +50,11 @@ class State:
     def security(self) -> dict[str, Any]:
         """What the OpenAPI document says of keys."""
         return {"openapi_extra": {"security": [{"key": []}]}} if self.settings.keys else {}
+
+    def route(self, path: str, summary: str, answer: shapes.Shape, streamed: bool = False) -> dict[str, Any]:
+        """An endpoint, as a router's decorators want it. answer: what it says if all is well."""
+        answers = shapes.documented(answer, streamed, path)
+        return {"path": path, "summary": summary, "responses": answers, "response_class": Response, **self.security()}
 
     async def watch(self) -> None:
         """Ends what takes too long, as long as the server runs."""
@@ -144,10 +135,8 @@ class Reply(Response):
         if not self.started:
             self.started = True
             kind = b"text/event-stream; charset=utf-8" if self.streamed else b"application/json"
-            head = [(b"content-type", kind), (b"cache-control", b"no-store")]
-            head.append(
-                (b"x-accel-buffering", b"no") if self.streamed else (b"content-length", str(len(data)).encode())
-            )
+            also = (b"x-accel-buffering", b"no") if self.streamed else (b"content-length", b"%d" % len(data))
+            head = [(b"content-type", kind), (b"cache-control", b"no-store"), also]
             await self.send({"type": "http.response.start", "status": 200, "headers": head})
         await self.send({"type": "http.response.body", "body": data, "more_body": more})
         self.sending = 0.0
@@ -170,10 +159,10 @@ class Reply(Response):
     async def _fail(self, error: Exception) -> None:
         known = self._as_api_error(error)
         if not self.started:
-            await send_error(self.scope, self.send, known.status, known.message, known.param, known.code, known.headers)
+            await send_error(self.scope, self.send, known)
             return
         path = self.scope["path"]
-        body = error_body(path, known.status, known.message, known.param, known.code)
+        body = error_body(path, known)
         if path == "/v1/responses":
             also = {"code": known.code, "message": known.message, "param": known.param}
             body = {"type": "error", "sequence_number": 0, **also, **body}

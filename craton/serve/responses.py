@@ -12,13 +12,13 @@ from fastapi import APIRouter, Request
 from fastapi.responses import JSONResponse, Response
 
 from craton.engine.converse import Ask, schema_text
-from craton.serve import shapes
-from craton.serve.dialect import check_stream_options, choose_tools, logprobs_of, thinking_of
+from craton.serve import dialect, shapes
 from craton.serve.reply import Reply, State, named_event, whole
+from craton.serve.schema import ResponseReasoning
 from craton.serve.schema_responses import ResponsesRequest
-from craton.serve.served import Answers, ApiError, Served, run
+from craton.serve.served import Answers, ApiError, Json, Served, run
 from craton.text.calls import Part
-from craton.text.messages import joined, parts_of
+from craton.text.messages import joined
 
 _MOST, _MOST_BYTES = 1000, 64 << 20
 
@@ -27,24 +27,20 @@ class Store:
     """Responses by id and owner, with the conversation that led to each."""
 
     def __init__(self) -> None:
-        self.kept: OrderedDict[tuple[str, str], tuple[dict[str, Any], list[dict[str, Any]], int]] = OrderedDict()
+        self.kept: OrderedDict[tuple[str, str], tuple[Json, list[Json], int]] = OrderedDict()
         self.bytes = 0
 
-    def put(self, owner: str, response: dict[str, Any], messages: list[dict[str, Any]]) -> None:
+    def put(self, owner: str, response: Json, messages: list[Json]) -> None:
         size = len(json.dumps([response, messages]))
         self.kept[owner, response["id"]] = (response, messages, size)
         self.bytes += size
         while self.kept and (len(self.kept) > _MOST or self.bytes > _MOST_BYTES):
             self.bytes -= self.kept.popitem(last=False)[1][2]
 
-    def get(self, owner: str, name: str) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    def get(self, owner: str, name: str) -> tuple[Json, list[Json]]:
         if (found := self.kept.get((owner, name))) is None:
-            raise ApiError(
-                404,
-                f"previous_response_id: there is no response {name[:64]!r}; it was never stored, or is forgotten",
-                "previous_response_id",
-                "response_not_found",
-            )
+            field, why = "previous_response_id", "it was never stored, or is forgotten"
+            raise ApiError(404, f"{field}: there is no response {name[:64]!r}; {why}", field, "response_not_found")
         return found[0], found[1]
 
     def delete(self, owner: str, name: str) -> None:
@@ -55,15 +51,8 @@ class Store:
 def routes(state: State) -> APIRouter:
     """/v1/responses."""
     router, store = APIRouter(), Store()
-    one = "/v1/responses/{response_id}"
 
-    @router.post(
-        "/v1/responses",
-        summary="A response",
-        responses=shapes.documented(shapes.RESPONSE, True, "/v1/responses"),
-        response_class=Response,
-        **state.security(),
-    )
+    @router.post(**state.route("/v1/responses", "A response", shapes.RESPONSE, streamed=True))
     async def create(body: ResponsesRequest, request: Request) -> Reply:
         work = respond(state.counted(body), body, store, request.scope["owner"])
         return Reply(work, bool(body.stream), state)
@@ -72,23 +61,11 @@ def routes(state: State) -> APIRouter:
     async def compact() -> Response:
         raise ApiError(404, "compaction is not supported", code="not_supported")
 
-    @router.get(
-        one,
-        summary="A stored response",
-        responses=shapes.documented(shapes.RESPONSE, False, one),
-        response_class=Response,
-        **state.security(),
-    )
+    @router.get(**state.route("/v1/responses/{response_id}", "A stored response", shapes.RESPONSE))
     async def read(response_id: str, request: Request) -> Response:
         return JSONResponse(store.get(request.scope["owner"], response_id)[0])
 
-    @router.delete(
-        one,
-        summary="Forget a stored response",
-        responses=shapes.documented(shapes.DELETED, False, "/v1/responses/"),
-        response_class=Response,
-        **state.security(),
-    )
+    @router.delete(**state.route("/v1/responses/{response_id}", "Forget a stored response", shapes.DELETED))
     async def delete(response_id: str, request: Request) -> Response:
         store.delete(request.scope["owner"], response_id)
         return JSONResponse({"id": response_id, "object": "response", "deleted": True})
@@ -96,14 +73,14 @@ def routes(state: State) -> APIRouter:
     return router
 
 
-def messages_of(body: ResponsesRequest) -> list[dict[str, Any]]:
+def messages_of(body: ResponsesRequest) -> list[Json]:
     """Input items in the shape of chat messages."""
     if isinstance(body.input, str):
         return [{"role": "user", "content": body.input}]
-    out: list[dict[str, Any]] = []
+    out: list[Json] = []
     thought = ""
 
-    def assistant() -> dict[str, Any]:
+    def assistant() -> Json:
         """Reasoning, text and calls of one turn are items of their own here, but one message there."""
         nonlocal thought
         if not out or out[-1]["role"] != "assistant":
@@ -114,7 +91,7 @@ def messages_of(body: ResponsesRequest) -> list[dict[str, Any]]:
 
     for item in body.input:
         if item.type == "message":
-            content = _parts(item.content)
+            content = dialect.content_of(item.content)
             if item.role == "assistant":
                 message = assistant()
                 message["content"] = joined(message["content"], content)
@@ -123,83 +100,47 @@ def messages_of(body: ResponsesRequest) -> list[dict[str, Any]]:
         elif item.type == "reasoning":
             thought = "\n".join(p.text for p in item.content or item.summary)
         elif item.type == "function_call":
-            assistant().setdefault("tool_calls", []).append(
-                {"id": item.call_id, "type": "function", "function": {"name": item.name, "arguments": item.arguments}}
-            )
+            assistant().setdefault("tool_calls", []).append(dialect.call_of(item.call_id, item.name, item.arguments))
         else:
-            out.append({"role": "tool", "tool_call_id": item.call_id, "content": _parts(item.output)})
+            out.append({"role": "tool", "tool_call_id": item.call_id, "content": dialect.content_of(item.output)})
     return out
 
 
-def _parts(content: Any) -> Any:
-    return parts_of(content if isinstance(content, str) else [p.model_dump() for p in content])
-
-
-def ask_of(body: ResponsesRequest, before: list[dict[str, Any]]) -> tuple[Ask, list[dict[str, Any]]]:
+def ask_of(body: ResponsesRequest, before: list[Json]) -> tuple[Ask, list[Json]]:
     """The ask, and the conversation without instructions."""
     want = body.top_logprobs is not None or "message.output_text.logprobs" in (body.include or ())
-    sampling: dict[str, Any] = {
-        "temperature": body.temperature,
-        "top_p": body.top_p,
-        "presence_penalty": body.presence_penalty,
-        "frequency_penalty": body.frequency_penalty,
-        "max_tokens": body.max_output_tokens,
-        "logprobs": (body.top_logprobs or 0) if want else None,
-    }
+    sampling = {k: getattr(body, k) for k in ("temperature", "top_p", "presence_penalty", "frequency_penalty")}
+    sampling |= {"max_tokens": body.max_output_tokens, "logprobs": (body.top_logprobs or 0) if want else None}
     form = body.text.format if body.text else None
     if form is not None and form.type != "text":
         sampling["json_schema"] = schema_text({"type": "object"} if form.type == "json_object" else form.schema_)
     choice: Any = body.tool_choice
     if choice is not None and not isinstance(choice, str):
-        choice = (
-            ([choice.name], "required") if choice.type == "function" else ([t.name for t in choice.tools], choice.mode)
-        )
-    listed = [
-        {"type": "function", "function": {k: v for k, v in t.model_dump(exclude={"type"}).items() if v is not None}}
-        for t in body.tools or ()
-    ]
-    tools, mode = choose_tools(listed, choice)
+        one = choice.type == "function"
+        choice = ([choice.name], "required") if one else ([t.name for t in choice.tools], choice.mode)
+    listed = [dialect.tool_of(**t.model_dump(exclude={"type"})) for t in body.tools or ()]
+    tools = dialect.choose_tools(listed, choice, body.parallel_tool_calls is not False)
     conversation = [*before, *messages_of(body)]
     first = [{"role": "system", "content": body.instructions}] if body.instructions else []
-    effort = body.reasoning.effort if body.reasoning else None
-    return Ask(
-        sampling,
-        messages=[*first, *conversation],
-        tools=tools,
-        choice=mode,
-        parallel=body.parallel_tool_calls is not False,
-        **thinking_of(None, effort),
-    ), conversation
+    thinking = dialect.thinking_of(None, body.reasoning.effort if body.reasoning else None)
+    return Ask(sampling, messages=[*first, *conversation], **tools, **thinking), conversation
 
 
-def _resource(served: Served, body: ResponsesRequest) -> dict[str, Any]:
+def _resource(served: Served, body: ResponsesRequest) -> Json:
     form = body.text.format if body.text else None
-    shown: dict[str, Any] = {"type": "text"}
-    if form is not None:
-        shown = form.model_dump(by_alias=True) if form.type == "json_schema" else {"type": form.type}
-        if form.type == "json_schema":
-            shown |= {"strict": True}
+    shown: Json = form.model_dump(by_alias=True) if form else {"type": "text"}
+    if "strict" in shown:
+        shown["strict"] = True
     choice: Any = body.tool_choice or "auto"
-    tools = [
-        {
-            "type": "function",
-            "name": t.name,
-            "description": t.description,
-            "parameters": t.parameters,
-            "strict": bool(t.strict),
-        }
-        for t in body.tools or ()
-    ]
+    tools = [t.model_dump() | {"strict": bool(t.strict)} for t in body.tools or ()]
     defaults = served.describe()["defaults"]
 
     def given(value: Any, default: Any) -> Any:
         return default if value is None else value
 
-    reasoning = body.reasoning
+    begun = dict(id=f"resp_{secrets.token_hex(16)}", object="response", created_at=int(time.time()))
     return {
-        "id": f"resp_{secrets.token_hex(16)}",
-        "object": "response",
-        "created_at": int(time.time()),
+        **begun,
         "completed_at": None,
         "status": "in_progress",
         "incomplete_details": None,
@@ -218,9 +159,7 @@ def _resource(served: Served, body: ResponsesRequest) -> dict[str, Any]:
         "frequency_penalty": given(body.frequency_penalty, 0.0),
         "top_logprobs": body.top_logprobs or 0,
         "temperature": given(body.temperature, defaults["temperature"]),
-        "reasoning": {"effort": reasoning.effort, "summary": reasoning.summary}
-        if reasoning
-        else {"effort": None, "summary": None},
+        "reasoning": (body.reasoning or ResponseReasoning()).model_dump(),
         "usage": None,
         "max_output_tokens": body.max_output_tokens,
         "max_tool_calls": None,
@@ -242,19 +181,17 @@ class _Items:
 
     def __init__(self, emit: Callable[..., None], summary: bool):
         self.emit, self.summary = emit, summary
-        self.items: list[dict[str, Any]] = []
+        self.items: list[Json] = []
         self.open: str | None = None  # kind of the last item, while it grows
 
-    def feed(self, parts: list[Part], scores: list[dict[str, Any]]) -> None:
+    def feed(self, parts: list[Part], scores: list[Json]) -> None:
         """What a step added; scores are of its first content."""
         for p in parts:
-            if p.kind == "call":
-                self.add("call", p.text, [], p.id)
-            else:
-                self.add(p.kind, p.text, scores if p.kind == "content" else [])
-                scores = [] if p.kind == "content" else scores
+            self.add(p.kind, p.text, scores if p.kind == "content" else [], p.id)
+            if p.kind == "content":
+                scores = []
 
-    def add(self, kind: str, text: str, scores: list[dict[str, Any]], call_id: str = "") -> None:
+    def add(self, kind: str, text: str, scores: list[Json], call_id: str = "") -> None:
         if kind == "call" or self.open != kind:
             self.close()
             self._begin(kind, text, call_id)
@@ -277,14 +214,9 @@ class _Items:
         self.open = "arguments" if kind == "call" else kind
         name = secrets.token_hex(12)
         if kind == "call":
-            item: dict[str, Any] = {
-                "type": "function_call",
-                "id": f"fc_{name}",
-                "call_id": call_id,
-                "name": text,
-                "arguments": "",
-                "status": "in_progress",
-            }
+            item: Json = dict(
+                type="function_call", id=f"fc_{name}", call_id=call_id, name=text, arguments="", status="in_progress"
+            )
         elif kind == "content":
             item = {"type": "message", "id": f"msg_{name}", "status": "in_progress", "role": "assistant", "content": []}
         else:
@@ -325,7 +257,7 @@ class _Items:
 
 async def respond(served: Served, body: ResponsesRequest, store: Store, owner: str) -> AsyncIterator[bytes]:
     """The body of the answer, in pieces where it is streamed."""
-    check_stream_options(body)
+    dialect.check_stream_options(body)
     before = store.get(owner, body.previous_response_id)[1] if body.previous_response_id else []
     ask, conversation = ask_of(body, before)
     answers = await run(served, ask)
@@ -344,7 +276,7 @@ async def respond(served: Served, body: ResponsesRequest, store: Store, owner: s
         finished = None
         async for deltas in answers:
             for d in deltas:
-                items.feed(d.parts, logprobs_of(served.talker.tokenizer, d.logprobs))
+                items.feed(d.parts, dialect.logprobs_of(served.talker.tokenizer, d.logprobs))
                 finished = d.finished or finished
             if out:
                 yield b"".join(out)
@@ -362,7 +294,7 @@ async def respond(served: Served, body: ResponsesRequest, store: Store, owner: s
         answers.close()
 
 
-def _complete(response: dict[str, Any], items: "_Items", answers: Answers, cut: bool) -> None:
+def _complete(response: Json, items: "_Items", answers: Answers, cut: bool) -> None:
     """What is known of a response at its end."""
     if not any(i["type"] != "reasoning" for i in items.items):
         items.add("content", "", [])
@@ -375,24 +307,18 @@ def _complete(response: dict[str, Any], items: "_Items", answers: Answers, cut: 
         "input_tokens_details": {"cached_tokens": parts.cached_tokens, "cache_write_tokens": 0},
         "output_tokens_details": {"reasoning_tokens": parts.reasoning_tokens},
     }
-    response |= {
-        "output": items.items,
-        "status": "incomplete" if cut else "completed",
-        "completed_at": None if cut else int(time.time()),
-        "incomplete_details": {"reason": "max_output_tokens"} if cut else None,
-    }
+    response["output"] = items.items
+    if cut:
+        response |= {"status": "incomplete", "incomplete_details": {"reason": "max_output_tokens"}}
+    else:
+        response |= {"status": "completed", "completed_at": int(time.time())}
 
 
-def _as_message(items: list[dict[str, Any]]) -> dict[str, Any]:
-    message: dict[str, Any] = {
-        "role": "assistant",
-        "content": "".join(i["content"][0]["text"] for i in items if i["type"] == "message"),
-    }
+def _as_message(items: list[Json]) -> Json:
+    content = "".join(i["content"][0]["text"] for i in items if i["type"] == "message")
+    message: Json = {"role": "assistant", "content": content}
     if thought := "".join((i.get("content") or i["summary"])[0]["text"] for i in items if i["type"] == "reasoning"):
         message["reasoning_content"] = thought
     if calls := [i for i in items if i["type"] == "function_call"]:
-        message["tool_calls"] = [
-            {"id": c["call_id"], "type": "function", "function": {"name": c["name"], "arguments": c["arguments"]}}
-            for c in calls
-        ]
+        message["tool_calls"] = [dialect.call_of(c["call_id"], c["name"], c["arguments"]) for c in calls]
     return message

@@ -18,9 +18,8 @@ import uvicorn
 from craton.base import UserError, count, say
 from craton.model.paging import BLOCK
 from craton.serve.app import create_app
-from craton.serve.guard import Protocol, local
+from craton.serve.guard import Protocol, Settings, local
 from craton.serve.metrics import Metrics
-from craton.serve.reply import Settings
 from craton.serve.served import Served, open_served
 
 
@@ -74,9 +73,8 @@ def named(models: list[str]) -> dict[str, str]:
 def check_keys(host: str, keys: list[str]) -> None:
     """UserError if others could connect and none needs a key."""
     if not local(host) and not keys:
-        raise UserError(
-            f"--host {host} can be reached from elsewhere, so an API key is needed: --api-keys FILE, or CRATON_API_KEY"
-        )
+        fix = "--api-keys FILE, or CRATON_API_KEY"
+        raise UserError(f"--host {host} can be reached from elsewhere, so an API key is needed: {fix}")
 
 
 @dataclass
@@ -98,30 +96,18 @@ def serve(models: list[str], where: Listening, settings: Settings, **options: An
     served: dict[str, Served] = {}
     metrics = Metrics(served)
     for name, path in paths.items():
-        _open(served, name, path, where, metrics, options)
+        _open(served, name, path, where, metrics, **options)
+    address = f"[{where.host}]" if ":" in where.host else where.host
     if not settings.keys:
-        own = where.host if ":" not in where.host else f"[{where.host}]"
-        settings.hosts = {"localhost", "127.0.0.1", "[::1]", own}
+        settings.hosts = {"localhost", "127.0.0.1", "[::1]", address}
     app = create_app(served, settings, metrics)
     sys.setswitchinterval(0.001)  # the engine's thread must not wait long for the one that writes
     gc.collect()
     gc.freeze()  # a full collection would go through every module, in the middle of an answer
-    config = uvicorn.Config(
-        app,
-        host=where.host,
-        port=where.port,
-        http=Protocol,
-        loop="uvloop",
-        ws="none",
-        access_log=False,
-        log_config=None,
-        server_header=False,
-        timeout_graceful_shutdown=int(where.drain),
-        timeout_keep_alive=30,
-        backlog=2048,
-    )
+    limits: dict[str, Any] = dict(timeout_graceful_shutdown=int(where.drain), timeout_keep_alive=30, backlog=2048)
+    without: dict[str, Any] = dict(ws="none", access_log=False, log_config=None, server_header=False)
+    config = uvicorn.Config(app, where.host, where.port, http=Protocol, loop="uvloop", **limits, **without)
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
-    address = f"[{where.host}]" if ":" in where.host else where.host
     key = ", key needed" if settings.keys else ""
     say(f"http://{address}:{listener.getsockname()[1]}  (page at /, API at /v1{key}); Ctrl-C ends")
     runners = [s.talker.engine.runner for s in served.values()]
@@ -136,9 +122,7 @@ def _log_to_stderr() -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
-def _open(
-    served: dict[str, Served], name: str, path: str, where: Listening, metrics: Metrics, options: dict[str, Any]
-) -> None:
+def _open(served: dict[str, Served], name: str, path: str, where: Listening, metrics: Metrics, **options: Any) -> None:
     """Load a model, warm it up, and say what it is."""
     began = time.perf_counter()
     one = served[name] = open_served(name, path, where.max_wait, where.max_queue, metrics.observe, **options)
@@ -160,9 +144,8 @@ def _listen(host: str, port: int) -> socket.socket:
     try:
         listener.bind((host, port))
     except (OSError, OverflowError) as error:
-        raise UserError(
-            f"--host {host} --port {port}: cannot listen there ({getattr(error, 'strerror', None) or error})"
-        ) from None
+        why = getattr(error, "strerror", None) or error
+        raise UserError(f"--host {host} --port {port}: cannot listen there ({why})") from None
     return listener
 
 
@@ -180,21 +163,8 @@ def vllm_command(
     program = shutil.which("vllm", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
     if program is None:
         raise UserError("--engine vllm: vLLM is not installed; pip install 'craton[vllm]' on a machine with a GPU")
-    command = [
-        program,
-        "serve",
-        path,
-        "--served-model-name",
-        name,
-        "--host",
-        host,
-        "--port",
-        str(port),
-        "--max-num-seqs",
-        str(min(max_queue, 256)),
-        "--shutdown-timeout",
-        "30",
-    ]
+    command = [program, "serve", path, "--served-model-name", name, "--host", host, "--port", str(port)]
+    command += ["--max-num-seqs", str(min(max_queue, 256)), "--shutdown-timeout", "30"]
     if origins:
         command += ["--allowed-origins", "[" + ",".join(f'"{o}"' for o in origins) + "]"]
     return command

@@ -11,17 +11,20 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue
 Text = Annotated[str, Field(max_length=10_485_760)]
 Name = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[a-zA-Z0-9_-]+$")]
 Model = Annotated[str, Field(max_length=256, description="One of the names that /v1/models lists.")]
-Metadata = Annotated[
-    dict[Annotated[str, Field(max_length=64)], Annotated[str, Field(max_length=512)]], Field(max_length=16)
-]
+_Key = Annotated[str, Field(max_length=64)]
+Metadata = Annotated[dict[_Key, Annotated[str, Field(max_length=512)]], Field(max_length=16)]
 Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1)]
 Token = Annotated[int, Field(ge=0, le=2**30)]
+Tokens = Annotated[list[Token], Field(min_length=1)]
+Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 Temperature = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]
 TopP = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
 Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 Count = Annotated[int, Field(ge=1, le=2**30)]
 Schema = dict[str, JsonValue]
+_UP_TO_256 = Field(min_length=1, max_length=256)
+_UP_TO_2048 = Field(min_length=1, max_length=2048)
 OnlyFalse = Annotated[bool, AfterValidator(lambda v: _only_false(v)), Field(json_schema_extra={"const": False})]
 
 
@@ -192,13 +195,7 @@ class Sampled(Strict):
     stop: Stop | Annotated[list[Stop], Field(max_length=64)] | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    logit_bias: (
-        dict[
-            Annotated[str, Field(pattern=r"^[0-9]{1,9}$")],
-            Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)],
-        ]
-        | None
-    ) = None
+    logit_bias: dict[Annotated[str, Field(pattern=r"^[0-9]{1,9}$")], Bias] | None = None
     user: Text | None = None  # no effect
     top_k: Annotated[int, Field(ge=-1, le=2**30)] | None = None
     min_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)] | None = None
@@ -241,12 +238,7 @@ class ChatRequest(Sampled):
 class CompletionRequest(Sampled):
     """POST /v1/completions."""
 
-    prompt: (
-        Text
-        | Annotated[list[Text], Field(min_length=1, max_length=256)]
-        | Annotated[list[Token], Field(min_length=1)]
-        | Annotated[list[Annotated[list[Token], Field(min_length=1)]], Field(min_length=1, max_length=256)]
-    )
+    prompt: Text | Annotated[list[Text], _UP_TO_256] | Tokens | Annotated[list[Tokens], _UP_TO_256]
     max_tokens: Annotated[int, Field(ge=0, le=2**30)] | None = 16
     echo: bool | None = None
     logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
@@ -258,12 +250,7 @@ class EmbeddingRequest(Strict):
     """POST /v1/embeddings."""
 
     model: Model
-    input: (
-        Text
-        | Annotated[list[Text], Field(min_length=1, max_length=2048)]
-        | Annotated[list[Token], Field(min_length=1)]
-        | Annotated[list[Annotated[list[Token], Field(min_length=1)]], Field(min_length=1, max_length=2048)]
-    )
+    input: Text | Annotated[list[Text], _UP_TO_2048] | Tokens | Annotated[list[Tokens], _UP_TO_2048]
     encoding_format: Literal["float", "base64"] | None = None
     dimensions: Count | None = None  # only the model's own
     user: Text | None = None  # no effect

@@ -123,9 +123,8 @@ class ResponsesRequest(Strict):
     stream: bool | None = None
     stream_options: ResponseStreamOptions | None = None
     store: bool | None = None
-    include: list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] | None = (
-        None  # reasoning is never encrypted
-    )
+    # Reasoning is never encrypted.
+    include: list[Literal["message.output_text.logprobs", "reasoning.encrypted_content"]] | None = None
     tools: Annotated[list[ResponseTool], Field(max_length=128)] | None = None
     tool_choice: Literal["none", "auto", "required"] | ResponseToolChoice | ResponseAllowedTools | None = None
     parallel_tool_calls: bool | None = None

@@ -9,17 +9,14 @@ from typing import Any
 from craton.engine.converse import NEUTRAL, AnswerDelta, AnswerParts, Ask, Prepared, Talker, open_talker, prepare
 from craton.serve.worker import Stream, Unavailable, Worker
 
+Json = dict[str, Any]  # an object of a request or of an answer
+
 
 class ApiError(Exception):
     """An answer that is an error. param: the field at fault."""
 
     def __init__(
-        self,
-        status: int,
-        message: str,
-        param: str | None = None,
-        code: str | None = None,
-        headers: dict[str, str] | None = None,
+        self, status: int, message: str, param: str | None = None, code: str | None = None, headers: dict | None = None
     ):
         super().__init__(message)
         self.status, self.message, self.param, self.code, self.headers = status, message, param, code, headers or {}
@@ -37,25 +34,15 @@ class Served:
         """As requests name it."""
         return self.talker.name
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> Json:
         """As /v1/models lists it: OpenAI's fields, Anthropic's, and ours."""
         talker, d = self.talker, self.talker.dialogue
-        return {
-            "id": talker.name,
-            "object": "model",
-            "created": talker.created,
-            "owned_by": "craton",
-            "type": "model",
-            "display_name": talker.name,
-            "created_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(talker.created)),
-            "context_length": talker.engine.context,
-            "defaults": {**NEUTRAL, **talker.defaults},
-            "chat": d is not None,
-            "thinks": bool(d and d.thinking),
-            "tools": d is not None,
-            "images": False,
-            "pretrained_only": talker.pretrained_only,
-        }
+        when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(talker.created))
+        openai = dict(id=talker.name, object="model", created=talker.created, owned_by="craton")
+        anthropic = dict(type="model", display_name=talker.name, created_at=when)
+        ours = dict(context_length=talker.engine.context, defaults={**NEUTRAL, **talker.defaults})
+        can = dict(chat=d is not None, thinks=bool(d and d.thinking), tools=d is not None, images=False)
+        return {**openai, **anthropic, **ours, **can, "pretrained_only": talker.pretrained_only}
 
 
 def open_served(name: str, path: str, max_wait: float, max_queue: int, observe: Any, **options: Any) -> Served:
@@ -69,9 +56,8 @@ class Answers:
 
     def __init__(self, served: Served, prepared: Prepared, already_admitted: bool = False):
         self.served, self.parts = served, AnswerParts(served.talker, prepared)
-        self.stream: Stream = served.worker.submit(
-            prepared.ids, prepared.sampling, prepared.matcher, already_admitted=already_admitted
-        )
+        asked = (prepared.ids, prepared.sampling, prepared.matcher)
+        self.stream: Stream = served.worker.submit(*asked, already_admitted=already_admitted)
 
     async def __aiter__(self) -> AsyncIterator[list[AnswerDelta]]:
         while events := await self.stream.take():

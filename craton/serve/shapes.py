@@ -7,6 +7,7 @@ STRING: Shape = {"type": "string"}
 INTEGER: Shape = {"type": "integer", "minimum": 0}
 NUMBER: Shape = {"type": "number"}
 TRUE: Shape = {"const": True}
+OBJECT: Shape = {"type": "object"}
 
 
 def obj(optional: Shape | None = None, **required: Shape) -> Shape:
@@ -29,79 +30,40 @@ _TOKEN = obj(token=STRING, logprob=NUMBER, bytes=many(INTEGER))
 _CALL = obj(id=STRING, type=one("function"), function=obj(name=STRING, arguments=STRING))
 _CHAT_USAGE = obj(
     {"completion_tokens_details": obj(reasoning_tokens=INTEGER)},
-    prompt_tokens=INTEGER,
-    completion_tokens=INTEGER,
-    total_tokens=INTEGER,
+    **dict.fromkeys(("prompt_tokens", "completion_tokens", "total_tokens"), INTEGER),
     prompt_tokens_details=obj(cached_tokens=INTEGER),
 )
-CHAT = obj(
-    id=STRING,
-    object=one("chat.completion"),
-    created=INTEGER,
-    model=STRING,
-    usage=_CHAT_USAGE,
-    choices=many(
-        obj(
-            index=INTEGER,
-            finish_reason=one("stop", "length", "tool_calls"),
-            message=obj(
-                {"reasoning_content": STRING, "tool_calls": many(_CALL)}, role=one("assistant"), content=maybe(STRING)
-            ),
-            logprobs=maybe(
-                obj(content=many({**_TOKEN, "properties": {**_TOKEN["properties"], "top_logprobs": many(_TOKEN)}}))
-            ),
-        )
-    ),
+
+
+def _completion(object_: str, finish_reasons: Shape, logprobs: Shape, **choice: Shape) -> Shape:
+    """What chat and text completions have in common, around what a choice holds."""
+    made = many(obj(index=INTEGER, **choice, finish_reason=finish_reasons, logprobs=maybe(logprobs)))
+    return obj(id=STRING, object=one(object_), created=INTEGER, model=STRING, usage=_CHAT_USAGE, choices=made)
+
+
+_SCORED = {**_TOKEN, "properties": {**_TOKEN["properties"], "top_logprobs": many(_TOKEN)}}
+_ANSWER = obj({"reasoning_content": STRING, "tool_calls": many(_CALL)}, role=one("assistant"), content=maybe(STRING))
+CHAT = _completion("chat.completion", one("stop", "length", "tool_calls"), obj(content=many(_SCORED)), message=_ANSWER)
+_SCORES = obj(
+    tokens=many(STRING), token_logprobs=many(maybe(NUMBER)), top_logprobs=many(maybe(OBJECT)), text_offset=many(INTEGER)
 )
-COMPLETION = obj(
-    id=STRING,
-    object=one("text_completion"),
-    created=INTEGER,
-    model=STRING,
-    usage=_CHAT_USAGE,
-    choices=many(
-        obj(
-            index=INTEGER,
-            text=STRING,
-            finish_reason=one("stop", "length"),
-            logprobs=maybe(
-                obj(
-                    tokens=many(STRING),
-                    token_logprobs=many(maybe(NUMBER)),
-                    top_logprobs=many(maybe({"type": "object"})),
-                    text_offset=many(INTEGER),
-                )
-            ),
-        )
-    ),
-)
+COMPLETION = _completion("text_completion", one("stop", "length"), _SCORES, text=STRING)
 _ITEM = obj(
     {
-        "status": STRING,
-        "role": STRING,
-        "content": many({"type": "object"}),
-        "summary": many({"type": "object"}),
-        "name": STRING,
-        "arguments": STRING,
-        "call_id": STRING,
+        **dict.fromkeys(("status", "role", "name", "arguments", "call_id"), STRING),
+        **dict.fromkeys(("content", "summary"), many(OBJECT)),
     },
     id=STRING,
     type=one("message", "reasoning", "function_call"),
 )
+_USED = obj(
+    **dict.fromkeys(("input_tokens", "output_tokens", "total_tokens"), INTEGER),
+    input_tokens_details=obj(cached_tokens=INTEGER),
+    output_tokens_details=obj(reasoning_tokens=INTEGER),
+)
+_STATUS = one("completed", "incomplete")
 RESPONSE = obj(
-    id=STRING,
-    object=one("response"),
-    created_at=INTEGER,
-    status=one("completed", "incomplete"),
-    model=STRING,
-    output=many(_ITEM),
-    usage=obj(
-        input_tokens=INTEGER,
-        output_tokens=INTEGER,
-        total_tokens=INTEGER,
-        input_tokens_details=obj(cached_tokens=INTEGER),
-        output_tokens_details=obj(reasoning_tokens=INTEGER),
-    ),
+    id=STRING, object=one("response"), created_at=INTEGER, status=_STATUS, model=STRING, output=many(_ITEM), usage=_USED
 )
 DELETED = obj(id=STRING, object=one("response"), deleted=TRUE)
 MESSAGE = obj(
@@ -122,13 +84,9 @@ EMBEDDINGS = obj(
     usage=obj(prompt_tokens=INTEGER, total_tokens=INTEGER),
 )
 TOKENS = obj({"token_strs": many(STRING)}, count=INTEGER, max_model_len=INTEGER, tokens=many(INTEGER))
+_DEFAULTS = {"type": "object", "additionalProperties": NUMBER}
 MODEL = obj(
-    id=STRING,
-    object=one("model"),
-    created=INTEGER,
-    owned_by=STRING,
-    context_length=INTEGER,
-    defaults={"type": "object", "additionalProperties": NUMBER},
+    id=STRING, object=one("model"), created=INTEGER, owned_by=STRING, context_length=INTEGER, defaults=_DEFAULTS
 )
 MODELS = obj(object=one("list"), data=many(MODEL))
 _ERROR = obj(error=obj(message=STRING, type=STRING, param=maybe(STRING), code=maybe(STRING)))

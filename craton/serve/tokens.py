@@ -5,7 +5,6 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 from fastapi import APIRouter
-from fastapi.responses import Response
 
 from craton.base import UserError
 from craton.engine.converse import Talker
@@ -20,23 +19,11 @@ def routes(state: State) -> APIRouter:
     """POST /tokenize and /detokenize."""
     router = APIRouter()
 
-    @router.post(
-        "/tokenize",
-        summary="Tokens of a prompt or of messages",
-        responses=shapes.documented(shapes.TOKENS, False, "/tokenize"),
-        response_class=Response,
-        **state.security(),
-    )
+    @router.post(**state.route("/tokenize", "Tokens of a prompt or of messages", shapes.TOKENS))
     async def tokenize(body: TokenizePrompt | TokenizeMessages) -> Reply:
         return Reply(_tokens(state.find(body.model).talker, body), False, state)
 
-    @router.post(
-        "/detokenize",
-        summary="Text of tokens",
-        responses=shapes.documented(shapes.obj(prompt=shapes.STRING), False, "/detokenize"),
-        response_class=Response,
-        **state.security(),
-    )
+    @router.post(**state.route("/detokenize", "Text of tokens", shapes.obj(prompt=shapes.STRING)))
     async def detokenize(body: DetokenizeRequest) -> Reply:
         return Reply(_text(state.find(body.model).talker, body), False, state)
 

@@ -86,13 +86,7 @@ class Stream:
 class Worker:
     """One engine in its thread."""
 
-    def __init__(
-        self,
-        engine: Engine,
-        max_wait: float,
-        max_queue: int,
-        observe: Callable[[str, float], None] = lambda name, value: None,
-    ):
+    def __init__(self, engine: Engine, max_wait: float, max_queue: int, observe: Callable[[str, float], None]):
         self.engine, self.max_wait, self.max_queue, self.observe = engine, max_wait, max_queue, observe
         self.wake = threading.Condition()
         self.inbox: deque[Callable[[], None]] = deque()

@@ -3,10 +3,11 @@
 import re
 import secrets
 import string
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 ID, ID_LENGTH = "\0", 9  # stands for a call's id, nine letters and digits as Mistral's models want
+ID_PATTERN = f"[a-zA-Z0-9]{{{ID_LENGTH}}}"
 
 
 @dataclass(frozen=True)
@@ -21,13 +22,8 @@ class CallFormat:
     as_text: bool = False  # it wants arguments as JSON text, not as an object
 
 
-HERMES = CallFormat(
-    '<tool_call>\n{"name": "',
-    '", "arguments": ',
-    "}\n</tool_call>",
-    '}\n</tool_call>\n<tool_call>\n{"name": "',
-    native=False,
-)
+_BEGIN, _END = '<tool_call>\n{"name": "', "}\n</tool_call>"
+HERMES = CallFormat(_BEGIN, '", "arguments": ', _END, f"{_END}\n{_BEGIN}", native=False)
 
 
 @dataclass(frozen=True)
@@ -51,23 +47,13 @@ class Parser:
         self.state = "lead" if thinking else "start" if may_think and self.markers else "content"
         self.buffer, self.call = "", -1
         self.depth, self.quoted, self.escaped = 0, False, False
-        self.steps: dict[str, Callable[[bool], Iterator[Part]]] = {
-            "start": self._start,
-            "lead": self._lead,
-            "think": self._think,
-            "gap": self._gap,
-            "content": self._content,
-            "name": self._name,
-            "arguments": self._arguments,
-            "after": self._after,
-        }
 
     def feed(self, text: str, last: bool = False) -> Iterator[Part]:
         """The parts that more text makes certain. last: no more comes."""
         self.buffer += text
         while True:
             before = self.state, len(self.buffer)
-            yield from self.steps[self.state](last)
+            yield from getattr(self, f"_{self.state}")(last)  # a state's name is its method's
             if (self.state, len(self.buffer)) == before:
                 return
 
@@ -111,12 +97,10 @@ class Parser:
         if found:
             text, self.buffer, self.state = self.buffer[: found.start()].rstrip(), self.buffer[found.end() :], then
         else:
-            keep = 0 if last else _may_begin(self.buffer, marker)
-            space = 0 if last else len(self.buffer) - keep - len(self.buffer[: len(self.buffer) - keep].rstrip())
-            text, self.buffer = (
-                self.buffer[: len(self.buffer) - keep - space],
-                self.buffer[len(self.buffer) - keep - space :],
-            )
+            end = len(self.buffer)
+            if not last:  # what may begin the marker is kept, and the white space before it
+                end = len(self.buffer[: end - _may_begin(self.buffer, marker)].rstrip())
+            text, self.buffer = self.buffer[:end], self.buffer[end:]
         if text:
             yield Part(kind, text)
 
@@ -127,12 +111,8 @@ class Parser:
             name, self.buffer, self.state = self.buffer[:at], self.buffer[found.end() :], "arguments"
             self.call += 1
             self.depth, self.quoted, self.escaped = 0, False, False
-            yield Part(
-                "call",
-                name,
-                self.call,
-                "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(ID_LENGTH)),
-            )
+            letters = [secrets.choice(string.ascii_letters + string.digits) for _ in range(ID_LENGTH)]
+            yield Part("call", name, self.call, "".join(letters))
         elif last:
             self.buffer = ""
 
@@ -166,7 +146,7 @@ class Parser:
 
 
 def _pattern(literal: str) -> re.Pattern[str]:
-    return re.compile(re.escape(literal).replace(re.escape(ID), f"[a-zA-Z0-9]{{{ID_LENGTH}}}"))
+    return re.compile(re.escape(literal).replace(re.escape(ID), ID_PATTERN))
 
 
 def _may_begin(text: str, marker: str) -> int:

@@ -11,17 +11,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from craton.base import UserError
-from craton.text.calls import HERMES, ID, ID_LENGTH, CallFormat
+from craton.text.calls import HERMES, ID, ID_PATTERN, CallFormat
 from craton.text.messages import text_of
 from craton.text.tokenizer import Tokenizer
 
-_THINKING = (
-    ("<think>", "</think>"),
-    ("[THINK]", "[/THINK]"),
-    ("<seed:think>", "</seed:think>"),
-    ("<thinking>", "</thinking>"),
-)
+_THINKING = [(m, f"{m[0]}/{m[1:]}") for m in ("<think>", "[THINK]", "<seed:think>", "<thinking>")]  # <x> and </x>
 _NAMES, _KEY, _ID = ("probe_first", "probe_second"), "probe_key", "a1B2c3D4e"
+_QUESTION, _ANSWER = {"role": "user", "content": "probe"}, {"role": "assistant", "content": "probe answer"}
 _SPACES = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}  # as json.dumps or compact
 _HERMES = (
     "You may call functions to answer. They are described in <tools></tools>, one JSON object a "
@@ -105,20 +101,15 @@ class Dialogue:
 
     def show_special(self, tools: bool) -> tuple[int, ...]:
         """Special tokens that the parser must see."""
-        texts = [
-            *(self.thinking or ()),
-            *((self.calls.opening, self.calls.middle, self.calls.closing, self.calls.between or "") if tools else ()),
-        ]
-        return tuple(
-            sorted({t for text in texts for t in self.tokenizer.encode_rendered(text)} & self.tokenizer.special_ids)
-        )
+        f = self.calls
+        marks = (f.opening, f.middle, f.closing, f.between or "") if tools else ()
+        shown = {t for text in (*(self.thinking or ()), *marks) for t in self.tokenizer.encode_rendered(text)}
+        return tuple(sorted(shown & self.tokenizer.special_ids))
 
     def grammar(self, tools: list[dict[str, Any]], choice: str, parallel: bool, schema: str | None = None) -> str:
         """Lark grammar of an answer: text (or JSON by the schema) or calls. choice: "auto" or "required"."""
-        f, names = (
-            self.calls,
-            {t["function"]["name"]: t["function"].get("parameters") or {"type": "object"} for t in tools},
-        )
+        f = self.calls
+        names = {t["function"]["name"]: t["function"].get("parameters") or {"type": "object"} for t in tools}
         opening = f.opening.split(ID)[0]
         bodies = " | ".join(
             f"{self._lark(json.dumps(n)[1:-1] + f.middle)} %json {json.dumps({**p, 'x-guidance': _SPACES})}"
@@ -155,9 +146,7 @@ class Dialogue:
         out = []
         for p in filter(None, pieces):
             quoted = json.dumps(p, ensure_ascii=False)
-            out.append(
-                f"/[a-zA-Z0-9]{{{ID_LENGTH}}}/" if p == ID else f"(<[{names[p]}]> | {quoted})" if p in names else quoted
-            )
+            out.append(f"/{ID_PATTERN}/" if p == ID else f"(<[{names[p]}]> | {quoted})" if p in names else quoted)
         return " ".join(out)
 
 
@@ -185,9 +174,7 @@ def learn(tokenizer: Tokenizer, end_ids: tuple[int, ...]) -> Dialogue:
 
 def _turn_end(tokenizer: Tokenizer) -> int | None:
     try:
-        text = tokenizer.render_chat(
-            [{"role": "user", "content": "probe"}, {"role": "assistant", "content": "probe answer"}], None, False
-        )
+        text = tokenizer.render_chat([_QUESTION, _ANSWER], None, False)
     except UserError:
         return None
     after = tokenizer.encode_rendered(text.rpartition("probe answer")[2].lstrip())
@@ -196,24 +183,14 @@ def _turn_end(tokenizer: Tokenizer) -> int | None:
 
 def _specials(tokenizer: Tokenizer, text: str) -> list[str]:
     """The special tokens in a text, in order."""
-    return [
-        str(tokenizer.backend.id_to_token(i)) for i in tokenizer.encode_rendered(text) if i in tokenizer.special_ids
-    ]
+    ids = [i for i in tokenizer.encode_rendered(text) if i in tokenizer.special_ids]
+    return [str(tokenizer.backend.id_to_token(i)) for i in ids]
 
 
 def _learn_calls(tokenizer: Tokenizer, thinking: tuple[str, str] | None, ends: list[str]) -> CallFormat | None:
-    tools = [
-        {
-            "type": "function",
-            "function": {
-                "name": n,
-                "description": "-",
-                "parameters": {"type": "object", "properties": {_KEY: {"type": "string"}}},
-            },
-        }
-        for n in _NAMES
-    ]
-    user = {"role": "user", "content": "probe"}
+    parameters = {"type": "object", "properties": {_KEY: {"type": "string"}}}
+    functions = [{"name": n, "description": "-", "parameters": parameters} for n in _NAMES]
+    tools = [{"type": "function", "function": f} for f in functions]
 
     def rendered(names: tuple[str, ...], as_text: bool) -> str | None:
         arguments = [{_KEY: n + " value"} for n in names]
@@ -222,17 +199,15 @@ def _learn_calls(tokenizer: Tokenizer, thinking: tuple[str, str] | None, ends: l
             for n, a in zip(names, arguments, strict=True)
         ]
         try:
-            return tokenizer.render_chat(
-                [user, {"role": "assistant", "content": "", "tool_calls": calls}], tools, False
-            )
+            return tokenizer.render_chat([_QUESTION, {**_ANSWER, "content": "", "tool_calls": calls}], tools, False)
         except UserError:
             return None
 
     try:
-        start = tokenizer.render_chat([user], tools, True)
+        start = tokenizer.render_chat([_QUESTION], tools, True)
         if not all(n in start for n in _NAMES):
             return None
-        answer = tokenizer.render_chat([user, {"role": "assistant", "content": "probe answer"}], tools, False)
+        answer = tokenizer.render_chat([_QUESTION, _ANSWER], tools, False)
     except UserError:
         return None
     if thinking and start.rstrip().endswith(thinking[0]):

@@ -12,6 +12,11 @@ from tokenizers import Tokenizer as Backend
 
 from craton.base import UserError, read_json
 
+_TEKKEN = (
+    "<unk> <s> </s> [INST] [/INST] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_RESULTS] [/TOOL_RESULTS] [TOOL_CALLS] "
+    "[IMG] <pad> [IMG_BREAK] [IMG_END] [PREFIX] [MIDDLE] [SUFFIX]"
+).split()
+_CONFIG = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
 
@@ -39,9 +44,8 @@ def sentencepiece_text(backend: Backend, space_first: bool, steps: list[Any]) ->
 
 def begin_with(backend: Backend, token: str, i: int) -> None:
     """A special token before every text."""
-    backend.post_processor = processors.TemplateProcessing(
-        single=f"{token} $A", pair=f"{token} $A {token} $B:1", special_tokens=[(token, i)]
-    )
+    one, two = f"{token} $A", f"{token} $A {token} $B:1"
+    backend.post_processor = processors.TemplateProcessing(single=one, pair=two, special_tokens=[(token, i)])
 
 
 def sentencepiece_bpe(vocab: dict[str, int], scores: dict[str, float], unk: str | None, fallback: bool) -> Any:
@@ -77,9 +81,8 @@ def from_sentencepiece(path: Path) -> tuple[Backend, dict[str, Any]]:
         model: Any = models.Unigram([(p.piece, p.score) for p in pieces], unk, fallback)
     else:
         vocab = {p.piece: i for i, p in enumerate(pieces)}
-        model = sentencepiece_bpe(
-            vocab, {p.piece: p.score for p in pieces if p.type == normal}, pieces[unk].piece, fallback
-        )
+        scores = {p.piece: p.score for p in pieces if p.type == normal}
+        model = sentencepiece_bpe(vocab, scores, pieces[unk].piece, fallback)
     backend = Backend(model)
     steps: list[Any] = []
     if spec.precompiled_charsmap:
@@ -87,12 +90,11 @@ def from_sentencepiece(path: Path) -> tuple[Backend, dict[str, Any]]:
     if spec.remove_extra_whitespaces:
         steps += [normalizers.Strip(left=True, right=True), normalizers.Replace(Regex(" {2,}"), " ")]
     sentencepiece_text(backend, spec.add_dummy_prefix, steps)
-    backend.add_special_tokens(
-        [AddedToken(p.piece, normalized=False, special=True) for p in pieces if p.type in (control, unknown)]
-    )
+    special = [p.piece for p in pieces if p.type in (control, unknown)]
+    backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in special])
     backend.add_tokens([AddedToken(p.piece, normalized=False) for p in pieces if p.type == user])
     bos, eos = (i if 0 <= i < len(pieces) else None for i in (proto.trainer_spec.bos_id, proto.trainer_spec.eos_id))
-    config: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast", "clean_up_tokenization_spaces": False}
+    config: dict[str, Any] = {**_CONFIG}
     if bos is not None:
         name = pieces[bos].piece
         config["bos_token"] = name
@@ -118,9 +120,8 @@ def byte_level(ranks: Iterable[tuple[bytes, int]], pattern: str, special: dict[s
     vocab = {text[b]: i for b, i in words.items()} | special
     backend = Backend(models.BPE(vocab, [(text[a], text[b]) for *_, a, b in merges], ignore_merges=True))
     byte_level_text(backend, pattern)
-    backend.add_special_tokens(
-        [AddedToken(t, normalized=False, special=True) for t in sorted(special, key=special.__getitem__)]
-    )
+    names = sorted(special, key=special.__getitem__)
+    backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in names])
     return backend
 
 
@@ -132,30 +133,14 @@ def from_tekken(path: Path) -> tuple[Backend, dict[str, Any]]:
         first, size = int(config["default_num_special_tokens"]), int(config["default_vocab_size"])
         named = {t["token_str"]: int(t["rank"]) for t in raw.get("special_tokens") or []}
         if not named:  # the first published version leaves them out
-            named = {
-                t: i
-                for i, t in enumerate(
-                    tuple(
-                        (
-                            "<unk> <s> </s> [INST] [/INST] [AVAILABLE_TOOLS] [/AVAILABLE_TOOLS] [TOOL_RESULTS] "
-                            "[/TOOL_RESULTS] [TOOL_CALLS] [IMG] <pad> [IMG_BREAK] [IMG_END] [PREFIX] [MIDDLE] "
-                            "[SUFFIX]"
-                        ).split()
-                    )
-                )
-            }
+            named = {t: i for i, t in enumerate(_TEKKEN)}
         named |= {f"<SPECIAL_{i}>": i for i in range(first) if i not in named.values()}
         ranks = [(base64.b64decode(t["token_bytes"]), first + int(t["rank"])) for t in raw["vocab"][: size - first]]
         backend = byte_level(ranks, config["pattern"], named)
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: not a tekken tokenizer ({error})") from None
     begin_with(backend, "<s>", named["<s>"])
-    return backend, {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "clean_up_tokenization_spaces": False,
-        "bos_token": "<s>",
-        "eos_token": "</s>",
-    }
+    return backend, {**_CONFIG, "bos_token": "<s>", "eos_token": "</s>"}
 
 
 def from_gpt2(vocab: Path, merges: Path) -> tuple[Backend, dict[str, Any]]:
@@ -173,13 +158,8 @@ def from_gpt2(vocab: Path, merges: Path) -> tuple[Backend, dict[str, Any]]:
     byte_level_text(backend, GPT2_PATTERN)
     end = "<|endoftext|>"
     backend.add_special_tokens([AddedToken(end, normalized=False, special=True)])
-    return backend, {
-        "tokenizer_class": "GPT2TokenizerFast",
-        "bos_token": end,
-        "eos_token": end,
-        "unk_token": end,
-        "clean_up_tokenization_spaces": False,
-    }
+    ends = dict.fromkeys(("bos_token", "eos_token", "unk_token"), end)
+    return backend, {"tokenizer_class": "GPT2TokenizerFast", **ends, "clean_up_tokenization_spaces": False}
 
 
 def find(folder: Path) -> tuple[Backend, dict[str, Any]]:
@@ -190,6 +170,4 @@ def find(folder: Path) -> tuple[Backend, dict[str, Any]]:
     for vocab, merges in (("vocab.json", "merges.txt"), ("encoder.json", "vocab.bpe")):
         if (folder / vocab).is_file() and (folder / merges).is_file():
             return from_gpt2(folder / vocab, folder / merges)
-    raise UserError(
-        f"{folder}: no tokenizer.json, tokenizer.model, tekken.json or vocab.json there; give a folder that holds one"
-    )
+    raise UserError(f"{folder}: no tokenizer.json, tokenizer.model, tekken.json or vocab.json; give a folder with one")

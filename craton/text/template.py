@@ -17,11 +17,8 @@ from typing import Any
 
 from craton.base import UserError
 
-SECONDS, MEMORY, OUTPUT = (
-    10.0,
-    512 << 20,
-    32 << 20,
-)  # limits of one rendering: time, bytes of the process and of the text
+# Limits of one rendering: time, bytes of the process and of the text.
+SECONDS, MEMORY, OUTPUT = 10.0, 512 << 20, 32 << 20
 
 
 class ChatTemplate:
@@ -40,25 +37,16 @@ class ChatTemplate:
         **more: Any,
     ) -> str:
         """UserError if the template refuses the messages, fails, or passes a limit."""
-        values = {
-            **self.special,
-            "messages": messages,
-            "tools": tools,
-            "documents": None,
-            "add_generation_prompt": add_generation_prompt,
-            **more,
-        }
+        given = dict(messages=messages, tools=tools, documents=None, add_generation_prompt=add_generation_prompt)
+        values: dict[str, Any] = {**self.special, **given, **more}
         with self.lock:
             try:
                 answer = self._ask(json.dumps({"template": self.source, "values": values}).encode())
-            except (OSError, EOFError):
+            except (OSError, EOFError) as error:
                 self._stop()
-                raise UserError(
-                    f"chat_template needs more than {MEMORY >> 20} MB or failed badly; it is damaged or hostile"
-                ) from None
-            except TimeoutError:
-                self._stop()
-                raise UserError(f"chat_template took longer than {SECONDS:.0f} s; it is damaged or hostile") from None
+                late = f"took longer than {SECONDS:.0f} s"
+                what = late if isinstance(error, TimeoutError) else f"needs more than {MEMORY >> 20} MB or failed badly"
+                raise UserError(f"chat_template {what}; it is damaged or hostile") from None
         if "error" in answer:
             raise UserError(f"chat_template: {answer['error']}")
         return str(answer["text"])
@@ -130,9 +118,8 @@ def _environment() -> Any:
     ) -> str:
         return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, loopcontrols]
-    )
+    extensions = [Generation, loopcontrols]
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=extensions)
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = raise_exception
     environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)

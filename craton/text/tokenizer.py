@@ -28,18 +28,8 @@ PATTERN = (
     r"\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 END = "<|endoftext|>"  # before every document, so it both starts and ends one
-SPECIAL = [
-    END,
-    "<|im_start|>",
-    "<|im_end|>",
-    "<think>",
-    "</think>",
-    "<tool_call>",
-    "</tool_call>",
-    "<tool_response>",
-    "</tool_response>",
-    "<|pad|>",
-] + [f"<|reserved_{i}|>" for i in range(6)]
+_CHAT = "<|im_start|> <|im_end|> <think> </think> <tool_call> </tool_call> <tool_response> </tool_response> <|pad|>"
+SPECIAL = [END, *_CHAT.split(), *(f"<|reserved_{i}|>" for i in range(6))]
 
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
@@ -59,11 +49,8 @@ class Tokenizer:
     @classmethod
     def open(cls, folder: Path) -> "Tokenizer":
         """Raises UserError if the folder holds no usable tokenizer."""
-        path, config_path, template = (
-            folder / "tokenizer.json",
-            folder / "tokenizer_config.json",
-            folder / "chat_template.jinja",
-        )
+        path, config_path = folder / "tokenizer.json", folder / "tokenizer_config.json"
+        template = folder / "chat_template.jinja"
         config: dict[str, Any] = {}
         if path.is_file():
             try:
@@ -106,9 +93,7 @@ class Tokenizer:
         for i in (self.bos_id, self.eos_id, self.backend.token_to_id(END)):
             if i is not None:
                 return i
-        raise UserError(
-            "tokenizer_config.json: neither bos_token nor eos_token is set; name the token that ends a document"
-        )
+        raise UserError("tokenizer_config.json: no bos_token and no eos_token; name the token that ends a document")
 
     def encode(self, text: str) -> list[int]:
         """Ids as the published tokenizer gives them, with the special tokens it adds at the start."""
@@ -166,51 +151,43 @@ class Tokenizer:
             raise UserError("tokenizer_config.json: no chat_template, so this model cannot chat")
         return self.chat_template.render(messages, tools, add_generation_prompt, **more)
 
-    def encode_chat(
-        self,
-        messages: list[dict[str, Any]],
-        tools: list[dict[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
-        **more: Any,
-    ) -> list[int]:
+    def encode_chat(self, messages: list[dict[str, Any]], *options: Any, **more: Any) -> list[int]:
         """The same as ids; the template writes the special tokens itself."""
-        return self.encode_rendered(self.render_chat(messages, tools, add_generation_prompt, **more))
+        return self.encode_rendered(self.render_chat(messages, *options, **more))
 
     @cached_property
-    def _bytes_of(self) -> Any:
-        """A function from a token's name to the bytes it stands for."""
-        state = json.dumps(json.loads(self.backend.to_str())["pre_tokenizer"]) + json.dumps(
-            json.loads(self.backend.to_str())["decoder"]
-        )
-        if "ByteLevel" in state:
-            table = {c: b for b, c in formats.byte_to_unicode().items()}
-            return lambda name: bytes(table[c] for c in name) if all(c in table for c in name) else name.encode()
-        return lambda name: (
-            bytes([int(name[3:5], 16)])
-            if re.fullmatch(r"<0x[0-9A-F]{2}>", name)
-            else name.replace("\u2581", " ").encode()
-        )
+    def _stand_ins(self) -> dict[str, int]:
+        """The bytes that characters in the names of byte-level tokens stand for; {} where tokens are not of bytes."""
+        state = json.loads(self.backend.to_str())
+        level = "ByteLevel" in json.dumps([state["pre_tokenizer"], state["decoder"]])
+        return {c: b for b, c in formats.byte_to_unicode().items()} if level else {}
+
+    def _named(self, name: str) -> bytes:
+        """What a token of this name, which is not special, adds to a text."""
+        table = self._stand_ins
+        if table:
+            return bytes(table[c] for c in name) if all(c in table for c in name) else name.encode()
+        if re.fullmatch(r"<0x[0-9A-F]{2}>", name):
+            return bytes([int(name[3:5], 16)])
+        return name.replace("\u2581", " ").encode()
 
     def bytes_of(self, token: int) -> bytes:
         """What a token adds to a text; of a special token, its name."""
         name = self.backend.id_to_token(token)
         if name is None:
             return b""
-        return name.encode() if token in self.special_ids else bytes(self._bytes_of(name))
+        return name.encode() if token in self.special_ids else self._named(name)
 
     def token_bytes(self) -> np.ndarray:
         """(vocab_size,) int64: bytes of text that each id stands for; 0 for special tokens."""
         state = json.loads(self.backend.to_str())
         added = {t["id"]: 0 if t["special"] else len(t["content"].encode()) for t in state["added_tokens"]}
-        level = "ByteLevel" in json.dumps(state["pre_tokenizer"]) + json.dumps(state["decoder"])
         out = np.zeros(self.vocab_size, np.int64)
         for token, i in self.backend.get_vocab(with_added_tokens=True).items():
             if i in added:
                 out[i] = added[i]
-            elif level:
-                out[i] = len(token)  # one stand-in character a byte
-            else:
-                out[i] = 1 if re.fullmatch(r"<0x[0-9A-F]{2}>", token) else len(token.replace("\u2581", " ").encode())
+            else:  # of byte-level tokens, one stand-in character a byte
+                out[i] = len(token) if self._stand_ins else len(self._named(token))
         return out
 
     @cached_property
@@ -221,19 +198,13 @@ class Tokenizer:
         if model["type"] != "BPE" or state["normalizer"] or not pre or pre["type"] != "Sequence":
             return None
         split, level = (pre["pretokenizers"] + [{}, {}])[:2]
-        if (
-            split.get("type") != "Split"
-            or "Regex" not in split["pattern"]
-            or level.get("type") != "ByteLevel"
-            or level["use_regex"]
-        ):
+        if split.get("type") != "Split" or "Regex" not in split["pattern"]:
+            return None
+        if level.get("type") != "ByteLevel" or level["use_regex"]:
             return None
         import tiktoken
 
-        table, special = (
-            {c: b for b, c in formats.byte_to_unicode().items()},
-            {t["content"] for t in state["added_tokens"]},
-        )
+        table, special = self._stand_ins, {t["content"] for t in state["added_tokens"]}
         ranks = {bytes(table[c] for c in k): i for k, i in model["vocab"].items() if k not in special}
         fast = tiktoken.Encoding("craton", pat_str=split["pattern"]["Regex"], mergeable_ranks=ranks, special_tokens={})
         probes = [
@@ -247,12 +218,8 @@ class Tokenizer:
 
     def encode_documents(self, texts: Iterable[str]) -> Iterator[list[int]]:
         """Ids of each text with no special tokens; a special token's name in a document is ordinary text."""
-        if self._fast is not None:
-            for text in texts:
-                yield self._fast.encode_ordinary(text)
-        else:
-            for text in texts:
-                yield self._encode_as_text(text)
+        encode = self._encode_as_text if self._fast is None else self._fast.encode_ordinary
+        yield from map(encode, texts)
 
     def _encode_as_text(self, text: str) -> list[int]:
         """Ids of a text in which "<|endoftext|>", say, is not the special token."""
@@ -267,22 +234,14 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Byte-level BPE of vocab_size ids (special tokens first, then the 256 bytes, then merges)."""
     backend = Backend(models.BPE())
     formats.byte_level_text(backend, PATTERN)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=SPECIAL,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
+        vocab_size=vocab_size, special_tokens=SPECIAL, initial_alphabet=alphabet, show_progress=False
     )
     backend.train_from_iterator(texts, trainer)
     formats.begin_with(backend, END, 0)
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "bos_token": END,
-        "eos_token": END,
-        "pad_token": "<|pad|>",
-        "clean_up_tokenization_spaces": False,
-        "chat_template": CHAT_TEMPLATE,
-    }
+    config: dict[str, Any] = dict(tokenizer_class="PreTrainedTokenizerFast", bos_token=END, eos_token=END)
+    config |= dict(pad_token="<|pad|>", clean_up_tokenization_spaces=False, chat_template=CHAT_TEMPLATE)
     return Tokenizer(backend, config)
 
 

@@ -29,18 +29,13 @@ from craton.weights.tensorfile import open_tensors, stream_tensors
 
 FORMAT = "craton-checkpoint-2"
 KINDS = ("weights", "optimizer")
+Tensors = dict[str, dict[str, Tensor]]  # for each of KINDS, by name, sharded or not
+OLD = "of craton 0.1, which this version does not take up; its model opens as it is, start a new run with another --out"
 
 
-def save(
-    folder: Path,
-    step: int,
-    tensors: dict[str, dict[str, Tensor]],
-    state: dict[str, Any],
-    processes: Processes,
-    keep: int,
-) -> Path:
-    """Publish training/step-N and remove all but the newest `keep`. Collective. tensors: for each of KINDS, by name,
-    sharded or not. UserError on a full disk, older checkpoints untouched."""
+def save(folder: Path, step: int, tensors: Tensors, state: dict[str, Any], processes: Processes, keep: int) -> Path:
+    """Publish training/step-N and remove all but the newest `keep`. Collective. UserError on a full disk, older
+    checkpoints untouched."""
     final, temporary = folder / f"step-{step:08d}", folder / f".step-{step:08d}.tmp"
     if processes.first:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -56,23 +51,19 @@ def save(
     written = processes.gather((problem, facts, pieces))
     problem = next((p for p, _, _ in written if p), None)
     if processes.first and not problem:
-        problem = _publish(final, temporary, state, [w[1] for w in written], [w[2] for w in written])
+        problem = _publish(final, temporary, state, written)
     if problem := processes.agree(problem):
         if processes.first:
             shutil.rmtree(temporary, ignore_errors=True)
-        raise UserError(
-            f"{final}: cannot write the checkpoint ({problem}); the last one is intact, free some space and go on "
-            "with --resume"
-        )
+        fix = "the last one is intact, free some space and go on with --resume"
+        raise UserError(f"{final}: cannot write the checkpoint ({problem}); {fix}")
     if processes.first:
         for old in _all(folder)[keep:]:
             shutil.rmtree(old)
     return final
 
 
-def _write_pieces(
-    folder: Path, tensors: dict[str, dict[str, Tensor]], processes: Processes
-) -> tuple[dict[str, Any], dict[str, Any]]:
+def _write_pieces(folder: Path, tensors: Tensors, processes: Processes) -> tuple[dict[str, Any], dict[str, Any]]:
     """This process's files: their facts, and for each kind and tensor its whole shape and where the piece lies."""
     facts: dict[str, Any] = {}
     pieces: dict[str, Any] = {kind: {} for kind in KINDS}
@@ -90,16 +81,14 @@ def _write_pieces(
     return facts, pieces
 
 
-def _publish(
-    final: Path, temporary: Path, state: dict[str, Any], facts: list[dict[str, Any]], pieces: list[dict[str, Any]]
-) -> str | None:
-    """State and manifest, then the rename. Returns what went wrong."""
+def _publish(final: Path, temporary: Path, state: dict[str, Any], written: list[Any]) -> str | None:
+    """State and manifest, then the rename. written: (_, facts, pieces) of each process. Returns what went wrong."""
     try:
         write_json(temporary / "state.json", state)
         file = temporary / "state.json"
         files = {file.name: {"bytes": file.stat().st_size, "sha256": sha256(file)}}
         tensors: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}
-        for rank, (own_files, own_pieces) in enumerate(zip(facts, pieces, strict=True)):
+        for rank, (_, own_files, own_pieces) in enumerate(written):
             files |= own_files
             for kind, named in own_pieces.items():
                 for name, piece in named.items():
@@ -135,18 +124,13 @@ def read_manifest(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}: damaged checkpoint (manifest.json is missing)") from None
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: damaged checkpoint (manifest.json is unreadable: {error})") from None
-    if not isinstance(manifest, dict):
-        raise UserError(f"{path}: damaged checkpoint (manifest.json is not the one that was written)")
-    if set(manifest) == {"model.safetensors", "optimizer.safetensors", "state.json"}:
-        raise UserError(
-            f"{path}: a checkpoint of craton 0.1, which this version does not take up; the model folder around it "
-            "opens as it is, and a new run can be started with another --out",
-            code="older_version",
-        )
-    written = manifest.pop("sha256", None)
-    if manifest.get("format") != FORMAT or written != _hash(manifest):
-        raise UserError(f"{path}: damaged checkpoint (manifest.json is not the one that was written)")
-    return manifest
+    if isinstance(manifest, dict):
+        if set(manifest) == {"model.safetensors", "optimizer.safetensors", "state.json"}:
+            raise UserError(f"{path}: a checkpoint {OLD}", code="older_version")
+        written = manifest.pop("sha256", None)
+        if manifest.get("format") == FORMAT and written == _hash(manifest):
+            return manifest
+    raise UserError(f"{path}: damaged checkpoint (manifest.json is not the one that was written)")
 
 
 def verify(path: Path, share: int = 0, shares: int = 1) -> str | None:
@@ -221,8 +205,7 @@ class Checkpoint:
     @property
     def state(self) -> dict[str, Any]:
         """state.json."""
-        found: dict[str, Any] = json.loads((self.path / "state.json").read_text(encoding="utf-8"))
-        return found
+        return json.loads((self.path / "state.json").read_text(encoding="utf-8"))
 
     def names(self, kind: str) -> dict[str, tuple[int, ...]]:
         """The tensors of a kind with their whole shapes."""
@@ -230,14 +213,13 @@ class Checkpoint:
 
     def read(self, kind: str, name: str, wanted: Box) -> Tensor:
         """A box of a tensor, put together from the pieces that reach into it. UserError if a piece is not there."""
-        offset, shape = wanted
         out: Tensor | None = None
         for piece in self.manifest["tensors"][kind][name]["pieces"]:
-            if (common := _overlap(offset, shape, piece["offset"], piece["size"])) is None:
+            if (common := _overlap(wanted, piece)) is None:
                 continue
             here, there = common
             part = self._slice(piece["file"], name, there)
-            out = torch.empty(shape, dtype=part.dtype) if out is None else out
+            out = torch.empty(wanted[1], dtype=part.dtype) if out is None else out
             out[here] = part
         if out is None:
             raise UserError(f"{self.path}: tensor {name} is missing; start again with another --out")
@@ -250,12 +232,10 @@ class Checkpoint:
         return opened.get_slice(name)[place] if place else opened.get_tensor(name)
 
 
-def _overlap(
-    offset: tuple[int, ...], shape: tuple[int, ...], other: list[int], size: list[int]
-) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
-    """Where two boxes meet, as places within the first and within the second; None if they do not."""
+def _overlap(wanted: Box, piece: dict[str, Any]) -> tuple[tuple[slice, ...], tuple[slice, ...]] | None:
+    """Where a box and a piece meet, as places within the first and within the second; None if they do not."""
     here, there = [], []
-    for a, n, b, m in zip(offset, shape, other, size, strict=True):
+    for a, n, b, m in zip(*wanted, piece["offset"], piece["size"], strict=True):
         low, high = max(a, b), min(a + n, b + m)
         if low >= high:
             return None

@@ -24,6 +24,7 @@ class Losses:
 
 
 Objective = Callable[[Any, Any], Losses]  # (network, batch) -> Losses
+Kind = Callable[[str, nn.Parameter], str]  # (name, parameter) -> 'matrix', 'embedding', 'head' or 'norm'
 
 
 class Source(Protocol):
@@ -96,15 +97,15 @@ class Looked:
 @dataclass(frozen=True)
 class Job:
     """See each field's type. look: held-out numbers and samples, called by all processes together. kind: of a trained
-    parameter, which decides its learning rate: 'matrix', 'embedding', 'head' or 'norm'. further: more figures from a
-    step's means ('loss' and the names of sums)."""
+    parameter, which decides its learning rate. further: more figures from a step's means ('loss' and the names of
+    sums)."""
 
     name: str
     source: Source
     objective: Objective
     store: Store
     cost: Cost
-    kind: Callable[[str, nn.Parameter], str]
+    kind: Kind
     look: Callable[[Any, Processes], Looked] = lambda network, processes: Looked({})
     further: Callable[[dict[str, float]], dict[str, float]] = lambda means: {}
 

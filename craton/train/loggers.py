@@ -1,5 +1,4 @@
-"""Metrics for other people's dashboards: TensorBoard, Weights & Biases, trackio. metrics.jsonl is written
-regardless."""
+"""Metrics for others' dashboards: TensorBoard, Weights & Biases, trackio. metrics.jsonl is written regardless."""
 
 from pathlib import Path
 from typing import Any

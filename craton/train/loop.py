@@ -9,7 +9,6 @@ import shutil
 import signal
 import time
 from collections import deque
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from craton.base import Progress, UserError, count, say, span
 from craton.train import checkpoint
 from craton.train.distributed import Processes, box, clip_gradients, fill, gathered, local
-from craton.train.job import Job, Losses, Store, on
+from craton.train.job import Job, Kind, Losses, Store, on
 from craton.train.loggers import Logger
 from craton.train.metrics import Metrics
 from craton.train.optim import Optimizers, groups
@@ -55,9 +54,7 @@ def lr_share(recipe: Recipe, step: int) -> float:
     return min(warm, s.final_share + (1 - s.final_share) * left)
 
 
-def build(
-    store: Store, kind: Callable[[str, nn.Parameter], str], recipe: Recipe, processes: Processes
-) -> tuple[Any, Optimizers]:
+def build(store: Store, kind: Kind, recipe: Recipe, processes: Processes) -> tuple[Any, Optimizers]:
     """A store's network, each process its part, with the weights that the run begins with; and its optimizers."""
     network = store.build()
     processes.shard(network, store.units(network), store.forwards(network), recipe.run.precision == "bf16")
@@ -131,14 +128,8 @@ class Run:
     def save(self) -> None:
         """Publish a checkpoint and the released folder's weights. Collective."""
         tensors = {"weights": self._tensors(), "optimizer": self.optimizers.state()}
-        path = checkpoint.save(
-            self.out / "training",
-            self.state.step,
-            tensors,
-            vars(self.state),
-            self.processes,
-            self.recipe.run.keep_checkpoints,
-        )
+        folder, keep = self.out / "training", self.recipe.run.keep_checkpoints
+        path = checkpoint.save(folder, self.state.step, tensors, vars(self.state), self.processes, keep)
         self._release(path)
 
     def _release(self, path: Path) -> None:
@@ -200,10 +191,9 @@ class Run:
         if set(own) != set(names):
             raise UserError(f"{opened.path}: holds other tensors than the recipe's model")
         for name, tensor in own.items():
-            if tuple(tensor.shape) != names[name]:
-                raise UserError(
-                    f"{opened.path}: tensor {name} has shape {names[name]}, the recipe says {tuple(tensor.shape)}"
-                )
+            shape = tuple(tensor.shape)
+            if shape != names[name]:
+                raise UserError(f"{opened.path}: tensor {name} has shape {names[name]}, the recipe says {shape}")
             if local(tensor).numel():
                 local(tensor).copy_(opened.read("weights", name, box(tensor)))
         self.optimizers.load(opened.names("optimizer"), lambda name, where: opened.read("optimizer", name, where))
@@ -247,10 +237,8 @@ class Run:
         sums = accumulate(self.network, self.parameters, self.job, self.recipe, self.processes, state.cursor)
         counted = sums["loss"][1]
         if not counted > 0:
-            raise UserError(
-                f"step {state.step}: no position of batch {state.cursor} counts (the sum of weights is {counted:g}); "
-                "nothing could be learned from it"
-            )
+            what = f"no position of batch {state.cursor} counts (the sum of weights is {counted:g})"
+            raise UserError(f"step {state.step}: {what}; nothing could be learned from it")
         means = {name: s / c if c else math.nan for name, (s, c) in sums.items()}
         norm = clip_gradients(self.parameters, self.recipe.optimizer.clip, 1 / counted)
         if (problem := self._problem(means["loss"], norm)) is not None:
@@ -269,12 +257,8 @@ class Run:
         """Look at the network now and then; write the step's row down. seconds: a step. Collective."""
         state, run, cost, rows = self.state, self.recipe.run, self.job.cost, self.job.source.rows
         steps, rate = run.steps or 0, rows * cost.units / seconds
-        matrices = rows * cost.matrix_flops / seconds
-        row |= {
-            f"{cost.unit}_per_second": rate,
-            "peak_share": matrices / self.peak / self.processes.world,
-            "seconds": state.seconds,
-        }
+        peak_share = rows * cost.matrix_flops / seconds / self.peak / self.processes.world
+        row |= {f"{cost.unit}_per_second": rate, "peak_share": peak_share, "seconds": state.seconds}
         looked = None
         if state.step % (run.evaluate_every or 1) == 0 or state.step == steps:
             looked = self.job.look(self.network, self.processes)
@@ -284,11 +268,9 @@ class Run:
         metrics.write(row)
         self.logger.write(row)
         bits = f"{row['bits_per_byte']:.3f} bits/byte  " if "bits_per_byte" in row else ""
-        line.show(
-            f"step {state.step}/{steps}  loss {row['loss']:.3f}  {bits}{count(rate)} {cost.unit}/s  "
-            f"{100 * row['peak_share']:.0f}% of peak  {count(rows * cost.flops / seconds)}FLOP/s  "
-            f"{span((steps - state.step) * seconds)} left"
-        )
+        left, flops = span((steps - state.step) * seconds), count(rows * cost.flops / seconds)
+        speed = f"{count(rate)} {cost.unit}/s  {100 * peak_share:.0f}% of peak  {flops}FLOP/s"
+        line.show(f"step {state.step}/{steps}  loss {row['loss']:.3f}  {bits}{speed}  {left} left")
         if looked is not None and looked.line:
             line.clear()
             say(f"step {state.step:>6}  {looked.line}")
@@ -313,20 +295,17 @@ class Run:
         old, most = self.state, self.recipe.safety.most_rollbacks
         step, batch = old.step, old.cursor
         if old.rollbacks >= most:
-            raise UserError(
-                f"step {step}: {problem}; given up after {old.rollbacks} rollbacks (safety.most_rollbacks); lower the "
-                f"learning rates or look at the data of batch {batch} ('craton corpus trace')"
-            )
+            after = f"given up after {old.rollbacks} rollbacks (safety.most_rollbacks)"
+            fix = f"lower the learning rates or look at the data of batch {batch} ('craton corpus trace')"
+            raise UserError(f"step {step}: {problem}; {after}; {fix}")
         out = tuple(sorted({*old.skipped, max(0, batch - 1), batch}))
         self.restore()
         self.state.skipped, self.state.rollbacks = out, old.rollbacks + 1
         for p in self.parameters:
             p.grad = None
         if self.processes.first:
-            say(
-                f"step {step}: {problem}; rolled back to step {self.state.step}, batches {max(0, batch - 1)}-{batch} "
-                f"are skipped ({old.rollbacks + 1} of at most {most})"
-            )
+            skipped = f"batches {max(0, batch - 1)}-{batch} are skipped ({old.rollbacks + 1} of at most {most})"
+            say(f"step {step}: {problem}; rolled back to step {self.state.step}, {skipped}")
         if metrics:
             event = {"event": "rollback", "at_step": step, "problem": problem, "to_step": self.state.step}
             metrics.rewind(self.state.step, event | {"skipped": list(out)})

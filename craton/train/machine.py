@@ -18,6 +18,12 @@ def device() -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
+def synchronise(where: str) -> None:
+    """Wait for what a GPU still computes."""
+    if where == "cuda":
+        torch.cuda.synchronize()
+
+
 def gemm_peak(where: str, dtype: torch.dtype, seconds: float = 0.6) -> float:
     """Best FLOP/s of a large matrix product, over the libraries at hand (on CPUs PyTorch's BLAS and oneDNN)."""
     n = 8192 if where == "cuda" else 1536
@@ -26,12 +32,10 @@ def gemm_peak(where: str, dtype: torch.dtype, seconds: float = 0.6) -> float:
     for product in {matmul_t, lambda x, y: x @ y.t()}:
         end = time.perf_counter() + seconds / 2
         while time.perf_counter() < end:
-            if where == "cuda":
-                torch.cuda.synchronize()
+            synchronise(where)
             start = time.perf_counter()
             product(a, b)
-            if where == "cuda":
-                torch.cuda.synchronize()
+            synchronise(where)
             best = max(best, 2 * n**3 / (time.perf_counter() - start))
     return best
 
@@ -60,12 +64,9 @@ def _commit() -> str | None:
     if not (folder / ".git").exists():
         return None
     try:
-        return (
-            subprocess.run(
-                ["git", "-C", str(folder), "rev-parse", "HEAD"], capture_output=True, text=True, timeout=5
-            ).stdout.strip()
-            or None
-        )
+        command = ["git", "-C", str(folder), "rev-parse", "HEAD"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5)
+        return done.stdout.strip() or None
     except (OSError, subprocess.TimeoutExpired):
         return None
 

@@ -9,6 +9,7 @@ import torch
 from craton.model.config import ModelConfig
 from craton.train.distributed import Processes, clip_gradients
 from craton.train.loop import build
+from craton.train.machine import synchronise
 from craton.train.pretrain import ModelFolder, kind
 from craton.train.recipe import Recipe
 
@@ -33,11 +34,11 @@ def seconds_a_step(config: ModelConfig, recipe: Recipe, processes: Processes) ->
         with torch.autocast(device, torch.bfloat16, enabled=recipe.run.precision == "bf16"):
             total, _ = network.weighted_nll(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), weight)
         total.backward()
-        _synchronise(device)
+        synchronise(device)
         middle = time.perf_counter()
         clip_gradients(optimizers.parameters, 1.0)
         optimizers.step(0.0)
-        _synchronise(device)
+        synchronise(device)
         forward.append(middle - start)
         update.append(time.perf_counter() - middle)
     processes.sums.clear()
@@ -64,8 +65,3 @@ def together(processes: Processes, plan: Callable[[Callable[[ModelConfig, Recipe
     finally:
         processes.agree(("done", result))
     return result
-
-
-def _synchronise(device: str) -> None:
-    if device == "cuda":
-        torch.cuda.synchronize()

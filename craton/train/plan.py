@@ -112,17 +112,13 @@ class _Planner:
         r.run.precision = r.run.precision or ("fp32" if self.cpu else "bf16")
         if r.data.document_mask is None:
             r.data.document_mask = self.cpu
-            self.why.append(
-                "attention stays inside documents: the CPU kernel skips the rest"
-                if self.cpu
-                else "attention may cross documents: a mask would cost speed here"
-            )
-        r.data.sequence_length = r.data.sequence_length or (512 if self.cpu else 2048)
-        if self.available < r.data.sequence_length + 1:
-            raise UserError(
-                f"{self.corpora[0].folder}: {self.available} training tokens, fewer than one row of "
-                f"data.sequence_length {r.data.sequence_length}; give more text"
-            )
+            inside = "stays inside documents: the CPU kernel skips the rest"
+            across = "may cross documents: a mask would cost speed here"
+            self.why.append(f"attention {inside if self.cpu else across}")
+        r.data.sequence_length = length = r.data.sequence_length or (512 if self.cpu else 2048)
+        if self.available < length + 1:
+            few = f"{self.available} training tokens, fewer than one row of data.sequence_length {length}"
+            raise UserError(f"{self.corpora[0].folder}: {few}; give more text")
 
     def depth(self) -> int:
         """The number of layers, given or derived."""
@@ -139,9 +135,7 @@ class _Planner:
         depth = next((d for d in range(24, 1, -1) if self._enough(d, compute)), 1)
         if kind == "seconds":
             depth = self._measured_depth(depth, compute)
-        self.why.append(
-            f"depth {depth}: the nearest to {TOKENS_PER_PARAMETER} tokens a parameter that the budget allows"
-        )
+        self.why.append(f"depth {depth}: nearest to {TOKENS_PER_PARAMETER} tokens a parameter that the budget allows")
         return depth
 
     def _enough(self, depth: int, compute: float) -> bool:
@@ -173,10 +167,8 @@ class _Planner:
         name = "tokenizer/tokenizer.json"
         for other in others:
             if other.manifest["files"][name]["sha256"] != first.manifest["files"][name]["sha256"]:
-                raise UserError(
-                    f"{other.folder}: built with another tokenizer than {first.folder}; build it with --tokenizer "
-                    f"{first.folder}/tokenizer"
-                )
+                fix = f"build it with --tokenizer {first.folder}/tokenizer"
+                raise UserError(f"{other.folder}: built with another tokenizer than {first.folder}; {fix}")
 
     def length(self, config: ModelConfig, depth: int) -> None:
         """Steps and tokens a step."""
@@ -187,18 +179,14 @@ class _Planner:
             batch = _batch(r, tokens)
             r.run.steps = int(tokens / batch)
             if r.run.steps < FEWEST_STEPS:
-                raise UserError(
-                    f"--budget {r.run.budget or f'depth {depth}'}: too small for any model here "
-                    f"({r.run.steps} steps of {batch} tokens, at least {FEWEST_STEPS} needed); give more"
-                )
+                asked = r.run.budget or f"depth {depth}"
+                few = f"{r.run.steps} steps of {batch} tokens, at least {FEWEST_STEPS} needed"
+                raise UserError(f"--budget {asked}: too small for any model here ({few}); give more")
         else:
             batch = _batch(r, min(target, 4 * self.available))
         r.data.batch_tokens = batch
-        self.why.append(
-            f"batch of {batch} tokens: grows as the 0.383 power of the {count(r.run.steps * batch)} tokens"
-            if self.given_batch is None
-            else f"batch of {batch} tokens, as given"
-        )
+        rule = f": grows as the 0.383 power of the {count(r.run.steps * batch)} tokens"
+        self.why.append(f"batch of {batch} tokens{rule if self.given_batch is None else ', as given'}")
         most = 8192 if self.cpu else 32_768
         r.data.micro_tokens = r.data.micro_tokens or min(batch, max(r.data.sequence_length or 1, most))
 
@@ -207,11 +195,10 @@ class _Planner:
         r = self.r
         if self.budget is None:
             tokens = min(target, MOST_EPOCHS * self.available)
-            self.why.append(
-                f"{count(tokens)} tokens: {TOKENS_PER_PARAMETER} a parameter"
-                if tokens == target
-                else f"{count(tokens)} tokens: {MOST_EPOCHS} passes over the corpus"
+            rule = (
+                f"{TOKENS_PER_PARAMETER} a parameter" if tokens == target else f"{MOST_EPOCHS} passes over the corpus"
             )
+            self.why.append(f"{count(tokens)} tokens: {rule}")
             return tokens
         if self.budget[0] == "flop":
             return self.budget[1] / config.flops_per_token(r.data.sequence_length or 512)
@@ -255,15 +242,12 @@ class _Planner:
         r.model.num_hidden_layers = depth
         for key in ("hidden_size", "intermediate_size", "num_attention_heads", "num_key_value_heads", "head_dim"):
             setattr(r.model, key, getattr(config, key))
-        r.model.max_position_embeddings = config.max_position_embeddings
+        r.model.max_position_embeddings = most = config.max_position_embeddings
         batch, length, steps = r.data.batch_tokens or 0, r.data.sequence_length or 1, r.run.steps or 0
         if batch % length or batch < length:
             raise UserError(f"data.batch_tokens {batch} must be a multiple of data.sequence_length {length}")
-        if length > config.max_position_embeddings:
-            raise UserError(
-                f"data.sequence_length {length} is longer than model.max_position_embeddings "
-                f"{config.max_position_embeddings}"
-            )
+        if length > most:
+            raise UserError(f"data.sequence_length {length} is longer than model.max_position_embeddings {most}")
         tokens = steps * batch
         self.why.append(
             f"{steps} steps, {count(tokens)} tokens = {tokens / config.matrix_parameters:.1f} a parameter, "

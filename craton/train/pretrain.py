@@ -99,13 +99,9 @@ class Heldout:
         each = processes.stack(nats.to(self.device)).cpu().t().flatten()[: len(self.batches)]
         total, size = float(each.sum()), sum(int(self.token_bytes[b.target].sum()) for b in self.batches)
         tokens = sum(b.target.numel() for b in self.batches)
-        figures: dict[str, Any] = {
-            "heldout_loss": total / tokens,
-            "heldout_bits_per_byte": total / math.log(2) / max(1, size),
-        }
-        figures["sample"] = self.sample(network, processes)
-        line = f"held-out {figures['heldout_bits_per_byte']:.4f} bits/byte, loss {figures['heldout_loss']:.4f}"
-        return Looked(figures, f"{line}  {figures['sample'][:100]!r}")
+        loss, bits, sample = total / tokens, total / math.log(2) / max(1, size), self.sample(network, processes)
+        figures = {"heldout_loss": loss, "heldout_bits_per_byte": bits, "sample": sample}
+        return Looked(figures, f"held-out {bits:.4f} bits/byte, loss {loss:.4f}  {sample[:100]!r}")
 
     def sample(self, network: Any, processes: Processes, tokens: int = 48) -> str:
         """'' where the network is sharded."""
@@ -128,22 +124,13 @@ def pretraining(corpora: list[Corpus], weights: list[float], recipe: Recipe, con
     def further(means: dict[str, float]) -> dict[str, float]:
         return {"bits_per_byte": means["loss"] / math.log(2) / bytes_per_token}
 
-    return Job(
-        "pretraining",
-        source,
-        next_token,
-        ModelFolder(config, recipe.run.seed, corpora[0].tokenizer),
-        Cost("tokens", length, config.flops_per_token(length) * length, 6 * config.matrix_parameters * length),
-        kind,
-        Heldout(corpora, recipe, config, device),
-        further,
-    )
+    cost = Cost("tokens", length, config.flops_per_token(length) * length, 6 * config.matrix_parameters * length)
+    store, look = ModelFolder(config, recipe.run.seed, corpora[0].tokenizer), Heldout(corpora, recipe, config, device)
+    return Job("pretraining", source, next_token, store, cost, kind, look, further)
 
 
 def check_shares(rows: int, world: int, length: int) -> None:
     """UserError unless each process gets rows of a batch."""
     if rows < world:
-        raise UserError(
-            f"data.batch_tokens is {rows} rows, too few for {world} processes; set it to at least {world * length}",
-            field="data.batch_tokens",
-        )
+        few = f"{rows} rows, too few for {world} processes"
+        raise UserError(f"data.batch_tokens is {few}; set it to at least {world * length}", field="data.batch_tokens")

@@ -135,9 +135,8 @@ def _rules() -> dict[str, _Rule]:
             if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
                 hint = next(a for a in typing.get_args(hint) if a is not type(None))
             choices = typing.get_args(hint) if typing.get_origin(hint) is Literal else ()
-            out[f"{section}.{f.name}"] = _Rule(
-                str if choices else hint, choices, f.metadata.get("zero", False), f.metadata.get("most")
-            )
+            zero, most = f.metadata.get("zero", False), f.metadata.get("most")
+            out[f"{section}.{f.name}"] = _Rule(str if choices else hint, choices, zero, most)
     return out
 
 

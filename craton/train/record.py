@@ -7,26 +7,22 @@ from typing import Any
 from craton.base import read_json
 from craton.corpus.store import Corpus
 
+CURVE = """step tokens seconds loss bits_per_byte tokens_per_second peak_share lr_share gradient_norm
+    heldout_loss heldout_bits_per_byte""".split()
+SUMMARY = """status objective steps tokens flops seconds parameters loss bits_per_byte heldout_loss
+    heldout_bits_per_byte tokens_per_second peak_share rollbacks weights_sha256""".split()
+
 
 def corpus_facts(corpora: list[Corpus], weights: list[float]) -> list[dict[str, Any]]:
-    return [
-        {
-            "folder": str(c.folder),
-            "weight": w,
-            "digest": c.digest,
-            "tokens": c.length("train"),
-            "heldout_tokens": c.length("heldout"),
-            "documents": c.manifest["splits"]["train"]["documents"],
-            "sources": c.manifest["sources"],
-            "counts": c.manifest["counts"],
-            "dropped": {
-                k: {"documents": v["documents"], "bytes": v["bytes"]} for k, v in c.manifest["dropped"].items()
-            },
-            "tokenizer_sha256": c.manifest["files"]["tokenizer/tokenizer.json"]["sha256"],
-            "vocab_size": c.manifest["vocab_size"],
-        }
-        for c, w in zip(corpora, weights, strict=True)
-    ]
+    out = []
+    for c, weight in zip(corpora, weights, strict=True):
+        m, train = c.manifest, c.manifest["splits"]["train"]
+        facts: dict[str, Any] = {"folder": str(c.folder), "weight": weight, "digest": c.digest}
+        facts |= {"tokens": c.length("train"), "heldout_tokens": c.length("heldout"), "documents": train["documents"]}
+        facts |= {"sources": m["sources"], "counts": m["counts"], "dropped": c.dropped()}
+        sha256 = m["files"]["tokenizer/tokenizer.json"]["sha256"]
+        out.append({**facts, "tokenizer_sha256": sha256, "vocab_size": m["vocab_size"]})
+    return out
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -45,14 +41,8 @@ def curve(rows: list[dict[str, Any]], points: int = 400) -> list[dict[str, float
     """Steps evenly thinned to at most `points`, evaluations always kept."""
     steps = [r for r in rows if "loss" in r]
     stride = max(1, len(steps) // points)
-    keys = tuple(
-        (
-            "step tokens seconds loss bits_per_byte tokens_per_second peak_share lr_share gradient_norm "
-            "heldout_loss heldout_bits_per_byte"
-        ).split()
-    )
     return [
-        {k: r[k] for k in keys if k in r}
+        {k: r[k] for k in CURVE if k in r}
         for i, r in enumerate(steps)
         if i % stride == 0 or "heldout_loss" in r or i == len(steps) - 1
     ]
@@ -61,10 +51,4 @@ def curve(rows: list[dict[str, Any]], points: int = 400) -> list[dict[str, float
 def summary(out: Path) -> dict[str, Any]:
     """The numbers of a record that a script wants in its one JSON line."""
     record = read_json(out / "record.json")
-    keys = tuple(
-        (
-            "status objective steps tokens flops seconds parameters loss bits_per_byte heldout_loss "
-            "heldout_bits_per_byte tokens_per_second peak_share rollbacks weights_sha256"
-        ).split()
-    )
-    return {"out": str(out), **{k: record[k] for k in keys if k in record}}
+    return {"out": str(out), **{k: record[k] for k in SUMMARY if k in record}}

@@ -16,6 +16,7 @@ from craton.engine.model import Model, load_model
 from craton.model import kernels
 from craton.model.config import ModelConfig
 from craton.train import machine, record
+from craton.train.checkpoint import OLD
 from craton.train.distributed import Processes, open_processes
 from craton.train.job import Job
 from craton.train.loop import Interrupted, Run
@@ -138,18 +139,13 @@ def _train(asked: _Asked, make_job: MakeJob) -> dict[str, Any]:
     return record.summary(out) if processes.first else {}
 
 
-def _say_plan(config: ModelConfig, settled: dict[str, Any], device: str) -> None:
-    c = config
-    say(
-        f"model    {count(c.parameters)} parameters: {c.num_hidden_layers} layers of {c.hidden_size}, "
-        f"{c.num_attention_heads}/{c.num_key_value_heads} heads, vocabulary {c.vocab_size}"
-    )
+def _say_plan(c: ModelConfig, settled: dict[str, Any], device: str) -> None:
+    shape = f"{c.num_hidden_layers} layers of {c.hidden_size}, {c.num_attention_heads}/{c.num_key_value_heads} heads"
+    say(f"model    {count(c.parameters)} parameters: {shape}, vocabulary {c.vocab_size}")
     for line in settled["why"]:
         say(f"plan     {line}")
-    say(
-        f"machine  {machine.facts(device)['cpu']}, {torch.get_num_threads()} threads, "
-        f"{count(settled['peak'])}FLOP/s in a large product"
-    )
+    cpu, peak = machine.facts(device)["cpu"], count(settled["peak"])
+    say(f"machine  {cpu}, {torch.get_num_threads()} threads, {peak}FLOP/s in a large product")
 
 
 def _take_up(run: Run, asked: _Asked) -> None:
@@ -183,14 +179,8 @@ def _settle(asked: _Asked) -> dict[str, Any]:
     if isinstance(result, UserError):
         raise result
     resolved, config, why = result
-    settled = {
-        "format": FORMAT,
-        "asked": asked.facts(),
-        "recipe": as_dict(resolved),
-        "model": dataclasses.asdict(config),
-        "why": why,
-        "peak": asked.processes.agree(peak),
-    }
+    settled = {"format": FORMAT, "asked": asked.facts(), "recipe": as_dict(resolved)}
+    settled |= {"model": dataclasses.asdict(config), "why": why, "peak": asked.processes.agree(peak)}
     settled["digest"] = digest(settled)
     return settled
 
@@ -201,23 +191,17 @@ def _stored(asked: _Asked) -> dict[str, Any]:
     if not isinstance(settled, dict):
         settled = {}
     if "asked" in settled and settled.get("format") != FORMAT:
-        raise UserError(
-            f"{asked.stored}: a run of craton 0.1, which this version does not take up; its model folder opens as it "
-            "is, and a new run can be started with another --out",
-            code="older_version",
-        )
+        raise UserError(f"{asked.stored}: a run {OLD}", code="older_version")
     if settled.get("digest") != digest({k: v for k, v in settled.items() if k != "digest"}):
         raise UserError(f"{asked.stored}: altered or damaged; start again with another --out")
     facts, defaults = asked.facts(), as_dict(Recipe())
     for part, values in facts["recipe"].items():
         for key, value in values.items():
-            wanted = f"{part}.{key}" in asked.recipe.given or value != defaults[part][key]
+            name = f"{part}.{key}"
+            wanted = name in asked.recipe.given or value != defaults[part][key]
             if wanted and value != (before := settled["asked"]["recipe"][part][key]):
-                raise UserError(
-                    f"{asked.out}: the run was started with {part}.{key} = {before!r}, not {value!r}; --resume goes on "
-                    "with the same recipe",
-                    field=f"{part}.{key}",
-                )
+                what = f"the run was started with {name} = {before!r}, not {value!r}"
+                raise UserError(f"{asked.out}: {what}; --resume goes on with the same recipe", field=name)
     if settled["asked"]["corpora"] != facts["corpora"] or settled["asked"]["weights"] != facts["weights"]:
         raise UserError(f"{asked.out}: the run was started on another corpus; give the same one to --resume")
     return settled
@@ -231,11 +215,9 @@ def _samples(out: Path, run: Run, corpora: list[Corpus]) -> list[dict[str, str]]
         for row in corpus.rows("heldout")[:40:10]:
             ids = corpus.read("heldout", int(row["start"]), min(24, int(row["tokens"])))
             prompts.append(model.tokenizer.decode(ids.tolist()))
-    room = model.network.config.max_position_embeddings
-    return [
-        {"prompt": p, "text": model.generate(p, min(160, room // 2), 0.7, seed=i)}
-        for i, p in enumerate(prompts[:4] or ["The"])
-    ]
+    length = min(160, model.network.config.max_position_embeddings // 2)
+    some = prompts[:4] or ["The"]
+    return [{"prompt": p, "text": model.generate(p, length, 0.7, seed=i)} for i, p in enumerate(some)]
 
 
 def _finish(run: Run, settled: dict[str, Any], asked: _Asked, status: str, joules: float | None) -> None:
@@ -249,40 +231,26 @@ def _finish(run: Run, settled: dict[str, Any], asked: _Asked, status: str, joule
     config = ModelConfig(**settled["model"])
     per_unit = job.cost.flops / job.cost.units
     matrices = job.cost.matrix_flops / job.cost.units
-    weights = out / "model.safetensors"
-    facts: dict[str, Any] = {
-        "format": "craton-record-1",
-        "status": status,
-        "objective": job.name,
-        "steps": state.step,
-        job.cost.unit: tokens,
-        "flops": tokens * per_unit,
-        "seconds": round(seconds, 2),
-        "command_seconds": round(time.monotonic() - asked.began, 2),
-        f"{job.cost.unit}_per_second": tokens / seconds,
-        "peak_share": tokens / seconds * matrices / settled["peak"] / world,
-        "gemm_peak_flops": settled["peak"],
-        "energy_joules": joules,
-        "cost": None,
-        "parameters": config.parameters,
-        "matrix_parameters": config.matrix_parameters,
-        **{k: last[k] for k in ("loss", "bits_per_byte") if k in last},
-        **({k: evaluated[-1][k] for k in ("heldout_loss", "heldout_bits_per_byte")} if evaluated else {}),
-        "rollbacks": state.rollbacks,
-        "skipped_batches": list(state.skipped),
-        "weights_sha256": sha256(weights) if weights.exists() else None,
-        "recipe": settled["recipe"],
-        "plan": settled["why"],
-        "model": settled["model"],
-        "corpora": record.corpus_facts(asked.corpora, asked.weights),
-        "environment": machine.facts(run.processes.device) | {"processes": world},
-        "events": [r for r in rows if "event" in r],
-        "curve": record.curve(rows),
-        "samples": _samples(out, run, asked.corpora) if status == "finished" else [],
-    }
+    unit, rate, peak, weights = job.cost.unit, tokens / seconds, settled["peak"], out / "model.safetensors"
+    facts: dict[str, Any] = {"format": "craton-record-1", "status": status, "objective": job.name, "steps": state.step}
+    facts |= {unit: tokens, "flops": tokens * per_unit, "seconds": round(seconds, 2)}
+    facts |= {"command_seconds": round(time.monotonic() - asked.began, 2), f"{unit}_per_second": rate}
+    facts |= {"peak_share": rate * matrices / peak / world, "gemm_peak_flops": peak}
+    facts |= {"energy_joules": joules, "cost": None}
+    facts |= {"parameters": config.parameters, "matrix_parameters": config.matrix_parameters}
+    facts |= {k: last[k] for k in ("loss", "bits_per_byte") if k in last}
+    if evaluated:
+        facts |= {k: evaluated[-1][k] for k in ("heldout_loss", "heldout_bits_per_byte")}
+    facts |= {"rollbacks": state.rollbacks, "skipped_batches": list(state.skipped)}
+    facts |= {"weights_sha256": sha256(weights) if weights.exists() else None}
+    facts |= {"recipe": settled["recipe"], "plan": settled["why"], "model": settled["model"]}
+    facts |= {"corpora": record.corpus_facts(asked.corpora, asked.weights)}
+    facts |= {"environment": machine.facts(run.processes.device) | {"processes": world}}
+    facts |= {"events": [r for r in rows if "event" in r], "curve": record.curve(rows)}
+    facts |= {"samples": _samples(out, run, asked.corpora) if status == "finished" else []}
     write_json(out / "record.json", facts)
     if status == "finished":
         bits = f", held-out {evaluated[-1]['heldout_bits_per_byte']:.4f} bits/byte" if evaluated else ""
-        say(f"{out}: {count(tokens)} {job.cost.unit} in {span(seconds)}{bits}")
+        say(f"{out}: {count(tokens)} {unit} in {span(seconds)}{bits}")
     else:
         say(f"{out}: stopped at step {state.step}, state saved; go on with --resume")

@@ -21,19 +21,11 @@ def trace(run: Path, step: int) -> dict[str, Any]:
     for corpus, digest in zip(corpora, settled["asked"]["corpora"], strict=True):
         if corpus.digest != digest:
             raise UserError(f"{corpus.folder}: not the corpus that the run was trained on")
-    d, seed = settled["recipe"]["data"], settled["recipe"]["run"]["seed"]
-    batches = Batches(
-        corpora,
-        settled["asked"]["weights"],
-        d["sequence_length"],
-        d["batch_tokens"] // d["sequence_length"],
-        seed,
-        d["document_mask"],
-    )
+    data, seed = settled["recipe"]["data"], settled["recipe"]["run"]["seed"]
+    length, mask = data["sequence_length"], data["document_mask"]
+    batches = Batches(corpora, settled["asked"]["weights"], length, data["batch_tokens"] // length, seed, mask)
     documents = batches.documents(row["batch"])
     for item in documents:
-        say(
-            f"row {item['row']:>4}  {item['tokens']:>6} tokens from {item['first_token']:>8}  {item['document']}  "
-            f"{item['digest'][:16]}"
-        )
+        where = f"{item['tokens']:>6} tokens from {item['first_token']:>8}"
+        say(f"row {item['row']:>4}  {where}  {item['document']}  {item['digest'][:16]}")
     return {"step": step, "batch": row["batch"], "documents": documents}

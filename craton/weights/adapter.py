@@ -15,29 +15,19 @@ from craton.model.decoder import Decoder, Linear
 from craton.weights.tensorfile import read_tensors
 
 # What changes the arithmetic and is not understood must be off.
-_OFF = {
-    "use_dora": False,
-    "fan_in_fan_out": False,
-    "bias": "none",
-    "modules_to_save": None,
-    "lora_bias": False,
-    "layer_replication": None,
-    "alora_invocation_tokens": None,
-    "trainable_token_indices": None,
-}
+_OFF: dict[str, Any] = dict(use_dora=False, fan_in_fan_out=False, bias="none", modules_to_save=None, lora_bias=False)
+_OFF |= dict(layer_replication=None, alora_invocation_tokens=None, trainable_token_indices=None)
 
 
 @torch.no_grad()
 def merge(network: Decoder, folder: Path) -> int:
     """Change the network's weights by an adapter; returns how many layers it changed. UserError if the adapter is not
     one for this network, is of a kind that is not understood, or changes nothing."""
-    config = read_json(folder / "adapter_config.json")
     where = folder / "adapter_config.json"
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        raise UserError(
-            f"{where}: peft_type is {config.get('peft_type') if isinstance(config, dict) else None!r}; only LORA is "
-            "understood"
-        )
+    config = read_json(where)
+    kind = config.get("peft_type") if isinstance(config, dict) else None
+    if kind != "LORA":
+        raise UserError(f"{where}: peft_type is {kind!r}; only LORA is understood")
     for name, off in _OFF.items():
         if config.get(name, off) not in (off, None, [], {}):
             raise UserError(f"{where}: {name} is {config[name]!r}, which is not supported")
@@ -53,17 +43,12 @@ def merge(network: Decoder, folder: Path) -> int:
     for name, pair in parts.items():
         layer = modules.get(name)
         if not isinstance(layer, Linear):
-            raise UserError(
-                f"{path}: {name} is no plain linear layer of this model"
-                + ("; merge into the model before it is quantised" if layer is not None else "")
-            )
-        if (
-            set(pair) != {"A", "B"}
-            or (pair["B"].shape[0], pair["A"].shape[1]) != tuple(layer.weight.shape)
-            or pair["A"].shape[0] != pair["B"].shape[1]
-        ):
-            raise UserError(f"{path}: {name}: A and B do not fit a layer of {tuple(layer.weight.shape)}")
-        delta = _scale(config, name, pair["A"].shape[0], where) * (pair["B"] @ pair["A"])
+            hint = "; merge into the model before it is quantised" if layer is not None else ""
+            raise UserError(f"{path}: {name} is no plain linear layer of this model{hint}")
+        a, b, shape = pair.get("A"), pair.get("B"), tuple(layer.weight.shape)
+        if a is None or b is None or (b.shape[0], a.shape[1]) != shape or a.shape[0] != b.shape[1]:
+            raise UserError(f"{path}: {name}: A and B do not fit a layer of {shape}")
+        delta = _scale(config, name, a.shape[0], where) * (b @ a)
         if not torch.isfinite(delta).all():
             raise UserError(f"{path}: {name} holds numbers that are not finite")
         layer.weight.copy_((layer.weight.float() + delta.to(layer.weight.device)).to(layer.weight.dtype))

@@ -4,6 +4,7 @@ V3's checkpoints end in modules for predicting several tokens (num_nextn_predict
 network and are passed over on loading, as transformers does.
 """
 
+from dataclasses import replace
 from typing import Any
 
 from craton.model.config import ModelConfig
@@ -41,62 +42,40 @@ def restore_v2(config: ModelConfig) -> dict[str, Any]:
     return {**restore(config), "topk_method": "group_limited_greedy" if config.n_group > 1 else "greedy"}
 
 
-SAME = tuple(
-    (
-        "kv_lora_rank q_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim moe_intermediate_size "
-        "num_experts_per_tok routed_scaling_factor norm_topk_prob n_group topk_group"
-    ).split()
-)
-DEFAULTS = {
-    "rms_norm_eps": 1e-6,
-    "tie_word_embeddings": False,
-    "q_lora_rank": None,
-    "n_group": None,
-    "topk_group": None,
-    "n_shared_experts": None,
-}
-INERT = (
-    "n_shared_experts",
-    "first_k_dense_replace",
-    "num_nextn_predict_layers",
-    "qk_head_dim",
-    "aux_loss_alpha",
-    "seq_aux",
-)
-FIXED: dict[str, tuple[Any, ...]] = {"hidden_act": ("silu",), "attention_bias": (False,), "moe_layer_freq": (1,)}
+SAME = (
+    "kv_lora_rank q_lora_rank qk_nope_head_dim qk_rope_head_dim v_head_dim moe_intermediate_size "
+    "num_experts_per_tok routed_scaling_factor norm_topk_prob n_group topk_group"
+).split()
+INERT = "n_shared_experts first_k_dense_replace num_nextn_predict_layers qk_head_dim aux_loss_alpha seq_aux".split()
+DEFAULTS = dict(q_lora_rank=None, n_group=None, topk_group=None, n_shared_experts=None, first_k_dense_replace=0)
+FIXED: dict[str, tuple[Any, ...]] = dict(attention_bias=(False,), moe_layer_freq=(1,))
 
 V2 = Family(
     "deepseek_v2",
     "DeepseekV2ForCausalLM",
-    SAME,
-    {"n_routed_experts": "num_experts"},
-    {
-        **DEFAULTS,
-        "routed_scaling_factor": 1.0,
-        "norm_topk_prob": False,
-        "max_position_embeddings": 2048,
-        "first_k_dense_replace": 0,
-    },
-    {
+    same=SAME,
+    renamed={"n_routed_experts": "num_experts"},
+    defaults=DEFAULTS | dict(routed_scaling_factor=1.0, norm_topk_prob=False, max_position_embeddings=2048),
+    fixed={
         **FIXED,
         "norm_topk_prob": (False,),
         "scoring_func": ("softmax",),
         "topk_method": ("greedy", "group_limited_greedy"),
         "mlp_bias": (False,),
     },
-    {"qk_norm": "", "router": "softmax", "rope_interleave": True},
-    INERT,
-    derive,
-    restore_v2,
-    experts_apart(),
-    ("default", "yarn"),
+    always=dict(router="softmax", rope_interleave=True),
+    inert=INERT,
+    derive=derive,
+    restore=restore_v2,
+    pieces=experts_apart(),
+    ropes=("default", "yarn"),
 )
-V3 = Family(
-    "deepseek_v3",
-    "DeepseekV3ForCausalLM",
-    SAME,
-    {"n_routed_experts": "num_experts", "rope_interleave": "rope_interleave"},
-    {
+V3 = replace(
+    V2,
+    model_type="deepseek_v3",
+    architecture="DeepseekV3ForCausalLM",
+    renamed={"n_routed_experts": "num_experts", "rope_interleave": "rope_interleave"},
+    defaults={
         **DEFAULTS,
         "routed_scaling_factor": 2.5,
         "norm_topk_prob": True,
@@ -104,11 +83,7 @@ V3 = Family(
         "first_k_dense_replace": 3,
         "rope_interleave": True,
     },
-    {**FIXED, "scoring_func": ("sigmoid",), "topk_method": ("noaux_tc",)},
-    {"qk_norm": "", "router": "sigmoid"},
-    INERT,
-    derive,
-    restore,
-    experts_apart(),
-    ("default", "yarn"),
+    fixed=dict(**FIXED, scoring_func=("sigmoid",), topk_method=("noaux_tc",)),
+    always={"router": "sigmoid"},
+    restore=restore,
 )

@@ -18,7 +18,7 @@ def export_gguf(folder: Path, path: Path, kind: str) -> dict[str, Any]:
     network, tokenizer = load_network(folder), Tokenizer.open(folder)
     check_fit(network.config, tokenizer, folder)
     tensors = Stored(folder)
-    packed = {name: stored.read_packed(tensors, name) for name in stored.packed_names(tensors)}
+    packed = {name: stored.read_packed(tensors, name) for name in stored.packed_names(tensors.files)}
     made = gguf_write.write(path, network, tokenizer, folder.resolve().name, kind, packed)
     say(f"{path}: {made['architecture']}, {count(made['bytes'])}B")
     return made

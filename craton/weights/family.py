@@ -1,10 +1,10 @@
 """What a published family is: how its `config.json` maps to ModelConfig and its tensor names to the network's.
 
-A family file holds one Family. The maps are data, used in both directions; what cannot be said as data (layer
+A family file holds a Family or two. The maps are data, used in both directions; what cannot be said as data (layer
 patterns, derived scales) is in its `derive` and `restore`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -14,23 +14,32 @@ from craton.base import nearest
 from craton.model.config import ModelConfig
 
 # Keys of every family with ModelConfig's own names.
-COMMON = tuple(
-    (
-        "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
-        "head_dim max_position_embeddings rms_norm_eps tie_word_embeddings bos_token_id eos_token_id pad_token_id"
-    ).split()
-)
+COMMON = (
+    "vocab_size hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads "
+    "head_dim max_position_embeddings rms_norm_eps tie_word_embeddings bos_token_id eos_token_id pad_token_id"
+).split()
 # Keys that do not change what the network computes, or that are read elsewhere.
-INERT = frozenset(
-    (
-        "architectures model_type torch_dtype dtype transformers_version auto_map use_cache initializer_range "
-        "attention_dropout pretraining_tp rope_theta rope_scaling rope_parameters quantization_config "
-        "output_router_logits router_aux_loss_coef router_jitter_noise cache_implementation unsloth_version "
-        "unsloth_fixed return_dict output_hidden_states output_attentions id2label label2id problem_type "
-        "chunk_size_feed_forward is_encoder_decoder tokenizer_class use_return_dict name_or_path "
-        "rope_local_base_freq layer_types sliding_window_pattern transformers.js_config ep_size"
-    ).split()
-)
+INERT = (
+    "architectures model_type torch_dtype dtype transformers_version auto_map use_cache initializer_range "
+    "attention_dropout pretraining_tp rope_theta rope_scaling rope_parameters quantization_config "
+    "output_router_logits router_aux_loss_coef router_jitter_noise cache_implementation unsloth_version "
+    "unsloth_fixed return_dict output_hidden_states output_attentions id2label label2id problem_type "
+    "chunk_size_feed_forward is_encoder_decoder tokenizer_class use_return_dict name_or_path "
+    "rope_local_base_freq layer_types sliding_window_pattern transformers.js_config ep_size"
+).split()
+# What most families share: a family says of these only where it differs.
+USUAL_DEFAULTS: dict[str, Any] = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False}
+USUAL_FIXED: dict[str, tuple[Any, ...]] = {"hidden_act": ("silu",)}
+USUAL_ALWAYS: dict[str, Any] = {"qk_norm": ""}
+
+# Keys of rope_scaling: what each kind needs, what one may have, and what may stand beside any.
+_NEEDED = {
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+    "yarn": ("factor", "original_max_position_embeddings"),
+}
+_OPTIONAL = {"yarn": ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor", "truncate")}
+_BESIDE = ("rope_type", "type", "rope_theta", "partial_rotary_factor", "original_max_position_embeddings")
 
 Piece = tuple[str, Tensor, tuple[int, ...]]  # a tensor of the folder: its name, the part of ours it is, its shape there
 Pieces = Callable[[str, Tensor], Iterator[Piece]]
@@ -60,21 +69,32 @@ def experts_apart(names: tuple[str, str, str, str] = ("mlp", "gate_proj", "up_pr
     return pieces
 
 
+def layer_types(raw: dict[str, Any], slides: Callable[[int], Any]) -> Any:
+    """As the folder says; where it is silent, those layers slide for which `slides` is true."""
+    layers = range(raw["num_hidden_layers"])
+    return raw.get("layer_types") or ["sliding_attention" if slides(i) else "full_attention" for i in layers]
+
+
 @dataclass(frozen=True)
 class Family:
     model_type: str
     architecture: str
-    same: tuple[str, ...] = ()  # further keys with ModelConfig's names
+    same: Sequence[str] = ()  # further keys with ModelConfig's names
     renamed: dict[str, str] = field(default_factory=dict)  # published key -> ModelConfig's
     defaults: dict[str, Any] = field(default_factory=dict)  # published keys that a folder may leave out
     fixed: dict[str, tuple[Any, ...]] = field(default_factory=dict)  # keys with the only values that are supported
     always: dict[str, Any] = field(default_factory=dict)  # ModelConfig fields that make the family
-    inert: tuple[str, ...] = ()
+    inert: Sequence[str] = ()
     derive: Callable[[dict[str, Any]], dict[str, Any]] = lambda raw: {}  # published keys -> further fields
     restore: Callable[[ModelConfig], dict[str, Any]] = lambda config: {}  # and back
     pieces: Pieces = as_it_is
     ropes: tuple[str, ...] = ("default", "linear", "llama3", "yarn")
     theta: float = 10_000.0
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "defaults", USUAL_DEFAULTS | self.defaults)
+        object.__setattr__(self, "fixed", USUAL_FIXED | self.fixed)
+        object.__setattr__(self, "always", USUAL_ALWAYS | self.always)
 
     def read(self, raw: dict[str, Any]) -> ModelConfig:
         """ValueError, KeyError or TypeError names the key that is missing, unknown or cannot be honoured."""
@@ -88,18 +108,12 @@ class Family:
         raw = {**self.defaults, **raw}
         for key, allowed in self.fixed.items():
             if key in raw and raw[key] not in allowed:
-                raise ValueError(
-                    f"{key} is {raw[key]!r}; {self.model_type} is supported with {' or '.join(map(repr, allowed))}"
-                )
+                choice = " or ".join(map(repr, allowed))
+                raise ValueError(f"{key} is {raw[key]!r}; {self.model_type} is supported with {choice}")
         for key in ("hidden_size", "num_attention_heads", "num_hidden_layers"):
-            if (
-                not isinstance(raw.get(key), int)
-                or isinstance(raw[key], bool)
-                or not 1 <= raw[key] <= (1024 if key == "num_hidden_layers" else 1 << 24)
-            ):
-                raise ValueError(
-                    f"{key} is {raw.get(key)!r}, must be a whole number of at least 1 and no larger than any model's"
-                )
+            n, most = raw.get(key), 1024 if key == "num_hidden_layers" else 1 << 24
+            if not isinstance(n, int) or isinstance(n, bool) or not 1 <= n <= most:
+                raise ValueError(f"{key} is {n!r}, must be a whole number of at least 1 and no larger than any model's")
         values: dict[str, Any] = {key: raw[key] for key in (*COMMON, *self.same) if key in raw}
         values |= {ours: raw[key] for key, ours in self.renamed.items() if raw.get(key) is not None}
         if values.get("head_dim") is None:
@@ -129,29 +143,11 @@ class Family:
             if local.get("rope_type", "default") != "default":
                 raise ValueError("sliding layers with scaled rotary positions are not supported")
         if kind != "default":
-            needed = {
-                "linear": ("factor",),
-                "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
-                "yarn": ("factor", "original_max_position_embeddings"),
-            }[kind]
+            needed, optional = _NEEDED[kind], _OPTIONAL.get(kind, ())
             for key in needed:
                 if not isinstance(rope.get(key), int | float) or isinstance(rope[key], bool) or rope[key] <= 0:
                     raise ValueError(f"{key} of rope_scaling is {rope.get(key)!r}, must be a number above 0")
-            optional = (
-                ("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor", "truncate")
-                if kind == "yarn"
-                else ()
-            )
-            extra = set(rope) - {
-                "rope_type",
-                "type",
-                "rope_theta",
-                "partial_rotary_factor",
-                *needed,
-                *optional,
-                "original_max_position_embeddings",
-            }
-            if extra:
+            if extra := set(rope) - {*_BESIDE, *needed, *optional}:
                 raise ValueError(f"{sorted(extra)[0]} of rope_scaling is not known for rope_type {kind!r}")
             out["rope_scaling"] = {"rope_type": kind} | {k: rope[k] for k in (*needed, *optional) if k in rope}
         if rope.get("partial_rotary_factor", 1.0) != 1.0 or raw.get("partial_rotary_factor", 1.0) != 1.0:

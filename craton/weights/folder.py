@@ -12,41 +12,15 @@ from craton.base import Progress, UserError, count, publish, read_json, say, wri
 from craton.model.config import ModelConfig
 from craton.model.decoder import Decoder
 from craton.text.tokenizer import Tokenizer
-from craton.weights import (
-    deepseek,
-    gemma,
-    gpt_oss,
-    llama,
-    mistral,
-    mixtral,
-    olmo2,
-    qwen2,
-    qwen3,
-    qwen3_moe,
-    smollm3,
-    stored,
-)
+from craton.weights import deepseek, gemma, gpt_oss, llama, mistral, olmo2, qwen2, qwen3, qwen3_moe, smollm3, stored
 from craton.weights.family import Family
 from craton.weights.tensorfile import open_tensors, read_tensors, write_tensors
 
-FAMILIES: dict[str, Family] = {
-    f.model_type: f
-    for f in (
-        llama.FAMILY,
-        mistral.FAMILY,
-        mixtral.FAMILY,
-        qwen2.FAMILY,
-        qwen3.FAMILY,
-        qwen3_moe.FAMILY,
-        deepseek.V2,
-        deepseek.V3,
-        gemma.GEMMA2,
-        gemma.GEMMA3,
-        olmo2.FAMILY,
-        smollm3.FAMILY,
-        gpt_oss.FAMILY,
-    )
-}
+_KNOWN = (
+    *(llama.FAMILY, mistral.MISTRAL, mistral.MIXTRAL, qwen2.FAMILY, qwen3.FAMILY, qwen3_moe.FAMILY),
+    *(deepseek.V2, deepseek.V3, gemma.GEMMA2, gemma.GEMMA3, olmo2.FAMILY, smollm3.FAMILY, gpt_oss.FAMILY),
+)
+FAMILIES: dict[str, Family] = {f.model_type: f for f in _KNOWN}
 WITH_PICTURES = {"gemma3": "gemma3_text", "mistral3": "mistral"}  # their text parts are read
 SHARD_BYTES = 5 << 30
 
@@ -64,11 +38,8 @@ def _read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
         raise UserError(f"{path}: {count(path.stat().st_size)}B is no model configuration")
     raw = read_json(path)
     if isinstance(raw, dict) and raw.get("model_type") in WITH_PICTURES and isinstance(raw.get("text_config"), dict):
-        shared = {
-            k: raw[k]
-            for k in ("quantization_config", "eos_token_id", "bos_token_id", "tie_word_embeddings")
-            if k in raw
-        }
+        outer = ("quantization_config", "eos_token_id", "bos_token_id", "tie_word_embeddings")
+        shared = {k: raw[k] for k in outer if k in raw}
         raw = {**shared, **raw["text_config"], "model_type": WITH_PICTURES[raw["model_type"]], "_text_part": True}
     kind = raw.get("model_type") if isinstance(raw, dict) else None
     if not isinstance(kind, str) or kind not in FAMILIES:
@@ -91,11 +62,9 @@ def _with_ends(config: ModelConfig, folder: Path) -> ModelConfig:
     if not isinstance(more, list) or not all(isinstance(i, int) and 0 <= i < config.vocab_size for i in more):
         raise UserError(f"{path}: eos_token_id is {more!r}, which are not ids of this vocabulary")
     ends = tuple(dict.fromkeys([*config.eos_token_ids, *more]))
-    return (
-        config
-        if set(ends) == set(config.eos_token_ids)
-        else dataclasses.replace(config, eos_token_id=ends if len(ends) > 1 else ends[0])
-    )
+    if set(ends) == set(config.eos_token_ids):
+        return config
+    return dataclasses.replace(config, eos_token_id=ends if len(ends) > 1 else ends[0])
 
 
 def config_json(config: ModelConfig, dtype: str = "float32") -> dict[str, Any]:
@@ -112,10 +81,7 @@ def write_config(
     extra = {"quantization_config": quantization} if quantization else {}
     write_json(folder / "config.json", {**config_json(config, dtype), **extra})
     ids = {"bos_token_id": config.bos_token_id, "eos_token_id": config.eos_token_id}
-    write_json(
-        folder / "generation_config.json",
-        {k: list(v) if isinstance(v, tuple) else v for k, v in ids.items() if v is not None},
-    )
+    write_json(folder / "generation_config.json", {k: v for k, v in ids.items() if v is not None})
 
 
 # ---- networks ---------------------------------------------------------------------------------------------------
@@ -173,12 +139,10 @@ def write_network(folder: Path, network: Decoder, tokenizer: Path | None = None)
         copy_tokenizer(tokenizer, folder)
 
 
-TOKENIZER_FILES = tuple(
-    (
-        "tokenizer.json tokenizer_config.json tokenizer.model tekken.json special_tokens_map.json "
-        "chat_template.jinja vocab.json merges.txt added_tokens.json spiece.model encoder.json vocab.bpe"
-    ).split()
-)
+TOKENIZER_FILES = (
+    "tokenizer.json tokenizer_config.json tokenizer.model tekken.json special_tokens_map.json "
+    "chat_template.jinja vocab.json merges.txt added_tokens.json spiece.model encoder.json vocab.bpe"
+).split()
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
@@ -206,9 +170,7 @@ class Stored:
             with open_tensors(folder / "model.safetensors") as f:
                 self.files = dict.fromkeys(f.keys(), "model.safetensors")
         elif found := next((p for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(pattern)), None):
-            raise UserError(
-                f"{found}: weights in a pickle file; opening one can run code, so only safetensors are read"
-            )
+            raise UserError(f"{found}: weights in a pickle file; opening one can run code, so only safetensors is read")
         else:
             raise UserError(f"{folder}: no model.safetensors and no model.safetensors.index.json there")
         self.shapes: dict[str, tuple[int, ...]] = {}
@@ -222,9 +184,8 @@ class Stored:
                 raise UserError(f"{folder / name}: tensor {key} is missing, which the index says is there")
         self.stored_name = dict(zip(self.files, self.files, strict=True))
         if text_part:  # of a model that also sees
-            self.stored_name = {
-                _text_name(n): n for n in self.files if "vision_tower." not in n and "multi_modal_projector." not in n
-            }
+            text = [n for n in self.files if "vision_tower." not in n and "multi_modal_projector." not in n]
+            self.stored_name = {_text_name(n): n for n in text}
             passed = len(self.files) - len(self.stored_name)
             self.files = {ours: self.files[n] for ours, n in self.stored_name.items()}
             self.shapes = {ours: self.shapes[n] for ours, n in self.stored_name.items()}
@@ -275,7 +236,7 @@ def _expected(network: Decoder) -> Iterator[tuple[str, Tensor, list[tuple[str, T
 
 def _check(network: Decoder, shapes: dict[str, tuple[int, ...]], where: Path) -> None:
     """UserError names a missing, surplus or misshapen tensor, before any weight is read."""
-    surplus = set(shapes)
+    config, surplus = network.config, set(shapes)
     for _, _, parts in _expected(network):
         for ext, _, shape in parts:
             if ext not in shapes:
@@ -283,15 +244,10 @@ def _check(network: Decoder, shapes: dict[str, tuple[int, ...]], where: Path) ->
             if shapes[ext] != shape:
                 raise UserError(f"{where}: tensor {ext} has shape {shapes[ext]}, config.json says {shape}")
             surplus.discard(ext)
-    tail = tuple(
-        f"model.layers.{i}." for i in range(network.config.num_hidden_layers, network.config.num_hidden_layers + 4)
-    )
-    passed = {
-        n
-        for n in surplus
-        if n.endswith("rotary_emb.inv_freq") or (network.config.tie_word_embeddings and n == "lm_head.weight")
-    }
-    extra = {n for n in surplus if network.config.model_type == "deepseek_v3" and n.startswith(tail)}
+    tail = tuple(f"model.layers.{i}." for i in range(config.num_hidden_layers, config.num_hidden_layers + 4))
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
+    passed = {n for n in surplus if n.endswith("rotary_emb.inv_freq") or n in tied}
+    extra = {n for n in surplus if config.model_type == "deepseek_v3" and n.startswith(tail)}
     if extra:
         say(f"{where}: {len(extra)} tensors of the modules that predict several tokens are passed over")
     if surplus := surplus - passed - extra:
@@ -303,27 +259,21 @@ def load_into(network: Decoder, get: Callable[[str], Tensor], where: Path) -> No
     infinity."""
     made: dict[str, Tensor] = {}
     for name, tensor, parts in list(_expected(network)):
+        first = get(parts[0][0])
         if len(parts) == 1 and parts[0][2] == tuple(tensor.shape) and parts[0][1].is_contiguous():
-            made[name] = get(parts[0][0])
+            whole = first
         else:
-            first = get(parts[0][0])
             whole = torch.empty(tensor.shape, dtype=first.dtype)
             views = FAMILIES[network.config.model_type].pieces(name, whole)
             for i, (ext, view, _) in enumerate(views):
                 view.copy_((first if i == 0 else get(ext)).view(view.shape))
-            made[name] = whole
-        if made[name].dtype not in (torch.float32, torch.bfloat16, torch.float16):
-            raise UserError(
-                f"{where}: tensor {name} is stored as {str(made[name].dtype).removeprefix('torch.')}; float32, "
-                "bfloat16 and float16 are read"
-            )
+        if whole.dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            kind = str(whole.dtype).removeprefix("torch.")
+            raise UserError(f"{where}: tensor {name} is stored as {kind}; float32, bfloat16 and float16 are read")
         # One sum is finite only if all values are: half the cost of looking at each.
-        if (
-            made[name].is_floating_point()
-            and not made[name].float().sum().isfinite()
-            and not made[name].isfinite().all()
-        ):
+        if not whole.float().sum().isfinite() and not whole.isfinite().all():
             raise UserError(f"{where}: tensor {name} holds NaN or infinity; the file is damaged")
+        made[name] = whole
     if network.config.tie_word_embeddings:
         made["lm_head.weight"] = made["model.embed_tokens.weight"]
     network.load_state_dict(made, assign=True)
@@ -336,6 +286,5 @@ def check_fit(config: ModelConfig, tokenizer: Tokenizer, where: Path) -> None:
     if tokenizer.vocab_size > config.vocab_size:
         raise UserError(
             f"{where}: the tokenizer has {tokenizer.vocab_size} ids but config.json's vocab_size is "
-            f"{config.vocab_size}; "
-            "use the tokenizer that the model was trained with"
+            f"{config.vocab_size}; use the tokenizer that the model was trained with"
         )

@@ -39,7 +39,9 @@ def gguf_name(architecture: str, layers: int, ours: str) -> str:
 
 
 def paired(t: Any, heads: int, back: bool) -> Any:
-    """Rows of q or k from halves to pairs, or back. t: array or tensor with the rows first."""
+    """Rows of q or k from halves to pairs, or back. t: array or tensor with the rows first; heads 0: as they are."""
+    if not heads:
+        return t
     shape, half = t.shape, t.shape[0] // heads // 2
     t = t.reshape(heads, half, 2, *shape[1:]) if back else t.reshape(heads, 2, half, *shape[1:])
     return t.swapaxes(1, 2).reshape(shape)
@@ -114,9 +116,8 @@ class _Filling:
             progress.show(f"reading {self.path}: {count(seen)}B")
         progress.clear()
         if surplus := set(self.tensors) - used:
-            raise UserError(
-                f"{self.path}: tensor {min(surplus)} is not known for {self.architecture}; it could change every answer"
-            )
+            unknown = f"tensor {min(surplus)} is not known for {self.architecture}"
+            raise UserError(f"{self.path}: {unknown}; it could change every answer")
         if self.wide:
             say(f"{self.path}: tensors of type {', '.join(sorted(self.wide))} are written out in fp32")
         missing, _ = self.network.load_state_dict(self.made, assign=True, strict=False)
@@ -144,7 +145,7 @@ class _Filling:
             wanted = tuple(parameter.shape)
             raise UserError(f"{self.path}: tensor {stored} has shape {shape}, the file's own settings say {wanted}")
         heads, module = paired_heads(self.architecture, name, self.config), name.rpartition(".")[0]
-        data, layer = paired(t.data, heads, True) if heads else t.data, self.network.get_submodule(module)
+        data, layer = paired(t.data, heads, True), self.network.get_submodule(module)
         if t.tensor_type in _PACKED and isinstance(layer, Linear) and can_pack(*shape):
             bias = self._bias(f"{module}.bias", heads) if layer.bias is not None else None
             self.made.pop(f"{module}.bias", None)
@@ -160,7 +161,7 @@ class _Filling:
         held = self.tensors.get(self._stored_name(name))
         if held is None:
             return None
-        return torch.from_numpy(np.array(paired(held.data, heads, True) if heads else held.data)).float()
+        return torch.from_numpy(np.array(paired(held.data, heads, True))).float()
 
 
 def _values(data: np.ndarray, kind: Type) -> tuple[Tensor, Tensor]:
@@ -201,7 +202,7 @@ def _config(path: Path, architecture: str, fields: dict[str, Any], tensors: dict
     head_dim = get("attention.key_length", get("embedding_length") // heads)
     if get("rope.dimension_count", head_dim) != head_dim:
         raise UserError(f"{path}: rotary positions on a part of a head are not supported")
-    scaling = _scaling(path, architecture, get, head_dim, theta, tensors)
+    scaling = _scaling(path, get, head_dim, theta, tensors)
     try:
         return ModelConfig(
             vocab_size=int(tensors["token_embd.weight"].shape[1]),
@@ -227,41 +228,25 @@ def _config(path: Path, architecture: str, fields: dict[str, Any], tensors: dict
         raise UserError(f"{path}: {error}") from None
 
 
-def _scaling(
-    path: Path, architecture: str, get: Any, head_dim: int, theta: float, tensors: dict[str, Any]
-) -> dict[str, Any] | None:
+def _scaling(path: Path, get: Any, head_dim: int, theta: float, tensors: dict[str, Any]) -> dict[str, Any] | None:
     """How the context was stretched. get: a setting by its key."""
     if (kind := get("rope.scaling.type", "none")) not in ("none", "linear", "yarn"):
-        raise UserError(
-            f"{path}: {architecture}.rope.scaling.type {kind!r} is not supported; supported: 'none', 'linear', 'yarn'"
-        )
-    scaling: dict[str, Any] | None = None
-    if kind == "linear":
-        scaling = {"rope_type": "linear", "factor": get("rope.scaling.factor")}
-    elif kind == "yarn":
-        scaling = {
-            "rope_type": "yarn",
-            "factor": get("rope.scaling.factor"),
-            "original_max_position_embeddings": get("rope.scaling.original_context_length"),
-        }
-        scaling |= {
-            beta: get(f"rope.scaling.yarn_{beta}")
-            for beta in ("beta_fast", "beta_slow")
-            if get(f"rope.scaling.yarn_{beta}", None)
-        }
-    elif "rope_freqs.weight" in tensors:
-        given = torch.from_numpy(np.array(tensors["rope_freqs.weight"].data)).float()
-        base = rope.frequencies(head_dim, theta)[0]
-        for original in (8192, 4096, 2048, 1024, 512, 256, 128, 64, 32, 16384):
-            scaling = {
-                "rope_type": "llama3",
-                "factor": float(given.max()),
-                "low_freq_factor": 1.0,
-                "high_freq_factor": 4.0,
-                "original_max_position_embeddings": original,
-            }
-            if torch.allclose(base / rope.frequencies(head_dim, theta, scaling)[0], given, rtol=1e-3):
-                break
-        else:
-            raise UserError(f"{path}: rope_freqs.weight is not the scaling of Llama 3.1; use the safetensors folder")
-    return scaling
+        raise UserError(f"{path}: rope.scaling.type {kind!r} is not supported; supported: 'none', 'linear', 'yarn'")
+    if kind != "none":
+        scaling: dict[str, Any] = {"rope_type": kind, "factor": get("rope.scaling.factor")}
+        if kind == "yarn":
+            scaling["original_max_position_embeddings"] = get("rope.scaling.original_context_length")
+            for beta in ("beta_fast", "beta_slow"):
+                if value := get(f"rope.scaling.yarn_{beta}", None):
+                    scaling[beta] = value
+        return scaling
+    if "rope_freqs.weight" not in tensors:
+        return None
+    given = torch.from_numpy(np.array(tensors["rope_freqs.weight"].data)).float()
+    base = rope.frequencies(head_dim, theta)[0]
+    for original in (8192, 4096, 2048, 1024, 512, 256, 128, 64, 32, 16384):
+        scaling = dict(rope_type="llama3", factor=float(given.max()), low_freq_factor=1.0, high_freq_factor=4.0)
+        scaling["original_max_position_embeddings"] = original
+        if torch.allclose(base / rope.frequencies(head_dim, theta, scaling)[0], given, rtol=1e-3):
+            return scaling
+    raise UserError(f"{path}: rope_freqs.weight is not the scaling of Llama 3.1; use the safetensors folder")

@@ -76,10 +76,8 @@ def write_tokenizer(writer: Any, tokenizer: Tokenizer, config: ModelConfig) -> N
     """Into a GGUFWriter. UserError for a kind that GGUF has no words for."""
     state = json.loads(tokenizer.backend.to_str())
     model, added = state["model"], {t["id"]: t for t in state["added_tokens"]}
-    if model["type"] != "BPE":
-        raise UserError(
-            f"tokenizers of type {model['type']} are not written as GGUF; byte-level BPE and SentencePiece BPE are"
-        )
+    if (kind := model["type"]) != "BPE":
+        raise UserError(f"tokenizers of type {kind} are not written as GGUF; byte-level BPE and SentencePiece BPE are")
     tokens = [f"[PAD{i}]" for i in range(config.vocab_size)]
     types = [5] * config.vocab_size  # unused
     vocab = tokenizer.backend.get_vocab(with_added_tokens=True)
@@ -115,10 +113,8 @@ def _write_byte_level(writer: Any, state: dict[str, Any], tokens: list[str], typ
     own = patterns[0] if len(patterns) == 1 else None
     pre = next((name for name, pattern in _PATTERNS.items() if pattern == own), None)
     if pre is None:
-        say(
-            "llama.cpp knows no pre-tokenizer like this model's: written as 'qwen2'; there, numbers of several digits "
-            "are cut into other tokens"
-        )
+        change = "there, numbers of several digits are cut into other tokens"
+        say(f"llama.cpp knows no pre-tokenizer like this model's: written as 'qwen2'; {change}")
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre(pre or "qwen2")
     if pre is None and own:

@@ -1,5 +1,6 @@
 """GGUF, llama.cpp's file format, written by the `gguf` package. gguf.py is the other direction, and says more."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +20,11 @@ from craton.text.tokenizer import Tokenizer
 from craton.weights.gguf import ARCHITECTURES, gguf_name, paired, paired_heads
 from craton.weights.gguf_tokenizer import write_tokenizer
 
+Packed = dict[str, tuple[Tensor, Tensor, int]]  # values, scales and bits of projections, as they lie in a folder
+
 
 def write(
-    path: Path,
-    network: Decoder,
-    tokenizer: Tokenizer,
-    name: str,
-    kind: str = "f16",
-    packed: dict[str, tuple[Tensor, Tensor, int]] | None = None,
+    path: Path, network: Decoder, tokenizer: Tokenizer, name: str, kind: str = "f16", packed: Packed | None = None
 ) -> dict[str, Any]:
     """A GGUF file of a network. kind: "f32", "f16" or "bf16", of the matrices; vectors are fp32. packed: for each
     projection that is stored in 4 or 8 bits, its values, scales and bits as they lie in the folder; it keeps them.
@@ -69,13 +67,8 @@ def _write_settings(writer: Any, c: ModelConfig, kind: str) -> None:
     writer.add_layer_norm_rms_eps(c.rms_norm_eps)
     writer.add_rope_freq_base(c.rope_theta)
     writer.add_vocab_size(c.vocab_size)
-    writer.add_file_type(
-        {
-            "f32": gguf.LlamaFileType.ALL_F32,
-            "f16": gguf.LlamaFileType.MOSTLY_F16,
-            "bf16": gguf.LlamaFileType.MOSTLY_BF16,
-        }[kind]
-    )
+    types = gguf.LlamaFileType
+    writer.add_file_type({"f32": types.ALL_F32, "f16": types.MOSTLY_F16, "bf16": types.MOSTLY_BF16}[kind])
 
 
 def _write_scaling(writer: Any, c: ModelConfig) -> None:
@@ -91,12 +84,9 @@ def _write_scaling(writer: Any, c: ModelConfig) -> None:
         writer.add_rope_scaling_factor(scaling["factor"])
         if scaling["rope_type"] == "yarn":
             writer.add_rope_scaling_orig_ctx_len(scaling["original_max_position_embeddings"])
-            for beta, add in (
-                ("beta_fast", writer.add_rope_scaling_yarn_beta_fast),
-                ("beta_slow", writer.add_rope_scaling_yarn_beta_slow),
-            ):
+            for beta in ("beta_fast", "beta_slow"):
                 if scaling.get(beta):
-                    add(float(scaling[beta]))
+                    getattr(writer, f"add_rope_scaling_yarn_{beta}")(float(scaling[beta]))
 
 
 def _write_plain(writer: Any, architecture: str, network: Decoder, packed: set[str], dtype: torch.dtype) -> None:
@@ -106,40 +96,28 @@ def _write_plain(writer: Any, architecture: str, network: Decoder, packed: set[s
         module = ours.rpartition(".")[0]
         if (ours == "lm_head.weight" and c.tie_word_embeddings) or (module in packed and ours.endswith(".weight")):
             continue
-        heads = paired_heads(architecture, ours, c)
-        tensor = paired(tensor, heads, False) if heads else tensor
+        tensor = paired(tensor, paired_heads(architecture, ours, c), False)
         stored = gguf_name(architecture, c.num_hidden_layers, ours)
         if tensor.ndim == 1:
             writer.add_tensor(stored, tensor.float().numpy())
         else:
-            out = tensor.to(dtype)
+            out, bf16 = tensor.to(dtype).contiguous(), dtype == torch.bfloat16  # which numpy does not know
             if not out.isfinite().all():
                 raise UserError(f"tensor {ours} has values that fp16 cannot hold; use --type bf16")
-            raw = (
-                out.contiguous().view(torch.int16).numpy().view(np.uint8)
-                if dtype == torch.bfloat16
-                else out.contiguous().numpy()
-            )
-            writer.add_tensor(stored, raw, raw_dtype=Type.BF16 if dtype == torch.bfloat16 else None)
+            raw = out.view(torch.int16).numpy().view(np.uint8) if bf16 else out.numpy()
+            writer.add_tensor(stored, raw, raw_dtype=Type.BF16 if bf16 else None)
 
 
-def _write_packed(
-    writer: Any, architecture: str, network: Decoder, packed: dict[str, tuple[Tensor, Tensor, int]]
-) -> None:
+def _write_packed(writer: Any, architecture: str, network: Decoder, packed: Packed) -> None:
     c = network.config
+    name = partial(gguf_name, architecture, c.num_hidden_layers)
     for module, (values, scales, bits) in packed.items():
         heads = paired_heads(architecture, f"{module}.weight", c)
-        if heads:
-            values, scales = paired(values, heads, False), paired(scales, heads, False)
         bias = getattr(network.get_submodule(module), "bias", None)
         if bias is not None:
-            bias = paired(bias, heads, False) if heads else bias
-            writer.add_tensor(gguf_name(architecture, c.num_hidden_layers, f"{module}.bias"), bias.float().numpy())
-        writer.add_tensor(
-            gguf_name(architecture, c.num_hidden_layers, f"{module}.weight"),
-            _blocks(values, scales, bits),
-            raw_dtype=Type.Q8_0 if bits == 8 else Type.Q4_0,
-        )
+            writer.add_tensor(name(f"{module}.bias"), paired(bias, heads, False).float().numpy())
+        blocks = _blocks(paired(values, heads, False), paired(scales, heads, False), bits)
+        writer.add_tensor(name(f"{module}.weight"), blocks, raw_dtype=Type.Q8_0 if bits == 8 else Type.Q4_0)
 
 
 def _blocks(values: Tensor, scales: Tensor, bits: int) -> np.ndarray:

@@ -6,16 +6,12 @@ from typing import Any
 
 from torch import Tensor
 
-from craton.model.config import ModelConfig
-from craton.weights.family import Family, Piece
+from craton.weights.family import Family, Piece, layer_types
 
 
 def derive(raw: dict[str, Any]) -> dict[str, Any]:
-    types = raw.get("layer_types") or [
-        "sliding_attention" if (i + 1) % 2 else "full_attention" for i in range(raw["num_hidden_layers"])
-    ]
     return {
-        "layer_types": types,
+        "layer_types": layer_types(raw, lambda i: (i + 1) % 2),
         "moe_intermediate_size": raw["intermediate_size"],
         "attention_out_bias": raw["attention_bias"],
     }
@@ -38,10 +34,6 @@ def pieces(name: str, tensor: Tensor) -> Iterator[Piece]:
         yield name, tensor, tuple(tensor.shape)
 
 
-def restore(config: ModelConfig) -> dict[str, Any]:
-    return {"attention_bias": config.attention_bias}
-
-
 FAMILY = Family(
     "gpt_oss",
     "GptOssForCausalLM",
@@ -49,7 +41,6 @@ FAMILY = Family(
     renamed={"num_local_experts": "num_experts", "experts_per_token": "num_experts_per_tok"},
     defaults={
         "rms_norm_eps": 1e-5,
-        "tie_word_embeddings": False,
         "max_position_embeddings": 131072,
         "head_dim": 64,
         "num_key_value_heads": 8,
@@ -57,11 +48,10 @@ FAMILY = Family(
         "swiglu_limit": 7.0,
         "attention_bias": True,
     },
-    fixed={"hidden_act": ("silu",), "swiglu_alpha": (1.702,)},
+    fixed={"swiglu_alpha": (1.702,)},
     inert=("initial_context_length",),
-    always={"qk_norm": "", "attention_sinks": True, "router": "softmax_of_top", "norm_topk_prob": True},
+    always=dict(attention_sinks=True, router="softmax_of_top", norm_topk_prob=True),
     derive=derive,
-    restore=restore,
     pieces=pieces,
     ropes=("default", "yarn"),
     theta=150_000.0,

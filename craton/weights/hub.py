@@ -21,60 +21,36 @@ def _line(error: Exception) -> str:
 def pull(name: str, out: Path, revision: str | None = None) -> dict[str, Any]:
     """Download ORG/NAME into `out`; interrupted, the same call goes on where it stopped. UserError if there is no such
     model, it has no safetensors, it needs consent, or the network fails."""
-    from huggingface_hub import HfApi, snapshot_download
-    from huggingface_hub.errors import (
-        GatedRepoError,
-        HfHubHTTPError,
-        HFValidationError,
-        LocalEntryNotFoundError,
-        RepositoryNotFoundError,
-        RevisionNotFoundError,
-    )
+    from huggingface_hub import HfApi, errors, snapshot_download
 
     if name.count("/") != 1:
         raise UserError(f"{name}: give a model as ORG/NAME")
     try:
         info = HfApi().model_info(name, revision=revision, files_metadata=True)
-        files = {f.rfilename: f.size or 0 for f in info.siblings or []}
-        if not any(f.endswith(".safetensors") for f in files):
-            raise UserError(
-                f"{name}: no safetensors there; weights in other formats can run code when they are opened and are "
-                "not taken"
-            )
-        say(
-            f"{name} at {(info.sha or 'unknown')[:12]}: "
-            f"{count(sum(s for f, s in files.items() if f.endswith('.safetensors')))}B of weights"
-        )
+        weights = [f.size or 0 for f in info.siblings or [] if f.rfilename.endswith(".safetensors")]
+        if not weights:
+            raise UserError(f"{name}: no safetensors there; other formats can run code when opened and are not taken")
+        say(f"{name} at {(info.sha or 'unknown')[:12]}: {count(sum(weights))}B of weights")
         snapshot_download(
             name, revision=info.sha or revision, local_dir=out, allow_patterns=WANTED, ignore_patterns=UNWANTED
         )
-    except GatedRepoError:
+    except errors.GatedRepoError:
         raise UserError(
             f"{name}: its publisher asks for consent; accept the licence on its page and set HF_TOKEN"
         ) from None
-    except (RepositoryNotFoundError, RevisionNotFoundError):
-        raise UserError(
-            f"{name}: no such model"
-            + (f" or revision {revision}" if revision else "")
-            + ", or it is private (set HF_TOKEN)"
-        ) from None
-    except HFValidationError:
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError):
+        what = f"model or revision {revision}" if revision else "model"
+        raise UserError(f"{name}: no such {what}, or it is private (set HF_TOKEN)") from None
+    except errors.HFValidationError:
         raise UserError(f"{name}: not a model name; give ORG/NAME") from None
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, OSError) as error:
         raise UserError(f"{name}: the download failed ({_line(error)}); run the same command again to go on") from None
     except Exception as error:  # the HTTP library's own
         if not type(error).__module__.startswith(("http", "requests", "urllib3")):
             raise
-        raise UserError(
-            f"{name}: the hub cannot be reached ({_line(error)}); run the same command again to go on"
-        ) from None
+        raise UserError(f"{name}: the hub cannot be reached ({_line(error)}); run the same command again") from None
     config = read_config(out)
     Stored(out)  # every file of the index is there and whole
-    say(f"{out}: {config.model_type}, {count(config.parameters)} parameters")
-    return {
-        "model": name,
-        "out": str(out),
-        "revision": info.sha,
-        "parameters": config.parameters,
-        "model_type": config.model_type,
-    }
+    kind, parameters = config.model_type, config.parameters
+    say(f"{out}: {kind}, {count(parameters)} parameters")
+    return {"model": name, "out": str(out), "revision": info.sha, "parameters": parameters, "model_type": kind}

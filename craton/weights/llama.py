@@ -23,16 +23,8 @@ FAMILY = Family(
     "llama",
     "LlamaForCausalLM",
     same=("attention_bias", "mlp_bias"),
-    defaults={
-        "attention_bias": False,
-        "mlp_bias": False,
-        "rms_norm_eps": 1e-6,
-        "tie_word_embeddings": False,
-        "max_position_embeddings": 2048,
-    },
-    fixed={"hidden_act": ("silu",)},
+    defaults=dict(attention_bias=False, mlp_bias=False, max_position_embeddings=2048),
     inert=("rope_interleaved",),
-    always={"qk_norm": ""},
     derive=derive,
     restore=restore,
 )

@@ -5,7 +5,7 @@ from craton.weights.family import Family
 FAMILY = Family(
     "olmo2",
     "Olmo2ForCausalLM",
-    defaults={"rms_norm_eps": 1e-5, "tie_word_embeddings": False, "max_position_embeddings": 2048},
-    fixed={"hidden_act": ("silu",), "attention_bias": (False,)},
-    always={"qk_norm": "projection", "norm_placement": "post"},
+    defaults=dict(rms_norm_eps=1e-5, max_position_embeddings=2048),
+    fixed=dict(attention_bias=(False,)),
+    always=dict(qk_norm="projection", norm_placement="post"),
 )

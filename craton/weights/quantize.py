@@ -89,10 +89,8 @@ def quantise_folder(source: Path, out: Path, bits: int) -> dict[str, Any]:
 def _quantise_into(network: Decoder, source: Path, out: Path, bits: int) -> dict[str, Any]:
     layers = packable(network)
     if any(isinstance(m, PackedLinear) for m in network.modules()) or not layers:
-        raise UserError(
-            f"{source}: nothing to quantise: its projections are packed already, or none has rows in 16s and columns "
-            "in 32s"
-        )
+        why = "its projections are packed already, or none has rows in 16s and columns in 32s"
+        raise UserError(f"{source}: nothing to quantise: {why}")
     widths = {name: 8 if name == "lm_head" else bits for name in layers}
     left_out = sorted({n for n, m in network.named_modules() if isinstance(m, Linear)} - set(layers))
     experts = sum(
@@ -100,10 +98,8 @@ def _quantise_into(network: Decoder, source: Path, out: Path, bits: int) -> dict
     )
     if experts:
         say(f"{count(experts)} parameters of experts stay as they are: experts are not quantised")
-    # A packed head is no longer the embedding.
-    config = dataclasses.replace(
-        network.config, tie_word_embeddings=network.config.tie_word_embeddings and "lm_head" not in layers
-    )
+    tied = network.config.tie_word_embeddings and "lm_head" not in layers  # a packed head is no longer the embedding
+    config = dataclasses.replace(network.config, tie_word_embeddings=tied)
     before = sum(p.nbytes for p in network.parameters())
     progress, done, total = Progress(), 0, sum(layer.weight.numel() for layer in layers.values())
     squares = [0.0, 0.0]
@@ -118,12 +114,9 @@ def _quantise_into(network: Decoder, source: Path, out: Path, bits: int) -> dict
             yield f"{name}.weight_packed", values.view(torch.int32)
             yield f"{name}.weight_scale", scales
             yield f"{name}.weight_shape", torch.tensor(list(layer.weight.shape))
-            for part in range(0, layer.weight.shape[0], 4096):
-                w = layer.weight[part : part + 4096].detach().float()
-                squares[0] += float(
-                    (unpacked(values[part : part + 4096], scales[part : part + 4096], widths[name]) - w).pow(2).sum()
-                )
-                squares[1] += float(w.pow(2).sum())
+            for w, v, s in zip(layer.weight.detach().split(4096), values.split(4096), scales.split(4096), strict=True):
+                squares[0] += float((unpacked(v, s, widths[name]) - w.float()).pow(2).sum())
+                squares[1] += float(w.float().pow(2).sum())
             done += layer.weight.numel()
             progress.show(f"quantised {count(done)} of {count(total)} parameters")
 
@@ -133,8 +126,6 @@ def _quantise_into(network: Decoder, source: Path, out: Path, bits: int) -> dict
     write_config(out, config, "bfloat16", stored.describe(widths, left_out))
     after = sum(p.stat().st_size for p in out.glob("*.safetensors"))
     error = (squares[0] / max(squares[1], 1e-30)) ** 0.5
-    say(
-        f"{out}: {count(total)} parameters in {bits} bits; {count(before)}B to {count(after)}B; relative error of "
-        f"the weights {error:.4f}"
-    )
+    smaller = f"{count(before)}B to {count(after)}B"
+    say(f"{out}: {count(total)} parameters in {bits} bits; {smaller}; relative error of the weights {error:.4f}")
     return {"out": str(out), "bits": bits, "bytes_before": before, "bytes_after": after, "weight_error": error}

@@ -269,7 +269,7 @@ def test_hostile_templates(name, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(template, "SECONDS", 2.0)
     chat = ChatTemplate(HOSTILE[name], {})
-    with pytest.raises(UserError, match="chat_template"):
+    with pytest.raises(UserError, match="longer than 2 s" if name == "loop" else "chat_template"):
         chat.render([{"role": "user", "content": "x"}])
     assert not (tmp_path / "pwned").exists()
     chat.source = "{{ messages[0].content }}"  # and the next one is served
