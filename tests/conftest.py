@@ -2,7 +2,6 @@
 
 import random
 import subprocess
-import sys
 import sysconfig
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 from craton.corpus.build import BuildOptions, build
 from craton.train.recipe import Recipe
 from craton.train.start import train
+from tests.forked import finish, start
 
 STDLIB = Path(sysconfig.get_path("stdlib"))
 WORDS = [
@@ -118,6 +118,4 @@ def model_folder(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 def craton(*args: object, timeout: float = 300, **more: object) -> subprocess.CompletedProcess[str]:
     """The command line in a process of its own."""
-    return subprocess.run(
-        [sys.executable, "-m", "craton", *map(str, args)], capture_output=True, text=True, timeout=timeout, **more
-    )  # type: ignore[call-overload,no-any-return]
+    return finish(start(*args, **more), timeout)

@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shutil
+import socket
 import subprocess
 import sys
 import time
@@ -18,6 +19,7 @@ from craton.base import UserError, as_json
 from craton.model import kernels
 from craton.train import checkpoint
 from craton.train.record import read_metrics
+from tests.forked import finish, start
 
 SETTINGS: tuple[object, ...] = (
     *("--depth", 2, "--steps", 12, "--checkpoint-every", 5),
@@ -27,17 +29,24 @@ SETTINGS: tuple[object, ...] = (
 ONE_THREAD = {**os.environ, "OMP_NUM_THREADS": "1"}
 
 
-def command(processes: int, *args: object) -> list[str]:
-    start = [sys.executable, "-m"]
-    if processes > 1:
-        start += ["torch.distributed.run", "--standalone", "--nproc-per-node", str(processes), "-m"]
-    return [*start, "craton", "train", *map(str, args)]
+def torchrun(processes: int, *args: object) -> list[str]:
+    """The command as a person gives it."""
+    start = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    return [*start, "-m", "craton", "train", *map(str, args)]
 
 
 def run(processes: int, *args: object) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(command(processes, *args), capture_output=True, text=True, timeout=300, env=ONE_THREAD)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return done
+    """As torchrun starts them, but forked. Returns what the first says."""
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(s.getsockname()[1]), "WORLD_SIZE": str(processes)}
+    running = []
+    for rank in range(processes):
+        own = {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(processes), **place}
+        running.append(start("train", *args, env={**ONE_THREAD, **(own if processes > 1 else {})}))
+    done = [finish(r, 300) for r in running]
+    assert [d.returncode for d in done] == [0] * processes, "\n".join(d.stderr[-3000:] for d in done)
+    return done[0]
 
 
 def sha(folder: Path) -> str:
@@ -97,7 +106,7 @@ def test_killed_in_between(corpus, tmp_path, alone):
     out, kills, r = tmp_path / "m", 0, random.Random(0)
     for _ in range(2):
         process = subprocess.Popen(
-            command(2, corpus, "--out", out, *SETTINGS, "--resume"),
+            torchrun(2, corpus, "--out", out, *SETTINGS, "--resume"),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             env=ONE_THREAD,

@@ -29,6 +29,7 @@ from craton.train.pretrain import next_token, pretraining
 from craton.train.record import read_metrics
 from craton.train.start import train
 from tests.conftest import craton, prose, small
+from tests.forked import finish, start
 
 
 def sha(folder: Path) -> str:
@@ -163,18 +164,15 @@ def test_resume_is_exact(corpus, tmp_path, model_folder):
 
 
 def test_killed_runs_end_with_the_same_weights(corpus, tmp_path):
-    base = [sys.executable, "-m", "craton", "train", str(corpus), *map(str, SETTINGS)]
-    subprocess.run([*base, "--out", str(tmp_path / "whole")], check=True, capture_output=True)
+    base = ("train", corpus, *SETTINGS, "--out")
+    assert craton(*base, tmp_path / "whole").returncode == 0
     out, r, kills = tmp_path / "killed", random.Random(1), 0
     for _ in range(3):
-        process = subprocess.Popen(
-            [*base, "--out", str(out), "--resume"], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        time.sleep(r.uniform(2.0, 4.0))
-        kills += process.poll() is None
-        process.kill()
-        process.wait()
-    done = subprocess.run([*base, "--out", str(out), "--resume"], capture_output=True, text=True)
+        running = start(*base, out, "--resume")
+        time.sleep(r.uniform(0.4, 1.5))
+        os.kill(running[0].pid, signal.SIGKILL)
+        kills += finish(running, 60).returncode == -signal.SIGKILL
+    done = craton(*base, out, "--resume")
     assert done.returncode == 0, done.stderr
     assert kills and sha(out) == sha(tmp_path / "whole") and losses(out) == losses(tmp_path / "whole")
 

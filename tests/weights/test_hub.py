@@ -5,12 +5,11 @@ import hashlib
 import http.server
 import json
 import os
-import subprocess
-import sys
 import threading
 
 import pytest
 
+from tests.conftest import craton
 from tests.weights.families import make
 
 SHA = "a" * 40
@@ -124,13 +123,7 @@ def pull(hub, tmp_path, name="org/model", *options):
         "HF_HUB_DISABLE_TELEMETRY": "1",
     }
     env.pop("HF_HUB_OFFLINE", None)
-    return subprocess.run(
-        [sys.executable, "-m", "craton", "pull", name, "--out", str(tmp_path / "out"), "--json", *options],
-        capture_output=True,
-        text=True,
-        env=env,
-        timeout=120,
-    )
+    return craton("pull", name, "--out", tmp_path / "out", "--json", *options, env=env, timeout=120)
 
 
 def test_pull(hub, tmp_path):
