@@ -54,7 +54,7 @@ def corpus_build(
     out: Annotated[Path, Option(help="Folder to make.")],
     skip: Annotated[
         list[str] | None,
-        Option(help="Skip repair, html, quality, english (for English only), exact, near, decontaminate. Repeatable."),
+        Option(help="repair, html, quality, english (what fits English only), exact, near, decontaminate. Repeatable."),
     ] = None,
     decontaminate: Annotated[
         list[str] | None,
@@ -221,7 +221,7 @@ def serve(
 ) -> None:
     """Serve models: a page to chat with, and the APIs of OpenAI, Open Responses and Anthropic."""
     from craton.serve import run
-    from craton.serve.reply import Settings
+    from craton.serve.guard import Settings
 
     if engine not in ("craton", "vllm"):
         raise UserError(f"--engine is {engine!r}; known: craton, vllm")

@@ -98,8 +98,9 @@ def test_an_endpoint(model_folder):
     from starlette.testclient import TestClient
 
     from craton.serve import app as serve_app
+    from craton.serve.guard import Settings
     from craton.serve.metrics import Metrics
-    from craton.serve.reply import Settings, State
+    from craton.serve.reply import State
     from craton.serve.served import open_served
 
     space = run(block("An endpoint"))

@@ -14,8 +14,8 @@ from craton.model.paging import BLOCK, blocks_for
 
 @dataclass
 class Assembled:
-    """ids: (tokens,) int32. rows: (outputs,) int32, the tokens whose logits and hidden states are wanted. outputs: for
-    each slice where its rows begin and end in the results."""
+    """All on the cache's device. ids: (tokens,) int32. rows: (outputs,) int32, the tokens whose logits and hidden states
+    are wanted. outputs: for each slice where its rows begin and end in the results."""
 
     ids: Tensor
     batch: TokenBatch
@@ -49,5 +49,6 @@ def assemble(
         tables += own + [0] * (most - len(own))
     columns = (ids, positions, slots, starts, lengths, tables, rows)  # made and moved as one: each tensor costs time
     together = torch.tensor([*itertools.chain(*columns)], dtype=torch.int32, device=cache.keys.device)
-    own_ids, *places, own_tables, own_rows = together.split([len(c) for c in columns])
-    return Assembled(own_ids, TokenBatch(cache, *places, own_tables.view(len(plan), most)), own_rows, outputs)
+    parts = together.split([len(c) for c in columns])
+    batch = TokenBatch(cache, parts[1], parts[2], parts[3], parts[4], parts[5].view(len(plan), most))
+    return Assembled(parts[0], batch, parts[6], outputs)

@@ -74,8 +74,10 @@ class Engine:
         self.draft = None if draft is None else DraftModel(draft, blocks, self.context, guesses)
         counters = self.counters = Counters()
         scored = max(1, _LOGIT_BYTES // (4 * config.vocab_size))
-        most = dict(step_tokens=step_tokens, scored_tokens=scored, max_running=most_running)
-        self.scheduler = Scheduler(blocks, share_prefixes=share_prefixes, counters=counters, guess=self._guess, **most)
+        limits = dict(step_tokens=step_tokens, scored_tokens=scored, max_running=most_running)
+        self.scheduler = Scheduler(
+            blocks, share_prefixes=share_prefixes, counters=counters, guess=self._guess, **limits
+        )
         self.answers: dict[Generation, Answer] = {}
         self.requests: dict[int, list[Answer]] = {}
         self.last_request = 0
@@ -380,9 +382,9 @@ class Engine:
         return torch.tensor([c.embedding for (c,) in self._run(numbers)])
 
 
-def too_long(prompt: int, context: int, why: str, field: str = "prompt") -> UserError:
+def too_long(tokens: int, context: int, why: str, field: str = "prompt") -> UserError:
     """The error of a prompt of so many tokens. why: more about the context."""
-    message = f"the prompt has {prompt} tokens, the context is {context}{why}; shorten it"
+    message = f"the prompt has {tokens} tokens, the context is {context}{why}; shorten it"
     return UserError(message, field=field, code="context_length_exceeded")
 
 

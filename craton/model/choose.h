@@ -57,6 +57,7 @@ class Row {
             const float most = largest(at, std::min(n, at + size));
             if (most > top) top = most, part = at;
         }
+        if (top == -INFINITY) return 0;
         int64_t best = part;
         while (best < n - 1 && x[best] != top) best++;
         return best;

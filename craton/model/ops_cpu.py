@@ -242,8 +242,10 @@ def paged_attention(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tenso
 # ---- choice of tokens ---------------------------------------------------------------------------------------------
 
 
-def choose_tokens(rows: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, u: Tensor) -> Tensor:
-    library = kernels.engine_kernels() if _real(rows) else None
+def choose_tokens(
+    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, u: Tensor
+) -> Tensor:
+    library = kernels.engine_kernels() if _real(logits) else None
     if library is None:
-        return plain.choose_tokens(rows, temperature, top_k, top_p, min_p, u)
-    return native.choose_tokens(library, rows, temperature, top_k, top_p, min_p, u)
+        return plain.choose_tokens(logits, temperature, top_k, top_p, min_p, u)
+    return native.choose_tokens(library, logits, temperature, top_k, top_p, min_p, u)

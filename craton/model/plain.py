@@ -140,9 +140,13 @@ def paged_attention(
     return torch.cat(pieces, 1)
 
 
-def choose_tokens(rows: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, u: Tensor) -> Tensor:
+def choose_tokens(
+    logits: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor, u: Tensor
+) -> Tensor:
     greedy = temperature == 0
-    x = rows.double() / torch.where(greedy, 1.0, temperature.double())[:, None]
+    if bool(greedy.all()):
+        return logits.argmax(-1)
+    x = logits.double() / torch.where(greedy, 1.0, temperature.double())[:, None]
     values, ids = torch.sort(x, stable=True, dim=-1, descending=True)
     rank = torch.arange(x.shape[1], device=x.device)[None, :]
     kept = rank < torch.where(top_k > 0, top_k, x.shape[1])[:, None]
@@ -154,4 +158,4 @@ def choose_tokens(rows: Tensor, temperature: Tensor, top_k: Tensor, top_p: Tenso
     cumulative = p.cumsum(-1)
     chosen = torch.searchsorted(cumulative, u.double()[:, None], right=True)[:, 0]
     last = p.shape[1] - 1 - (p > 0).flip(-1).int().argmax(-1)
-    return torch.where(greedy, rows.argmax(-1), torch.minimum(chosen, last))
+    return torch.where(greedy, logits.argmax(-1), torch.minimum(chosen, last))

@@ -109,7 +109,8 @@ class Guard:
         try:
             await self._guarded(scope, receive, watched)
         except ApiError as refused:
-            await send_error(scope, watched, refused)
+            if not status:
+                await send_error(scope, watched, refused)
         except Exception:
             log.exception("a request failed")
             if not status:

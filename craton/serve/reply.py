@@ -12,8 +12,7 @@ from fastapi.responses import Response
 
 from craton.base import UserError
 from craton.serve import shapes
-from craton.serve.guard import Settings as Settings
-from craton.serve.guard import error_body, send_error
+from craton.serve.guard import Settings, error_body, send_error
 from craton.serve.metrics import Metrics
 from craton.serve.served import ApiError, Served
 from craton.serve.worker import Overloaded, Unavailable

@@ -151,9 +151,15 @@ class Tokenizer:
             raise UserError("tokenizer_config.json: no chat_template, so this model cannot chat")
         return self.chat_template.render(messages, tools, add_generation_prompt, **more)
 
-    def encode_chat(self, messages: list[dict[str, Any]], *options: Any, **more: Any) -> list[int]:
+    def encode_chat(
+        self,
+        messages: list[dict[str, Any]],
+        tools: list[dict[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+        **more: Any,
+    ) -> list[int]:
         """The same as ids; the template writes the special tokens itself."""
-        return self.encode_rendered(self.render_chat(messages, *options, **more))
+        return self.encode_rendered(self.render_chat(messages, tools, add_generation_prompt, **more))
 
     @cached_property
     def _stand_ins(self) -> dict[str, int]:

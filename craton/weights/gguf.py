@@ -202,7 +202,7 @@ def _config(path: Path, architecture: str, fields: dict[str, Any], tensors: dict
     head_dim = get("attention.key_length", get("embedding_length") // heads)
     if get("rope.dimension_count", head_dim) != head_dim:
         raise UserError(f"{path}: rotary positions on a part of a head are not supported")
-    scaling = _scaling(path, get, head_dim, theta, tensors)
+    scaling = _scaling(path, architecture, get, head_dim, theta, tensors)
     try:
         return ModelConfig(
             vocab_size=int(tensors["token_embd.weight"].shape[1]),
@@ -228,10 +228,14 @@ def _config(path: Path, architecture: str, fields: dict[str, Any], tensors: dict
         raise UserError(f"{path}: {error}") from None
 
 
-def _scaling(path: Path, get: Any, head_dim: int, theta: float, tensors: dict[str, Any]) -> dict[str, Any] | None:
+def _scaling(
+    path: Path, architecture: str, get: Any, head_dim: int, theta: float, tensors: dict[str, Any]
+) -> dict[str, Any] | None:
     """How the context was stretched. get: a setting by its key."""
     if (kind := get("rope.scaling.type", "none")) not in ("none", "linear", "yarn"):
-        raise UserError(f"{path}: rope.scaling.type {kind!r} is not supported; supported: 'none', 'linear', 'yarn'")
+        raise UserError(
+            f"{path}: {architecture}.rope.scaling.type {kind!r} is not supported; supported: 'none', 'linear', 'yarn'"
+        )
     if kind != "none":
         scaling: dict[str, Any] = {"rope_type": kind, "factor": get("rope.scaling.factor")}
         if kind == "yarn":

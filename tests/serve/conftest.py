@@ -24,7 +24,7 @@ from inprocess import InProcess  # noqa: E402
 
 from craton.serve import guard  # noqa: E402
 from craton.serve import reply as reply_module  # noqa: E402
-from craton.serve.reply import Settings  # noqa: E402
+from craton.serve.guard import Settings  # noqa: E402
 
 
 class Running:

@@ -10,8 +10,8 @@ import uvicorn
 
 from craton.serve import guard
 from craton.serve.app import create_app
+from craton.serve.guard import Settings
 from craton.serve.metrics import Metrics
-from craton.serve.reply import Settings
 from craton.serve.served import open_served
 
 

@@ -83,7 +83,7 @@ def test_container():
 
 def test_what_the_files_say_is_refused_without_a_key(monkeypatch):
     """All three listen for others, so all need CRATON_API_KEY: without it the command refuses."""
-    from craton.serve.reply import Settings
+    from craton.serve.guard import Settings
     from craton.serve.run import Listening, serve
 
     monkeypatch.delenv("CRATON_API_KEY", raising=False)

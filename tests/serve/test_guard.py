@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from craton.serve import guard
-from craton.serve.reply import Settings
+from craton.serve.guard import Settings
 
 HI = {"model": "chat", "messages": [{"role": "user", "content": "Tell me a joke."}]}
 KEYS = ["key-of-alice-0123456789", "key-of-bob-9876543210"]

@@ -12,7 +12,7 @@ import pytest
 import tiny
 from conftest import Running
 
-from craton.serve.reply import Settings
+from craton.serve.guard import Settings
 
 HI = {"model": "chat", "messages": [{"role": "user", "content": "Tell me a joke."}]}
 KEYS = ["key-of-alice-0123456789", "key-of-bob-9876543210"]
