@@ -14,8 +14,8 @@ from craton.model.paging import BLOCK, blocks_for
 
 @dataclass
 class Assembled:
-    """All on the cache's device. ids: (tokens,) int32. rows: (outputs,) int32, the tokens whose logits and hidden states
-    are wanted. outputs: for each slice where its rows begin and end in the results."""
+    """All on the cache's device. ids: (tokens,) int32. rows: (outputs,) int32, the tokens whose logits and hidden
+    states are wanted. outputs: for each slice where its rows begin and end in the results."""
 
     ids: Tensor
     batch: TokenBatch
