@@ -66,7 +66,7 @@ class Engine:
             raise UserError(f"the draft model's vocabulary is {sizes}; they must be the same")
         self.speculate, self.guesses = speculate, guesses
         each = sum(bytes_per_token(n.config, cache_dtype(n).itemsize) for n in (network, draft) if n is not None)
-        device = network.model.embed_tokens.weight.device
+        device = network.model.norm.weight.device
         room = cache_bytes or _default_cache(device, each, config.max_position_embeddings)
         blocks = max(2, room // (each * BLOCK))
         self.context = min(config.max_position_embeddings, blocks * BLOCK)

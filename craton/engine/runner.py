@@ -13,7 +13,7 @@ from craton.model.fused import FusedStep, fits
 
 def cache_dtype(network: Decoder) -> torch.dtype:
     """Of keys and values: fp32 on a CPU, the weights' elsewhere."""
-    weight = network.model.embed_tokens.weight
+    weight = network.model.norm.weight
     return torch.float32 if weight.device.type == "cpu" else weight.dtype
 
 
@@ -23,7 +23,7 @@ class Runner:
 
     def __init__(self, network: Decoder, blocks: int, context: int):
         """context: the longest sequence that will come."""
-        self.source, self.device, self.context = network, network.model.embed_tokens.weight.device, context
+        self.source, self.device, self.context = network, network.model.norm.weight.device, context
         self.cache = PagedCache(network.config, blocks, cache_dtype(network), self.device)
         self.weights_changed()
 
@@ -36,7 +36,7 @@ class Runner:
         on_cpu = self.device.type == "cpu"
         if on_cpu and kernels.engine_kernels() is not None and fits(network.config):
             self.fused = FusedStep(network, self.cache, self.context)
-        elif on_cpu and network.model.embed_tokens.weight.dtype != torch.float32:
+        elif on_cpu and any(p.dtype != torch.float32 for p in network.parameters()):
             self.network = copy.deepcopy(network).float()
 
     @torch.inference_mode()

@@ -26,20 +26,20 @@ void craton_step(const Model* m, const Step* s, const int32_t* ids, int64_t outp
 void craton_linear(const Matrix* m, const float* x, int64_t tokens, float* out, int64_t threads) {
     std::vector<int8_t> q(packed(*m) ? tokens * m->cols : 0);
     std::vector<float> scale(packed(*m) ? tokens * (m->cols / GROUP) : 0);
-    std::vector<int32_t> minus(scale.size());
+    std::vector<int32_t> sum(scale.size()), first(scale.size());
     Work work;
 #pragma omp parallel num_threads(threads)
     {
         if (packed(*m)) {
 #pragma omp for
             for (int64_t t = 0; t < tokens; t++)
-                quantise(x + t * m->cols, t, tokens, m->cols, {q.data(), scale.data(), minus.data()});
+                quantise(x + t * m->cols, t, tokens, m->cols, {q.data(), scale.data(), sum.data(), first.data()});
         }
         const int64_t n = panels(*m), size = std::max<int64_t>(1, n / (omp_get_num_threads() * 8));
         for (;;) {
             int64_t from = work.next.fetch_add(size);
             if (from >= n) break;
-            product(*m, from, std::min(n, from + size), x, {q.data(), scale.data(), minus.data()}, tokens, out,
+            product(*m, from, std::min(n, from + size), x, {q.data(), scale.data(), sum.data(), first.data()}, tokens, out,
                     m->rows);
         }
     }
@@ -85,33 +85,34 @@ void craton_advise(char* data, int64_t bytes) {
 #endif
 }
 
-// Rows as they lie in files (4 bits: two columns a byte, the first low, value + 8; 8 bits: value + 128) and their fp16
-// scales (rows, cols / 32) to panels. rows must be a multiple of 16, cols of 32.
-void craton_pack(int64_t bits, const uint8_t* values, const uint16_t* scales, int64_t rows, int64_t cols, uint8_t* out,
-                 int64_t threads) {
-    const int64_t groups = cols / GROUP, per_row = cols * bits / 8;
+// Bytes of a matrix in panels; 0 where its kind or shape does not allow it.
+int64_t craton_packed_bytes(int64_t kind, int64_t rows, int64_t cols) {
+    const Layout l = layout_of(kind);
+    if (!l.bits || rows % ROWS || cols % (l.scale == SUPER ? 8 * GROUP : GROUP)) return 0;
+    return rows / ROWS * panel_bytes(l, cols / GROUP);
+}
+
+// GGUF's rows of blocks to panels. out: zeros.
+void craton_pack(int64_t kind, const uint8_t* blocks, int64_t rows, int64_t cols, uint8_t* out, int64_t threads) {
+    const Layout l = layout_of(kind);
+    const int64_t groups = cols / GROUP;
 #pragma omp parallel for num_threads(threads)
     for (int64_t p = 0; p < rows / ROWS; p++) {
-        uint8_t* w = out + p * groups * group_bytes(bits);
-        for (int64_t g = 0; g < groups; g++, w += group_bytes(bits)) {
-            for (int64_t r = 0; r < ROWS; r++) {
-                const uint8_t* row = values + (p * ROWS + r) * per_row + g * GROUP * bits / 8;
-                if (bits == 8) {
-                    for (int c = 0; c < 8; c++) memcpy(w + 64 * c + 4 * r, row + 4 * c, 4);
-                } else {
-                    for (int c = 0; c < 4; c++) {  // columns 4c..4c+3 and 16 + those
-                        uint8_t *o = w + 64 * c + 4 * r, a = row[2 * c], b = row[2 * c + 1], e = row[8 + 2 * c],
-                                f = row[8 + 2 * c + 1];
-                        o[0] = (a & 15) | (e & 15) << 4;
-                        o[1] = (a >> 4) | (e & 0xf0);
-                        o[2] = (b & 15) | (f & 15) << 4;
-                        o[3] = (b >> 4) | (f & 0xf0);
-                    }
-                }
-                memcpy(w + group_bytes(bits) - 32 + 2 * r, scales + (p * ROWS + r) * groups + g, 2);
+        for (int64_t r = 0; r < ROWS; r++) {
+            const uint8_t* row = blocks + (p * ROWS + r) * row_bytes(kind, cols);
+            for (int64_t g = 0; g < groups; g++) {
+                Group x;
+                read_group(kind, row, g, x);
+                put_group(l, x, out + p * panel_bytes(l, groups), g, r);
             }
         }
     }
+}
+
+// Rows of a matrix, by their numbers, in fp32. out: (n, columns).
+void craton_rows(const Matrix* m, const int64_t* numbers, int64_t n, float* out, int64_t threads) {
+#pragma omp parallel for num_threads(threads)
+    for (int64_t i = 0; i < n; i++) load_row(*m, numbers[i], out + i * m->cols);
 }
 
 }  // extern "C"

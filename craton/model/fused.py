@@ -11,25 +11,21 @@ from craton.model.cache import PagedCache, TokenBatch
 from craton.model.config import ModelConfig
 from craton.model.decoder import MLP, Attention, Decoder, Linear
 from craton.model.native import KINDS, LayerC, MatrixC, ModelC, step_of
-from craton.model.packed import PackedLinear
+from craton.model.packed import PackedEmbedding, PackedLinear
 
 
 def fits(config: ModelConfig) -> bool:
-    """Whether a decoder's steps can run in one call: the pre-norm blocks that Llama, Mistral, Qwen, SmolLM and what
+    """Whether a decoder's steps can run in one call: the blocks that Llama, Mistral, Qwen, SmolLM, Gemma 3 and what
     craton trains are made of. The others run module by module on the same kernels."""
     c = config
     return (
-        c.norm_placement == "pre"
-        and not c.norm_unit_offset
+        c.norm_placement != "post"
         and c.qk_norm in ("", "head")
         and not c.kv_lora_rank
         and not c.num_experts
-        and c.hidden_act == "silu"
-        and c.embedding_scale == 1.0
         and c.attn_logit_softcapping is None
         and c.final_logit_softcapping is None
         and not c.attention_sinks
-        and c.rope_local_theta is None
         and c.head_dim % 16 == 0
         and c.hidden_size % 32 == 0
         and c.intermediate_size % 32 == 0
@@ -45,34 +41,45 @@ class FusedStep:
         self.library, self.config, self.kept = kernels.engine_kernels(), c, list[Tensor]()
         backbone = network.model
         with modes.batch_invariant():
-            rotated = next((r for r in backbone.ropes(torch.arange(context)) if r is not None), None)
-        cos, sin = (self._float(t) for t in rotated) if rotated else (None, None)
+            turned = backbone.ropes(torch.arange(context))
         self.layers = (LayerC * c.num_hidden_layers)()
+        tables: list[Any] = [None, None]  # everywhere, and in layers of their own
         for i, block in enumerate(backbone.layers):
-            self._fill(self.layers[i], block, i, cache)
-        embedding = backbone.embed_tokens.weight.detach()
-        self.kept += [embedding, cache.keys, cache.values]
+            own = turned[i]
+            which = 1 if c.rope_local_theta is not None and c.window(i) else 0
+            if own is not None and tables[which] is None:
+                tables[which] = [self._float(t) for t in own]
+            self._fill(self.layers[i], block, i, cache, 0 if own is None else which + 1)
+        self.kept += [cache.keys, cache.values]
         sizes = [c.num_hidden_layers, c.hidden_size, c.num_attention_heads, c.num_key_value_heads, c.head_dim]
-        sizes += [c.intermediate_size, c.vocab_size, KINDS[embedding.dtype]]
-        scale = c.attention_scale or c.head_dim**-0.5
-        layers, head = ctypes.cast(self.layers, ctypes.c_void_p), self._matrix(network.lm_head)
-        places = embedding.data_ptr(), self._float(backbone.norm.weight), cos, sin
-        self.model = ModelC(*sizes, c.rms_norm_eps, scale, layers, head, *places)
+        sizes += [c.intermediate_size, int(c.hidden_act != "silu")]
+        scales = c.rms_norm_eps, c.attention_scale or c.head_dim**-0.5, c.embedding_scale
+        layers, embedding = ctypes.cast(self.layers, ctypes.c_void_p), self._matrix(backbone.embed_tokens)
+        cos, sin = ((ctypes.c_void_p * 2)(*(t and t[k] for t in tables)) for k in (0, 1))
+        norm = self._norm(backbone.norm)
+        self.model = ModelC(*sizes, *scales, layers, embedding, self._matrix(network.lm_head), norm, cos, sin)
         self.workspace = torch.empty(0, dtype=torch.uint8)
 
-    def _fill(self, layer: LayerC, block: Any, number: int, cache: PagedCache) -> None:
+    def _fill(self, layer: LayerC, block: Any, number: int, cache: PagedCache, rope: int) -> None:
         c, attention, mlp = self.config, block.self_attn, block.mlp
         assert isinstance(attention, Attention) and isinstance(mlp, MLP)
         for name in ("q", "k", "v", "o"):
             setattr(layer, name, self._matrix(getattr(attention, f"{name}_proj")))
         for name in ("gate", "up", "down"):
             setattr(layer, name, self._matrix(getattr(mlp, f"{name}_proj")))
-        norms: Any = (block.input_layernorm, block.post_attention_layernorm, attention.q_norm, attention.k_norm)
-        for name, norm in zip(("norm", "mlp_norm", "q_norm", "k_norm"), norms, strict=True):
-            setattr(layer, name, self._float(norm.weight) if norm else None)
+        norms = {"norm": block.input_layernorm, "q_norm": attention.q_norm, "k_norm": attention.k_norm}
+        if c.norm_placement == "both":
+            norms |= {"after": block.post_attention_layernorm, "mlp_norm": block.pre_feedforward_layernorm}
+            norms["mlp_after"] = block.post_feedforward_layernorm
+        else:
+            norms["mlp_norm"] = block.post_attention_layernorm
+        for name, norm in norms.items():
+            setattr(layer, name, self._norm(norm) if norm else None)
         layer.keys, layer.values = cache.keys[number].data_ptr(), cache.values[number].data_ptr()
-        layer.window = c.window(number) or 0
-        layer.rope = int(not c.no_rope_layers or c.no_rope_layers[number])
+        layer.window, layer.rope = c.window(number) or 0, rope
+
+    def _norm(self, norm: Any) -> int:
+        return self._float(norm.scale())
 
     def _float(self, tensor: Tensor) -> int:
         tensor = tensor.detach().float().contiguous()
@@ -80,12 +87,11 @@ class FusedStep:
         return tensor.data_ptr()
 
     def _matrix(self, layer: Any) -> MatrixC:
-        bias = None if layer.bias is None else self._float(layer.bias)
-        if isinstance(layer, PackedLinear):
-            values: Any = layer.values
-            self.kept.append(values)
-            return MatrixC(values.data_ptr(), bias, layer.rows, layer.cols, layer.bits)
-        assert isinstance(layer, Linear)
+        bias = None if getattr(layer, "bias", None) is None else self._float(layer.bias)
+        if isinstance(layer, PackedLinear | PackedEmbedding):
+            self.kept.append(layer.packed.data)  # type: ignore[arg-type]
+            return layer.packed.matrix(bias)
+        assert isinstance(layer, Linear | torch.nn.Embedding)
         weight = layer.weight.detach().contiguous()
         self.kept.append(weight)
         return MatrixC(weight.data_ptr(), bias, *weight.shape, KINDS[weight.dtype])

@@ -30,9 +30,12 @@ _ENGINE = {
     "craton_linear": [_P, _P, _I, _P, _I],
     "craton_attention": [_P] * 8 + [_I],
     "craton_choose": [_P, _I, _I] + [_P] * 6 + [_I],
-    "craton_pack": [_I, _P, _P, _I, _I, _P, _I],
+    "craton_packed_bytes": [_I] * 3,
+    "craton_pack": [_I, _P, _I, _I, _P, _I],
+    "craton_rows": [_P, _P, _I, _P, _I],
     "craton_advise": [_P, _I],
 }
+_SIZES = ("craton_workspace", "craton_packed_bytes")  # which return one
 
 
 @lru_cache
@@ -55,7 +58,7 @@ def _open(name: str, levels: list[str], signatures: dict[str, Any], missing: str
     library = ctypes.CDLL(str(found[0]))
     for function, arguments in signatures.items():
         getattr(library, function).argtypes = arguments
-        getattr(library, function).restype = _I if function == "craton_workspace" else None
+        getattr(library, function).restype = _I if function in _SIZES else None
     return library
 
 

@@ -19,17 +19,16 @@ class LayerC(ctypes.Structure):
     """step.h: Layer."""
 
     _fields_: ClassVar[Any] = [(n, MatrixC) for n in ("q", "k", "v", "o", "gate", "up", "down")]
-    _fields_ += [(n, _P) for n in ("norm", "mlp_norm", "q_norm", "k_norm", "keys", "values")]
+    _fields_ += [(n, _P) for n in ("norm", "mlp_norm", "q_norm", "k_norm", "after", "mlp_after", "keys", "values")]
     _fields_ += [("window", _I), ("rope", _I)]
 
 
 class ModelC(ctypes.Structure):
     """step.h: Model."""
 
-    _counts = ("layers", "hidden", "heads", "kv_heads", "head_dim", "intermediate", "vocabulary", "embedding_kind")
-    _fields_: ClassVar[Any] = [(n, _I) for n in _counts]
-    _fields_ += [("eps", _F), ("scale", _F), ("layer", _P), ("head", MatrixC)]
-    _fields_ += [(n, _P) for n in ("embedding", "norm", "cos", "sin")]
+    _fields_: ClassVar[Any] = [(n, _I) for n in ("layers", "hidden", "heads", "kv_heads", "head_dim", "intermediate")]
+    _fields_ += [("gelu", _I), ("eps", _F), ("scale", _F), ("embedding_scale", _F), ("layer", _P)]
+    _fields_ += [("embedding", MatrixC), ("head", MatrixC), ("norm", _P), ("cos", _P * 2), ("sin", _P * 2)]
 
 
 class StepC(ctypes.Structure):
@@ -46,7 +45,7 @@ class HeadsC(ctypes.Structure):
     _fields_ += [("scale", _F), ("softcap", _F), ("sinks", _P)]
 
 
-KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}  # of MatrixC; 4 and 8 are packed
+KINDS = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 30}  # of MatrixC: GGUF's numbers, as of packed types
 
 
 def step_of(places: list[Tensor]) -> StepC:
@@ -63,6 +62,12 @@ def product(library: Any, matrix: MatrixC, x: Tensor) -> Tensor:
         rows = x.numel() // x.shape[-1]
         library.craton_linear(ctypes.byref(matrix), x.data_ptr(), rows, out.data_ptr(), torch.get_num_threads())
     return out
+
+
+def rows_of(library: Any, matrix: MatrixC, numbers: Tensor, out: Tensor) -> None:
+    """Rows of a matrix by their numbers (n,) int64 into out (n, cols) fp32."""
+    places = ctypes.byref(matrix), numbers.data_ptr(), numbers.shape[0], out.data_ptr()
+    library.craton_rows(*places, torch.get_num_threads())
 
 
 def linear(library: Any, x: Tensor, w: Tensor) -> Tensor:

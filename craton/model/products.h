@@ -1,12 +1,10 @@
-// Products of activations with stored weights: fp32, bf16 and fp16 row by row, 8 and 4 bits in panels.
+// Products of activations with stored weights: fp32, bf16 and fp16 row by row, fewer bits in panels (formats.h).
 //
-// Weights of 8 and 4 bits have one fp16 scale for 32 values (the values of GGUF's Q8_0 and Q4_0). They are stored in
-// panels of 16 rows: for each group of 32 columns the values, four columns of 16 rows at a time (one vector), then the
-// 16 scales. 4 bits: value + 8; a vector holds columns c..c+3 in its low nibbles and c+16..c+19 in its high ones.
-// 8 bits: value + 128. Activations are rounded to signed 8 bits with one scale for 32 columns, so that unsigned times
-// signed products (VNNI) apply without sign fix-ups; what the offset adds is the row's own sum, subtracted beforehand.
+// For panels activations are rounded to signed 8 bits with one scale for 32 columns, so that unsigned times signed
+// products (VNNI) apply without sign fix-ups; what the zero of a format adds is a multiple of the row's own sum,
+// subtracted beforehand.
 #pragma once
-#include "vectors.h"
+#include "formats.h"
 
 // ---- integer products -------------------------------------------------------------------------------------------
 
@@ -47,65 +45,130 @@ static inline i16 dot4_signed(i16 acc, u64 w, i16 s) {
     return dot4(acc, magnitude, (i16)x);
 }
 
-static inline int64_t group_bytes(int bits) {
-    return bits == 4 ? 256 + 32 : 512 + 32;
+// Bytes of a table by the low four bits of each lane.
+static inline u64 look_up(const uint8_t* table, u64 index) {
+    const __m128i t = _mm_loadu_si128((const __m128i*)table);
+#if defined(__AVX512BW__)
+    return (u64)_mm512_shuffle_epi8(_mm512_broadcast_i32x4(t), (__m512i)index);
+#else
+    const __m256i wide = _mm256_broadcastsi128_si256(t);
+    for (int h = 0; h < 2; h++) {
+        __m256i* p = (__m256i*)&index + h;
+        _mm256_storeu_si256(p, _mm256_shuffle_epi8(wide, _mm256_loadu_si256(p)));
+    }
+    return index;
+#endif
+}
+
+// 16 numbers of 8 bits, signed.
+static inline f16 load_bytes(const uint8_t* p) {
+    typedef int8_t b16 __attribute__((vector_size(16), aligned(1), may_alias));
+    return __builtin_convertvector(__builtin_convertvector(*(const b16*)p, i16), f16);
+}
+
+static inline f16 load_powers(const uint8_t* p) {
+    float x[16];
+    for (int i = 0; i < 16; i++) x[i] = power_of_two(p[i]);
+    return load16(x);
 }
 
 // Rows of activations in 8 bits, in tiles of 8 rows (at the end of 4, 2 and 1): in a tile each four columns of all its
-// rows lie together, then those of the next four; so do the scales of a group and minus 8 times the sums of its values.
+// rows lie together, then those of the next four; so do the scales of a group, the sums of its values and of its first
+// 16.
 struct Quantised {
     int8_t* x;
     float* scale;
-    int32_t* minus;  // 8 times
+    int32_t *sum, *first;
 };
 
 static inline int64_t tile_size(int64_t left) {
     return left >= 8 ? 8 : left >= 4 ? 4 : left >= 2 ? 2 : 1;
 }
 
-// T rows of activations, a whole tile, times R panels of 16 weight rows. ahead: bytes to fetch before they are needed.
-template <int BITS, int R, int T, int STRIDE>
+// Columns 4c..4c+3 of 16 rows, and 16 columns further on: a format's values from where a group begins.
+template <int KIND>
+static inline void load_values(const uint8_t* w, int c, u64& low, u64& high) {
+    constexpr Layout L = layout_of(KIND);
+    if (L.bits == 8) {
+        low = *(const u64*)(w + 64 * c), high = *(const u64*)(w + 64 * (c + 4));
+        return;
+    }
+    const u64 v = *(const u64*)(w + 64 * c);
+    low = v & 15, high = (u64)((i16)v >> 4) & 15;
+    if (L.bits == 5) {
+        const i16 more = *(const i16*)(w + 256);
+        low |= (u64)(more << (4 - c)) & 16, high |= (u64)(more >> c) & 16;
+    }
+    if (L.bits == 6) {
+        const i16 a = *(const i16*)(w + 256), b = *(const i16*)(w + 320);
+        low |= (u64)(c < 3 ? a << (4 - 2 * c) : a >> 2) & 48;
+        high |= (u64)(c < 3 ? b << (4 - 2 * c) : b >> 2) & 48;
+    }
+    if (L.table) low = look_up(L.table, low), high = look_up(L.table, high);
+}
+
+// T rows of activations, a whole tile, times R panels of 16 weight rows.
+template <int KIND, int R, int T, int STRIDE>
 static inline void dot_panels(const uint8_t* w, int64_t panel, int64_t groups, const int8_t* x, const float* xs,
-                              const int32_t* minus, f16 (*out)[T]) {
-    f16 acc[R][T];
+                              const int32_t* sum, const int32_t* first, f16 (*out)[T]) {
+    constexpr Layout L = layout_of(KIND);
+    constexpr int P = L.parts;
+    constexpr bool SIGNED = !VNNI && L.zero == 128;  // too large for 16-bit sums of unsigned bytes
+    f16 acc[R][T], times[R], offset_times[R];
     for (int r = 0; r < R; r++)
         for (int t = 0; t < T; t++) acc[r][t] = f16{};
-    for (int64_t g = 0; g < groups; g++, w += group_bytes(BITS), x += 32 * STRIDE, xs += STRIDE, minus += STRIDE) {
-        i16 a[R][T];
-        for (int t = 0; t < T; t++) {
-            i16 begin = minus[t] - i16{};
-            if (BITS == 8) begin = VNNI ? begin << 4 : i16{};
-            for (int r = 0; r < R; r++) a[r][t] = begin;
-        }
-        for (int64_t line = 0; line < group_bytes(BITS) * R; line += 64) __builtin_prefetch(w + 4096 + line);
-        const int32_t* q = (const int32_t*)x;
-        if (BITS == 4) {
-            for (int c = 0; c < 4; c++) {
-                u64 low[R], high[R];
-                for (int r = 0; r < R; r++) {
-                    u64 v = *(const u64*)(w + r * panel + 64 * c);
-                    low[r] = v & 15, high[r] = (u64)((i16)v >> 4) & 15;
-                }
-                for (int t = 0; t < T; t++) {
-                    i16 x0 = q[c * STRIDE + t] - i16{}, x1 = q[(4 + c) * STRIDE + t] - i16{};
-                    for (int r = 0; r < R; r++) a[r][t] = dot4(dot4(a[r][t], low[r], x0), high[r], x1);
-                }
+    for (int64_t g = 0; g < groups; g++) {
+        if (L.scale == SUPER && g % 8 == 0) {
+            for (int r = 0; r < R; r++) {
+                times[r] = load_half16((const uint16_t*)(w + r * panel));
+                if (L.offset) offset_times[r] = load_half16((const uint16_t*)(w + r * panel + 32));
             }
-        } else {
-            for (int c = 0; c < 8; c++) {
-                u64 v[R];
-                for (int r = 0; r < R; r++) v[r] = *(const u64*)(w + r * panel + 64 * c);
-                for (int t = 0; t < T; t++) {
-                    i16 x0 = q[c * STRIDE + t] - i16{};
-                    for (int r = 0; r < R; r++)
-                        a[r][t] = VNNI ? dot4(a[r][t], v[r], x0) : dot4_signed(a[r][t], v[r] ^ 128, x0);
+            w += block_bytes(L);
+        }
+        i16 a[P][R][T];
+        for (int t = 0; t < T; t++) {
+            const int32_t own[2] = {P == 2 ? first[t] : sum[t], sum[t] - first[t]};
+            for (int p = 0; p < P; p++)
+                for (int r = 0; r < R; r++) a[p][r][t] = SIGNED ? i16{} : (-L.zero * own[p]) - i16{};
+        }
+        for (int64_t line = 0; line < group_bytes(L) * R; line += 64) __builtin_prefetch(w + 4096 + line);
+        const int32_t* q = (const int32_t*)x;
+        for (int c = 0; c < 4; c++) {
+            u64 low[R], high[R];
+            for (int r = 0; r < R; r++) load_values<KIND>(w + r * panel, c, low[r], high[r]);
+            for (int t = 0; t < T; t++) {
+                const i16 x0 = q[c * STRIDE + t] - i16{}, x1 = q[(4 + c) * STRIDE + t] - i16{};
+                for (int r = 0; r < R; r++) {
+                    if (SIGNED) {
+                        a[0][r][t] = dot4_signed(dot4_signed(a[0][r][t], low[r] ^ 128, x0), high[r] ^ 128, x1);
+                    } else {
+                        a[0][r][t] = dot4(a[0][r][t], low[r], x0);
+                        a[P - 1][r][t] = dot4(a[P - 1][r][t], high[r], x1);
+                    }
                 }
             }
         }
         for (int r = 0; r < R; r++) {
-            f16 scale = load_half16((const uint16_t*)(w + r * panel + group_bytes(BITS) - 32));
-            for (int t = 0; t < T; t++) acc[r][t] += __builtin_convertvector(a[r][t], f16) * (scale * xs[t]);
+            const uint8_t* area = w + r * panel + 64 * L.bits;
+            for (int p = 0; p < P; p++) {
+                const uint8_t *s = area + p * scale_bytes(L), *o = s + P * scale_bytes(L);
+                f16 scale, offset;
+                if (L.scale == HALF) {
+                    scale = load_half16((const uint16_t*)s);
+                    if (L.offset) offset = load_half16((const uint16_t*)o);
+                } else if (L.scale == SUPER) {
+                    scale = times[r] * load_bytes(s);
+                    if (L.offset) offset = -(offset_times[r] * load_bytes(o));
+                } else {
+                    scale = load_powers(s);
+                }
+                for (int t = 0; t < T; t++) {
+                    acc[r][t] += __builtin_convertvector(a[p][r][t], f16) * (scale * xs[t]);
+                    if (L.offset) acc[r][t] += offset * (xs[t] * (float)(P == 1 ? sum[t] : p ? sum[t] - first[t] : first[t]));
+                }
+            }
         }
+        w += group_bytes(L), x += 32 * STRIDE, xs += STRIDE, sum += STRIDE, first += STRIDE;
     }
     for (int r = 0; r < R; r++)
         for (int t = 0; t < T; t++) out[r][t] = acc[r][t];
@@ -150,7 +213,8 @@ static void quantise_group(const float* x, int64_t row, int64_t rows, int64_t co
     const int32_t* words = (const int32_t*)bytes;
     for (int c = 0; c < 8; c++) out[c * size] = words[c];
     q.scale[first * groups + g * size + lane] = most / 127.f;
-    q.minus[first * groups + g * size + lane] = -8 * (int32_t)sum16(a + b);
+    q.sum[first * groups + g * size + lane] = (int32_t)sum16(a + b);
+    q.first[first * groups + g * size + lane] = (int32_t)sum16(a);
 }
 
 static void quantise(const float* x, int64_t row, int64_t rows, int64_t cols, const Quantised& q) {
@@ -159,7 +223,7 @@ static void quantise(const float* x, int64_t row, int64_t rows, int64_t cols, co
 
 // ---- products ---------------------------------------------------------------------------------------------------
 
-struct Matrix {  // kind: 0 fp32, 1 bf16, 2 fp16 (row by row), 4, 8 (panels)
+struct Matrix {  // kind: of formats.h; fp32, bf16 and fp16 lie row by row, the others in panels
     const void* data;
     const float* bias;
     int64_t rows, cols, kind;
@@ -245,18 +309,18 @@ static void rows_block(const Weight* w, const float* bias, int64_t rows, const f
     }
 }
 
-template <int BITS, int R, int T, int STRIDE>
+template <int KIND, int R, int T, int STRIDE>
 static inline void panel_tile(const uint8_t* w, int64_t panel, const float* bias, int64_t groups, const int8_t* x,
-                              const float* xs, const int32_t* minus, float* out, int64_t stride) {
+                              const float* xs, const int32_t* sum, const int32_t* first, float* out, int64_t stride) {
     f16 y[R][T];
-    dot_panels<BITS, R, T, STRIDE>(w, panel, groups, x, xs, minus, y);
+    dot_panels<KIND, R, T, STRIDE>(w, panel, groups, x, xs, sum, first, y);
     for (int r = 0; r < R; r++)
         for (int t = 0; t < T; t++)
             store16(out + t * stride + r * ROWS, bias ? y[r][t] + load16(bias + r * ROWS) : y[r][t]);
 }
 
 // R panels for some tokens, which begin at a tile.
-template <int BITS, int R>
+template <int KIND, int R>
 static void panel_tiles(const uint8_t* w, int64_t panel, const float* bias, Quantised q, int64_t tokens, int64_t cols,
                         float* out, int64_t stride) {
     const int64_t groups = cols / GROUP;
@@ -264,27 +328,60 @@ static void panel_tiles(const uint8_t* w, int64_t panel, const float* bias, Quan
         n = tile_size(tokens - t);
         const int8_t* x = q.x + t * cols;
         const float* xs = q.scale + t * groups;
-        const int32_t* minus = q.minus + t * groups;
+        const int32_t *sum = q.sum + t * groups, *first = q.first + t * groups;
         float* o = out + t * stride;
         if (n == 8 && R == 1)
-            panel_tile<BITS, 1, 8, 8>(w, panel, bias, groups, x, xs, minus, o, stride);
+            panel_tile<KIND, 1, 8, 8>(w, panel, bias, groups, x, xs, sum, first, o, stride);
         else if (n == 8) {  // two panels share what is read of the activations
-            panel_tile<BITS, R, 4, 8>(w, panel, bias, groups, x, xs, minus, o, stride);
-            panel_tile<BITS, R, 4, 8>(w, panel, bias, groups, x + 16, xs + 4, minus + 4, o + 4 * stride, stride);
+            panel_tile<KIND, R, 4, 8>(w, panel, bias, groups, x, xs, sum, first, o, stride);
+            panel_tile<KIND, R, 4, 8>(w, panel, bias, groups, x + 16, xs + 4, sum + 4, first + 4, o + 4 * stride,
+                                      stride);
         } else if (n == 4)
-            panel_tile<BITS, R, 4, 4>(w, panel, bias, groups, x, xs, minus, o, stride);
+            panel_tile<KIND, R, 4, 4>(w, panel, bias, groups, x, xs, sum, first, o, stride);
         else if (n == 2)
-            panel_tile<BITS, R, 2, 2>(w, panel, bias, groups, x, xs, minus, o, stride);
+            panel_tile<KIND, R, 2, 2>(w, panel, bias, groups, x, xs, sum, first, o, stride);
         else
-            panel_tile<BITS, R, 1, 1>(w, panel, bias, groups, x, xs, minus, o, stride);
+            panel_tile<KIND, R, 1, 1>(w, panel, bias, groups, x, xs, sum, first, o, stride);
     }
+}
+
+static void panels_of_kind(int64_t kind, bool pair, const uint8_t* w, int64_t panel, const float* bias, Quantised q,
+                           int64_t tokens, int64_t cols, float* out, int64_t stride) {
+#define CASE(KIND)                                                                    \
+    case KIND:                                                                        \
+        if (pair)                                                                     \
+            panel_tiles<KIND, 2>(w, panel, bias, q, tokens, cols, out, stride);       \
+        else                                                                          \
+            panel_tiles<KIND, 1>(w, panel, bias, q, tokens, cols, out, stride);       \
+        break;
+    switch (kind) {
+        CASE(Q4_0)
+        CASE(Q4_1)
+        CASE(Q5_0)
+        CASE(Q5_1)
+        CASE(Q8_0)
+        CASE(Q2_K)
+        CASE(Q4_K)
+        CASE(Q5_K)
+        case Q3_K:  // lies as Q6_K does
+        CASE(Q6_K)
+        CASE(IQ4_NL)
+        CASE(IQ4_XS)
+        CASE(MXFP4)
+    }
+#undef CASE
+}
+
+static inline bool packed(const Matrix& m) {
+    return layout_of(m.kind).bits > 0;
 }
 
 // Panels [from, to) of 16 rows of a matrix, for all tokens. out: (tokens, stride), the matrix's first column at out[0].
 static void product(const Matrix& m, int64_t from, int64_t to, const float* x, Quantised q, int64_t tokens, float* out,
                     int64_t stride) {
-    const bool whole = m.kind == 4 || m.kind == 8;
-    const int64_t item = whole ? 1 : 4, groups = m.cols / GROUP, panel = groups * group_bytes(m.kind);
+    const bool whole = packed(m);
+    const int64_t item = whole ? 1 : 4, groups = m.cols / GROUP;
+    const int64_t panel = whole ? panel_bytes(layout_of(m.kind), groups) : 0;
     const int64_t part =
         std::max<int64_t>(8, ((384 << 10) / (m.cols * item)) & ~7);  // tokens whose rows stay in the second cache
     for (int64_t t = 0; t < tokens; t += part) {
@@ -293,22 +390,16 @@ static void product(const Matrix& m, int64_t from, int64_t to, const float* x, Q
             const int64_t row = p * ROWS, rows = std::min(ROWS, m.rows - row), pair = whole && n > 8 && p + 2 <= to;
             const float* bias = m.bias ? m.bias + row : 0;
             float* o = out + t * stride + row;
-            const uint8_t* w = (const uint8_t*)m.data + p * panel;
-            Quantised here = {q.x + t * m.cols, q.scale + t * groups, q.minus + t * groups};
-            if (m.kind == 4 && pair)
-                panel_tiles<4, 2>(w, panel, bias, here, n, m.cols, o, stride);
-            else if (m.kind == 8 && pair)
-                panel_tiles<8, 2>(w, panel, bias, here, n, m.cols, o, stride);
-            else if (m.kind == 4)
-                panel_tiles<4, 1>(w, panel, bias, here, n, m.cols, o, stride);
-            else if (m.kind == 8)
-                panel_tiles<8, 1>(w, panel, bias, here, n, m.cols, o, stride);
-            else if (m.kind == 1)
-                rows_block((const uint16_t*)m.data + row * m.cols, bias, rows, x + t * m.cols, n, m.cols, o, stride);
-            else if (m.kind == 2)
-                rows_block((const Half*)m.data + row * m.cols, bias, rows, x + t * m.cols, n, m.cols, o, stride);
+            const float* own = x + t * m.cols;
+            Quantised here = {q.x + t * m.cols, q.scale + t * groups, q.sum + t * groups, q.first + t * groups};
+            if (whole)
+                panels_of_kind(m.kind, pair, (const uint8_t*)m.data + p * panel, panel, bias, here, n, m.cols, o, stride);
+            else if (m.kind == BF16)
+                rows_block((const uint16_t*)m.data + row * m.cols, bias, rows, own, n, m.cols, o, stride);
+            else if (m.kind == F16)
+                rows_block((const Half*)m.data + row * m.cols, bias, rows, own, n, m.cols, o, stride);
             else
-                rows_block((const float*)m.data + row * m.cols, bias, rows, x + t * m.cols, n, m.cols, o, stride);
+                rows_block((const float*)m.data + row * m.cols, bias, rows, own, n, m.cols, o, stride);
             p += pair ? 2 : 1;
         }
     }
@@ -317,6 +408,19 @@ static void product(const Matrix& m, int64_t from, int64_t to, const float* x, Q
 static inline int64_t panels(const Matrix& m) {
     return (m.rows + ROWS - 1) / ROWS;
 }
-static inline bool packed(const Matrix& m) {
-    return m.kind == 4 || m.kind == 8;
+
+// A row of a matrix in fp32.
+static void load_row(const Matrix& m, int64_t row, float* out) {
+    if (packed(m)) {
+        const Layout l = layout_of(m.kind);
+        const uint8_t* panel = (const uint8_t*)m.data + row / ROWS * panel_bytes(l, m.cols / GROUP);
+        for (int64_t g = 0; g < m.cols / GROUP; g++) unpack_group(l, panel, g, row % ROWS, out + g * GROUP);
+    } else if (m.kind == F32) {
+        memcpy(out, (const float*)m.data + row * m.cols, m.cols * sizeof(float));
+    } else {
+        for (int64_t i = 0; i < m.cols; i += 16) {
+            const uint16_t* p = (const uint16_t*)m.data + row * m.cols + i;
+            store16(out + i, m.kind == BF16 ? load16(p) : load_half16(p));
+        }
+    }
 }

@@ -12,18 +12,18 @@
 
 struct Layer {
     Matrix q, k, v, o, gate, up, down;
-    const float *norm, *mlp_norm, *q_norm, *k_norm;  // the last two may be null
+    const float *norm, *mlp_norm;
+    const float *q_norm, *k_norm, *after, *mlp_after;  // may be null; the last two: of what is added to the residual
     float *keys, *values;
-    int64_t window, rope;  // rope 0: a layer without positions
+    int64_t window, rope;  // rope 0: a layer without positions; 1 and 2: which of the model's rotations
 };
 
 struct Model {
-    int64_t layers, hidden, heads, kv_heads, head_dim, intermediate, vocabulary, embedding_kind;
-    float eps, scale;
+    int64_t layers, hidden, heads, kv_heads, head_dim, intermediate, gelu;  // gelu 0: SiLU
+    float eps, scale, embedding_scale;
     const Layer* layer;
-    Matrix head;
-    const void* embedding;
-    const float *norm, *cos, *sin;  // cos, sin: (context, head_dim / 2)
+    Matrix embedding, head;
+    const float *norm, *cos[2], *sin[2];  // cos, sin: (context, head_dim / 2)
 };
 
 struct alignas(64) Work {  // dynamic sharing of a phase's pieces between threads
@@ -65,7 +65,7 @@ static inline int64_t workspace_bytes(const Model& m, int64_t tokens, int64_t th
     const int64_t q = m.heads * m.head_dim, kv = m.kv_heads * m.head_dim, h = m.hidden;
     const int64_t most = std::max({h, q, m.intermediate});
     const int64_t floats = tokens * (3 * h + (q + 2 * kv) + 2 * q + 3 * m.intermediate) + (threads + 1) * tokens * h;
-    return floats * 4 + (threads + 1) * tokens * (most + (most / GROUP) * 8) + (threads + 8) * 4096;
+    return floats * 4 + (threads + 1) * tokens * (most + (most / GROUP) * 12) + (threads + 8) * 4096;
 }
 
 // What the threads of a step share: its tokens and where intermediate values lie.
@@ -125,7 +125,8 @@ struct Shared {
         Quantised q;
         q.x = (int8_t*)take(T * most);
         q.scale = floats(T * (most / GROUP));
-        q.minus = (int32_t*)take(T * (most / GROUP) * 4);
+        q.sum = (int32_t*)take(T * (most / GROUP) * 4);
+        q.first = (int32_t*)take(T * (most / GROUP) * 4);
         return q;
     }
 };
@@ -142,9 +143,9 @@ class Thread {
         embed(ids);
         for (int64_t l = 0; l < c.m.layers; l++) {
             const Layer& layer = c.m.layer[l];
-            normalise(l ? c.delta : 0, layer.norm, packed(layer.q));
+            normalise(l ? c.delta : 0, l ? c.m.layer[l - 1].mlp_after : 0, layer.norm, packed(layer.q));
             attention(layer);
-            normalise(c.delta, layer.mlp_norm, packed(layer.gate));
+            normalise(c.delta, layer.after, layer.mlp_norm, packed(layer.gate));
             mlp(layer);
         }
         head(outputs, rows, logits, hidden);
@@ -183,30 +184,34 @@ class Thread {
     int64_t chunk(int64_t n) const { return std::max<int64_t>(1, n / (team * (c.T >= 24 ? 8 : 3))); }
 
     void embed(const int32_t* ids) {
-        const int64_t h = c.h, kind = c.m.embedding_kind;
+        const Matrix& table = c.m.embedding;
         int64_t from, to;
         mine(c.T, from, to);
         for (int64_t t = from; t < to; t++) {
-            float* out = c.x[0] + t * h;
-            const int64_t row = ids[t] * h;
-            if (kind == 0) {
-                memcpy(out, (const float*)c.m.embedding + row, h * 4);
-            } else if (kind == 1) {
-                for (int64_t i = 0; i < h; i += 16) store16(out + i, load16((const uint16_t*)c.m.embedding + row + i));
-            } else {
-                for (int64_t i = 0; i < h; i += 16) store16(out + i, load16((const Half*)c.m.embedding + row + i));
-            }
+            float* out = c.x[0] + t * c.h;
+            load_row(table, ids[t], out);
+            if (c.m.embedding_scale != 1.f)
+                for (int64_t i = 0; i < c.h; i++) out[i] *= c.m.embedding_scale;
         }
         barrier();
     }
 
+    // What is added to the residual stream: a row as it is, or normalised where the model does that.
+    const float* added(const float* row, const float* after) {
+        if (!row || !after) return row;
+        scratch.resize(std::max<size_t>(scratch.size(), c.h));
+        rms_norm(row, 0, after, c.h, c.m.eps, 0, scratch.data());
+        return scratch.data();
+    }
+
     // The residual stream, `add` added where given, normalised into y; rounded too where a packed product follows.
-    void normalise(const float* add, const float* w, bool round) {
+    void normalise(const float* add, const float* after, const float* w, bool round) {
         const int64_t h = c.h;
         auto rows = [&](int64_t from, int64_t to) {
             for (int64_t t = from; t < to; t++) {
                 float* sum = add && (!c.alone || me == 0) ? c.x[1 - now] + t * h : 0;
-                rms_norm(c.x[now] + t * h, add ? add + t * h : 0, w, h, c.m.eps, sum, c.y[me] + t * h);
+                const float* delta = added(add ? add + t * h : 0, after);
+                rms_norm(c.x[now] + t * h, delta, w, h, c.m.eps, sum, c.y[me] + t * h);
                 if (round) quantise(c.y[me] + t * h, t, c.T, h, c.yq[me]);
             }
         };
@@ -263,8 +268,8 @@ class Thread {
     void rotate(const Layer& layer, const Heads& heads, int64_t t, int64_t head) {
         const int64_t pos = c.s.positions[t], d = c.d;
         const float* row = c.qkv + t * c.width;
-        const float *cosine = layer.rope ? c.m.cos + pos * (d / 2) : 0,
-                    *sine = layer.rope ? c.m.sin + pos * (d / 2) : 0;
+        const float *cosine = layer.rope ? c.m.cos[layer.rope - 1] + pos * (d / 2) : 0,
+                    *sine = layer.rope ? c.m.sin[layer.rope - 1] + pos * (d / 2) : 0;
         if (head < c.m.heads) {
             rotate_head(row + head * d, layer.q_norm, d, c.m.eps, cosine, sine, c.rotated + t * c.qn + head * d);
             return;
@@ -286,20 +291,23 @@ class Thread {
         barrier();
     }
 
-    // silu(gate) * up for 32 of the inner columns and all tokens.
+    // act(gate) * up for 32 of the inner columns and all tokens.
     void gate_and_up(const Layer& layer, int64_t b) {
         const int64_t part = 64, h = c.h, n = std::min<int64_t>(32, c.I - b * 32), last = b * 2 + (n + 15) / 16;
         float g[64 * 32], u[64 * 32];
         for (int64_t t = 0; t < c.T; t += part) {
             const int64_t tokens = std::min(part, c.T - t), group = t * (h / GROUP);
-            Quantised here = {c.yq[me].x + t * h, c.yq[me].scale + group, c.yq[me].minus + group};
+            Quantised here = {c.yq[me].x + t * h, c.yq[me].scale + group, c.yq[me].sum + group,
+                              c.yq[me].first + group};
             product(layer.gate, b * 2, last, c.y[me] + t * h, here, tokens, g - b * 32, 32);
             product(layer.up, b * 2, last, c.y[me] + t * h, here, tokens, u - b * 32, 32);
             for (int64_t i = 0; i < tokens; i++) {
                 float* o = c.act + (t + i) * c.I + b * 32;
                 for (int64_t j = 0; j < n; j += 16) {
-                    f16 a = load16(g + i * 32 + j);
-                    store16(o + j, a / (1.f + exp16(-a)) * load16(u + i * 32 + j));
+                    const f16 a = load16(g + i * 32 + j);
+                    // GELU by tanh: a / (1 + exp(-2 v)), v = sqrt(2 / pi) (a + 0.044715 a^3)
+                    const f16 v = c.m.gelu ? a * (1.5957691216f + 0.0713548163f * a * a) : a;
+                    store16(o + j, a / (1.f + exp16(-v)) * load16(u + i * 32 + j));
                 }
                 if (packed(layer.down)) quantise_group(o, t + i, c.T, c.I, b, c.mid);
             }
@@ -314,13 +322,14 @@ class Thread {
         for (int64_t i = from; i < to; i++) {
             const int64_t t = rows[i], h = c.h;
             float* out = c.x[1 - now] + i * h;
-            rms_norm(c.x[now] + t * h, c.delta + t * h, m.norm, h, m.eps, 0, out);
+            const float* delta = added(c.delta + t * h, m.layer[m.layers - 1].mlp_after);
+            rms_norm(c.x[now] + t * h, delta, m.norm, h, m.eps, 0, out);
             if (hidden) memcpy(hidden + i * h, out, h * 4);
             if (logits && packed(m.head)) quantise(out, i, outputs, h, c.mid);
         }
         barrier();
         if (!logits) return;
         share(panels(m.head), chunk(panels(m.head)),
-              [&](int64_t a, int64_t b) { product(m.head, a, b, c.x[1 - now], c.mid, outputs, logits, m.vocabulary); });
+              [&](int64_t a, int64_t b) { product(m.head, a, b, c.x[1 - now], c.mid, outputs, logits, m.head.rows); });
     }
 };

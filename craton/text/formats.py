@@ -27,10 +27,11 @@ def byte_to_unicode() -> dict[int, str]:
     return {b: chr(c) for b, c in zip(plain + rest, plain + [256 + i for i in range(len(rest))], strict=True)}
 
 
-def byte_level_text(backend: Backend, pattern: str) -> None:
-    """Text is cut by a pattern, then taken byte by byte; as GPT-2 and most since."""
-    split, level = pre_tokenizers.Split(Regex(pattern), "isolated"), pre_tokenizers.ByteLevel
-    backend.pre_tokenizer = pre_tokenizers.Sequence([split, level(add_prefix_space=False, use_regex=False)])
+def byte_level_text(backend: Backend, *patterns: str) -> None:
+    """Text is cut by one pattern after the other, then taken byte by byte; as GPT-2 and most since."""
+    steps: list[Any] = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in patterns]
+    level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.pre_tokenizer = pre_tokenizers.Sequence([*steps, level])
     backend.decoder = decoders.ByteLevel()
 
 

@@ -21,11 +21,15 @@ _TEKKEN = (
     r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
     r"|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-_PATTERNS = {  # GGUF's names of pre-tokenizers
-    "llama-bpe": _LLAMA3,
-    "qwen2": _LLAMA3.replace("{1,3}", ""),
-    "gpt-2": formats.GPT2_PATTERN,
-    "tekken": _TEKKEN,
+_DIGIT_BY_DIGIT = (r"\p{N}", formats.GPT2_PATTERN)
+_PATTERNS: dict[str, tuple[str, ...]] = {  # GGUF's names of pre-tokenizers: what text is cut by, one after the other
+    "llama-bpe": (_LLAMA3,),
+    "qwen2": (_LLAMA3.replace("{1,3}", ""),),
+    "gpt-2": (formats.GPT2_PATTERN,),
+    "tekken": (_TEKKEN,),
+    **dict.fromkeys(
+        ("smollm", "starcoder", "refact", "command-r", "codeshell", "exaone", "minerva-7b"), _DIGIT_BY_DIGIT
+    ),
 }
 
 
@@ -63,12 +67,13 @@ def read_tokenizer(path: Path, fields: dict[str, Any]) -> Tokenizer:
 
 def _byte_level(path: Path, fields: dict[str, Any], vocab: dict[str, int]) -> Backend:
     pre = str(fields.get("tokenizer.ggml.pre"))
-    pattern = fields.get("craton.tokenizer.pattern") or _PATTERNS.get(pre)
-    if pattern is None:
+    own = fields.get("craton.tokenizer.pattern")
+    patterns = (own,) if own else _PATTERNS.get(pre)
+    if patterns is None:
         raise UserError(f"{path}: pre-tokenizer {pre!r} is not known; known: {', '.join(_PATTERNS)}")
     merges = [tuple(m.split(" ", 1)) for m in fields.get("tokenizer.ggml.merges") or []]
     backend = Backend(models.BPE(vocab, merges, ignore_merges=pre in ("llama-bpe", "tekken")))
-    formats.byte_level_text(backend, pattern)
+    formats.byte_level_text(backend, *patterns)
     return backend
 
 
@@ -111,7 +116,7 @@ def _write_byte_level(writer: Any, state: dict[str, Any], tokens: list[str], typ
     steps = state["pre_tokenizer"].get("pretokenizers") or []
     patterns = [p["pattern"]["Regex"] for p in steps if p["type"] == "Split"]
     own = patterns[0] if len(patterns) == 1 else None
-    pre = next((name for name, pattern in _PATTERNS.items() if pattern == own), None)
+    pre = next((name for name, known in _PATTERNS.items() if known == tuple(patterns)), None)
     if pre is None:
         change = "there, numbers of several digits are cut into other tokens"
         say(f"llama.cpp knows no pre-tokenizer like this model's: written as 'qwen2'; {change}")

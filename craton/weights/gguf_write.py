@@ -15,7 +15,7 @@ from craton.base import UserError, publish
 from craton.model import rope
 from craton.model.config import ModelConfig
 from craton.model.decoder import Decoder
-from craton.model.packed import GROUP
+from craton.model.packed import OF_BITS, blocks_of
 from craton.text.tokenizer import Tokenizer
 from craton.weights.gguf import ARCHITECTURES, gguf_name, paired, paired_heads
 from craton.weights.gguf_tokenizer import write_tokenizer
@@ -116,17 +116,5 @@ def _write_packed(writer: Any, architecture: str, network: Decoder, packed: Pack
         bias = getattr(network.get_submodule(module), "bias", None)
         if bias is not None:
             writer.add_tensor(name(f"{module}.bias"), paired(bias, heads, False).float().numpy())
-        blocks = _blocks(paired(values, heads, False), paired(scales, heads, False), bits)
-        writer.add_tensor(name(f"{module}.weight"), blocks, raw_dtype=Type.Q8_0 if bits == 8 else Type.Q4_0)
-
-
-def _blocks(values: Tensor, scales: Tensor, bits: int) -> np.ndarray:
-    """The inverse of _values: (rows, bytes) uint8."""
-    rows, groups = scales.shape
-    head = scales.half().contiguous().view(rows, groups, 1).view(torch.uint8)
-    if bits == 8:
-        body = (values.view(rows, groups, GROUP).to(torch.int16) - 128).to(torch.int8).view(torch.uint8)
-    else:
-        columns = torch.stack([values & 15, values >> 4], -1).view(rows, groups, GROUP)
-        body = columns[..., :16] | (columns[..., 16:] << 4)
-    return torch.cat([head, body], -1).view(rows, -1).numpy()
+        blocks = blocks_of(paired(values, heads, False), paired(scales, heads, False), bits).numpy()
+        writer.add_tensor(name(f"{module}.weight"), blocks, raw_dtype=Type(OF_BITS[bits]))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from craton.base import Progress, UserError, claim, count, remove_inside, say
 from craton.model.decoder import Decoder, Linear
-from craton.model.packed import GROUP, PackedLinear, can_pack, replace, unpacked
+from craton.model.packed import GROUP, OF_BITS, PackedLinear, PackedMatrix, blocks_of, can_pack, replace, unpacked
 from craton.weights import stored
 from craton.weights.folder import copy_tokenizer, load_network, published, write_config, write_shards
 
@@ -69,7 +69,8 @@ def pack_network(network: Decoder, bits: int, head_bits: int | None = None) -> D
     for name, layer in packable(network).items():
         width = (head_bits or 8) if name == "lm_head" else bits
         bias = None if layer.bias is None else layer.bias.detach()
-        replace(network, name, PackedLinear(*quantise(layer.weight, width), width, bias))
+        matrix = PackedMatrix(blocks_of(*quantise(layer.weight, width), width), OF_BITS[width])
+        replace(network, name, PackedLinear(matrix, bias))
     return network
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from craton.base import UserError
 from craton.model.decoder import Decoder, Linear
-from craton.model.packed import GROUP, PackedLinear, can_pack, replace
+from craton.model.packed import GROUP, OF_BITS, PackedLinear, PackedMatrix, blocks_of, can_pack, replace
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,8 @@ def put_packed(network: Decoder, tensors: Any) -> None:
             bias = tensors.get(f"{name}.bias")
             if not bias.is_floating_point() or not bias.isfinite().all():
                 raise UserError(f"{where}.bias holds NaN, infinity or no numbers at all; the file is damaged")
-        replace(network, name, PackedLinear(values, scales, bits, bias))
+        matrix = PackedMatrix(blocks_of(values, scales, bits), OF_BITS[bits])
+        replace(network, name, PackedLinear(matrix, bias))
 
 
 def prepare(scheme: Scheme, network: Decoder, shapes: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from craton.model import kernels, modes, native, ops, plain
 from craton.model.cache import PagedCache, one_sequence
 from craton.model.fused import FusedStep, fits
-from craton.model.packed import PackedLinear, unpacked
+from craton.model.packed import BLOCKS, OF_BITS, PackedLinear, PackedMatrix, blocks_of, unpacked
 from craton.weights.folder import load_network
+from tests.model.blocks import random_blocks
 from tests.weights.families import FAMILIES, make
 
 library = kernels.engine_kernels()
@@ -24,19 +25,31 @@ def weights(rows, cols, bits):
     return values, scales
 
 
+def packed_linear(values, scales, bits):
+    return PackedLinear(PackedMatrix(blocks_of(values, scales, bits), OF_BITS[bits]))
+
+
+def rounding(layer, x):
+    """As inside the engine: activations in 8 bits."""
+    with torch.inference_mode(), modes.batch_invariant():
+        return layer(x)
+
+
 @settings(deadline=None, max_examples=40)
 @given(bits=st.sampled_from([4, 8]), rows=st.integers(1, 9), cols=st.integers(1, 9), tokens=st.integers(1, 40))
 def test_packed_linear(bits, rows, cols, tokens):
     torch.manual_seed(rows * 100 + cols)
     values, scales = weights(rows * 16, cols * 32, bits)
-    layer, x = PackedLinear(values, scales, bits), torch.randn(tokens, cols * 32)
+    layer, x = packed_linear(values, scales, bits), torch.randn(tokens, cols * 32)
     x[0, :32] = 0
-    y = layer(x)
+    y = rounding(layer, x)
     scale = x.unflatten(-1, (-1, 32)).abs().amax(-1, keepdim=True) / 127
     rounded = (torch.where(scale > 0, (x.unflatten(-1, (-1, 32)) / scale).round(), 0) * scale).flatten(-2)
     torch.testing.assert_close(y, rounded @ unpacked(values, scales, bits).t(), atol=2e-3, rtol=1e-3)
     for t in range(tokens):
-        assert torch.equal(layer(x[t : t + 1])[0], y[t])
+        assert torch.equal(rounding(layer, x[t : t + 1])[0], y[t])
+    exact = layer(x)
+    torch.testing.assert_close(exact, x @ unpacked(values, scales, bits).t(), atol=1e-5, rtol=1e-5)
 
 
 @settings(deadline=None, max_examples=40)
@@ -113,8 +126,8 @@ def test_fused_step(name, dtype, tmp_path):
     assert torch.equal(outputs[0], outputs[1]) and torch.equal(outputs[0], outputs[2])
 
 
-@pytest.mark.parametrize("bits", [4, 8])
-def test_instruction_sets_agree(bits):
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_instruction_sets_agree(kind):
     """Every compiled variant that this processor runs gives the same bits for packed weights, and the same fp32
     products but for rounding."""
     import ctypes
@@ -123,8 +136,9 @@ def test_instruction_sets_agree(bits):
     flags = set(kernels.cpu_facts()["flags"].split())
     needs = {"v3": "avx2", "v3vnni": "avx_vnni", "v4": "avx512bw", "v4vnni": "avx512_vnni"}
     torch.manual_seed(0)
-    values, scales = weights(48, 96, bits)
-    x, w = torch.randn(21, 96) * 3, torch.randn(21, 100)
+    cols = BLOCKS[kind][0] * 3
+    blocks = random_blocks(kind, 48, cols)
+    x, w = torch.randn(21, cols) * 3, torch.randn(21, 100)
     w2 = torch.randn(37, 100)
     packed, plain = [], []
     for level, flag in needs.items():
@@ -134,9 +148,9 @@ def test_instruction_sets_agree(bits):
         other = ctypes.CDLL(str(found[0]))
         for name, arguments in kernels._ENGINE.items():
             getattr(other, name).argtypes = arguments
-        panels, out = torch.empty(48 * 3 * (bits * 4 + 2), dtype=torch.uint8), torch.empty(21, 48)
-        other.craton_pack(bits, values.data_ptr(), scales.data_ptr(), 48, 96, panels.data_ptr(), 2)
-        matrix = native.MatrixC(panels.data_ptr(), None, 48, 96, bits)
+        panels, out = torch.zeros(library.craton_packed_bytes(kind, 48, cols), dtype=torch.uint8), torch.empty(21, 48)
+        other.craton_pack(kind, blocks.data_ptr(), 48, cols, panels.data_ptr(), 2)
+        matrix = native.MatrixC(panels.data_ptr(), None, 48, cols, kind)
         other.craton_linear(ctypes.byref(matrix), x.data_ptr(), 21, out.data_ptr(), 2)
         packed.append(out)
         plain.append(native.linear(other, w, w2))
@@ -169,12 +183,12 @@ def test_without_kernels(monkeypatch, tmp_path, capsys):
 
 def test_nan_stays_nan_in_products_of_8_bits():
     """A group of activations that holds NaN or infinity has no value in 8 bits."""
-    layer = PackedLinear(*weights(32, 64, 8), 8)
+    layer = packed_linear(*weights(32, 64, 8), 8)
     x = torch.randn(5, 64)
     x[1, 3], x[3, 40] = float("nan"), float("inf")
-    y = layer(x)
+    y = rounding(layer, x)
     assert y[1].isnan().all() and y[3].isnan().all() and y[[0, 2, 4]].isfinite().all()
-    assert torch.equal(layer(x[2:3])[0], y[2])
+    assert torch.equal(rounding(layer, x[2:3])[0], y[2])
 
 
 FILTERS = st.fixed_dictionaries(
