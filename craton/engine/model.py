@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from craton.base import UserError
 from craton.engine.engine import Engine
 from craton.engine.request import Completion, Sampling
 from craton.model.decoder import Decoder
@@ -48,7 +49,7 @@ class Model:
 def load_model(path: str, device: str = "cpu", adapter: str | None = None, **engine_options: Any) -> Model:
     """Open a model folder or a GGUF file. Raises UserError naming what is missing or damaged. adapter: a folder with a
     LoRA adapter, merged into the weights. engine_options: see Engine."""
-    folder = Path(path)
+    folder = _single_file(Path(path))
     if folder.suffix == ".gguf":
         from craton.weights import gguf  # its package takes half a second to import
 
@@ -62,6 +63,14 @@ def load_model(path: str, device: str = "cpu", adapter: str | None = None, **eng
     if device == "cpu" and not fits(network.config):
         network.float()  # modules run in fp32 on a CPU; only the steps in one call read 16-bit weights
     return Model(network, tokenizer, engine_options)
+
+
+def _single_file(path: Path) -> Path:
+    """The GGUF file of a folder that holds one instead of config.json; else the path itself."""
+    files = [] if (path / "config.json").exists() else sorted(path.glob("*.gguf"))
+    if len(files) > 1:
+        raise UserError(f"{path}: holds {len(files)} GGUF files; name one, such as {files[0]}")
+    return files[0] if files else path
 
 
 def greedy(network: Decoder, prompt: list[int], max_tokens: int) -> list[int]:

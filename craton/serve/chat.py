@@ -4,6 +4,7 @@ A model that was only pretrained has never seen a conversation: its lines are co
 to in its chat template.
 """
 
+import itertools
 import json
 import os
 import sys
@@ -232,8 +233,9 @@ def _inputs() -> Iterator[str]:
             yield line
 
 
-def chat(target: str, model: str | None, settings: dict[str, Any]) -> dict[str, Any]:
-    """Reads from stdin, prints answers, returns the messages. target: a folder, a file or a URL."""
+def chat(target: str, model: str | None, settings: dict[str, Any], first: str | None = None) -> dict[str, Any]:
+    """Reads from stdin, prints answers, returns the messages. target: a folder, a file or a URL. first: asked before
+    anything is read."""
     remote = target.startswith(("http://", "https://"))
     if model is not None and not remote:
         raise UserError("--model names one of a server's models; here the folder is the model")
@@ -243,7 +245,9 @@ def chat(target: str, model: str | None, settings: dict[str, Any]) -> dict[str, 
         say("This model was only pretrained: it goes on with your text rather than answering.")
     if sys.stdin.isatty():
         say(f"{other.name}. /help lists what can be done, Ctrl-D ends.")
-    for line in _inputs():
+    if first is not None:
+        say(f"> {first}")
+    for line in itertools.chain([first] if first is not None else [], _inputs()):
         try:
             if line.startswith("/") and not _command(line, c):
                 continue
