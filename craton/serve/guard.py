@@ -11,6 +11,7 @@ import json
 import logging
 import re
 import time
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -61,7 +62,9 @@ def error_body(path: str, error: ApiError) -> Json:
     }
     kind = kinds.get(error.status, "invalid_request_error" if error.status < 500 else "api_error")
     if path.startswith("/v1/messages"):
-        return {"type": "error", "error": {"type": kind, "message": error.message}, "request_id": None}
+        # Its clients look for these words.
+        long = "prompt is too long: " if error.code == "context_length_exceeded" else ""
+        return {"type": "error", "error": {"type": kind, "message": long + error.message}, "request_id": None}
     if error.status >= 500:
         kind = "server_error"
     return {"error": {"message": error.message, "type": kind, "param": error.param, "code": error.code}}
@@ -131,6 +134,8 @@ class Guard:
             asked = {"www-authenticate": "Bearer", "connection": "close"}
             raise ApiError(401, "an API key is needed: Authorization: Bearer KEY", headers=asked)
         scope["owner"] = owner or ""
+        if scope["method"] == "HEAD":  # as GET; the server in front leaves the body out
+            scope = {**scope, "method": "GET"}
         if scope["method"] != "POST" or scope["path"] not in self.posts:
             await self.app(scope, receive, send)
             return
@@ -154,6 +159,8 @@ class Guard:
             raise ApiError(408, f"the body did not arrive within {BODY_SECONDS:.0f} s", headers=close) from None
         if body is None:
             return None
+        if len(body) <= most:
+            body = _plain_body(headers.get(b"content-encoding", b"identity").lower(), body, most)
         if len(body) > most:
             raise ApiError(413, f"the body is larger than {most} bytes", headers=close)
         if _STRANGE.search(body) and not _plain_json(body):
@@ -184,6 +191,22 @@ class Guard:
             if hmac.compare_digest(digest, key):
                 found = key.hex()
         return found
+
+
+def _plain_body(encoding: bytes, body: bytearray, most: int) -> bytearray:
+    """A body without its content-encoding; of what is longer than `most` bytes, one more than that."""
+    if encoding in (b"", b"identity"):
+        return body
+    if encoding not in (b"gzip", b"x-gzip", b"deflate"):
+        raise ApiError(415, "content-encoding: only gzip and deflate are understood")
+    reader = zlib.decompressobj(47 if encoding != b"deflate" else 15)
+    try:
+        plain = reader.decompress(body, most + 1)
+    except zlib.error as error:
+        raise ApiError(400, f"the body is not {encoding.decode()} ({error})") from None
+    if not reader.eof and len(plain) <= most:
+        raise ApiError(400, f"the body's {encoding.decode()} is cut")
+    return bytearray(plain)
 
 
 def _replay(body: bytes, receive: Any) -> Callable[[], Any]:

@@ -59,7 +59,7 @@ def named(models: list[str]) -> dict[str, str]:
     out: dict[str, str] = {}
     for given in models:
         name, equals, path = given.partition("=")
-        if not equals or "/" in name:
+        if not equals or Path(given).exists():
             name, path = Path(given).resolve().name.removesuffix(".gguf"), given
         if name in out:
             raise UserError(f"two models are named {name!r}; give NAME=MODEL")

@@ -35,6 +35,7 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+_LONG = 4096  # characters
 
 
 class Tokenizer:
@@ -101,7 +102,7 @@ class Tokenizer:
             text.encode()
         except UnicodeEncodeError:
             raise UserError("the text holds bytes that are not UTF-8") from None
-        return self.backend.encode(text).ids
+        return self._ids(text, True)
 
     def decode(self, ids: list[int]) -> str:
         """Text of ids, special tokens left out."""
@@ -114,7 +115,13 @@ class Tokenizer:
 
     def encode_rendered(self, text: str) -> list[int]:
         """Ids of a text that templates write, special tokens by their names."""
-        return self.backend.encode(text, add_special_tokens=False).ids
+        return self._ids(text, False)
+
+    def _ids(self, text: str, add_special: bool) -> list[int]:
+        """Long texts by the call that lets other threads run meanwhile, which is slower for short ones."""
+        if len(text) < _LONG:
+            return self.backend.encode(text, add_special_tokens=add_special).ids
+        return self.backend.encode_batch([text], add_special_tokens=add_special)[0].ids
 
     @cached_property
     def drops_first_space(self) -> bool:

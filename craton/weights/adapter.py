@@ -3,12 +3,14 @@
 `adapter_config.json` and `adapter_model.safetensors`, as PEFT writes them for linear layers.
 """
 
+import dataclasses
 import math
 import re
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from craton.base import UserError, read_json
 from craton.model.decoder import Decoder, Linear
@@ -31,10 +33,16 @@ def merge(network: Decoder, folder: Path) -> int:
     for name, off in _OFF.items():
         if config.get(name, off) not in (off, None, [], {}):
             raise UserError(f"{where}: {name} is {config[name]!r}, which is not supported")
+    if re.match(r"pissa|olora|corda|loftq", how := str(config.get("init_lora_weights")).lower()):
+        why = "which changed the model's own weights too; convert it to plain LoRA when it is saved"
+        raise UserError(f"{where}: init_lora_weights is {how!r}, {why}")
     path = folder / "adapter_model.safetensors"
     tensors = read_tensors(path)
     parts: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in tensors.items():
+        own = _untouched(network, key)
+        if own is not None and own.shape == tensor.shape and torch.equal(own.float(), tensor.float()):
+            continue  # PEFT keeps the embedding beside an adapter of the head
         found = re.fullmatch(r"(?:base_model\.model\.)?(.+)\.lora_(A|B)(?:\.default)?\.weight", key)
         if not found:
             raise UserError(f"{path}: {key} is not the A or B of a linear layer, which is all that is supported")
@@ -51,11 +59,21 @@ def merge(network: Decoder, folder: Path) -> int:
         delta = _scale(config, name, a.shape[0], where) * (b @ a)
         if not torch.isfinite(delta).all():
             raise UserError(f"{path}: {name} holds numbers that are not finite")
+        if name == "lm_head" and network.config.tie_word_embeddings:  # the embedding stays as it is
+            layer.weight = nn.Parameter(layer.weight.clone(), requires_grad=False)
+            network.config = dataclasses.replace(network.config, tie_word_embeddings=False)
         layer.weight.copy_((layer.weight.float() + delta.to(layer.weight.device)).to(layer.weight.dtype))
         changed += bool(delta.any())
     if not changed:
         raise UserError(f"{path}: the adapter changes nothing; it was never trained, or only its A was saved")
     return changed
+
+
+def _untouched(network: Decoder, key: str) -> torch.Tensor | None:
+    """The network's own tensor where an adapter's file holds one that is no part of the adapter."""
+    name = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
+    own: dict[str, torch.Tensor] = dict(network.named_parameters(remove_duplicate=False))
+    return own.get(name) if name.endswith(("embed_tokens.weight", "lm_head.weight")) else None
 
 
 def _scale(config: dict[str, Any], name: str, rank: int, where: Path) -> float:

@@ -6,6 +6,7 @@ patterns, derived scales) is in its `derive` and `restore`.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
 from typing import Any
 
 from torch import Tensor
@@ -25,8 +26,19 @@ INERT = (
     "output_router_logits router_aux_loss_coef router_jitter_noise cache_implementation unsloth_version "
     "unsloth_fixed return_dict output_hidden_states output_attentions id2label label2id problem_type "
     "chunk_size_feed_forward is_encoder_decoder tokenizer_class use_return_dict name_or_path "
-    "rope_local_base_freq layer_types sliding_window_pattern transformers.js_config ep_size"
+    "rope_local_base_freq layer_types sliding_window_pattern transformers.js_config ep_size "
+    # What generation alone reads, names of tokens, and records of how a model was made.
+    "unk_token_id sep_token_id cls_token_id mask_token_id decoder_start_token_id forced_bos_token_id "
+    "forced_eos_token_id bad_words_ids suppress_tokens begin_suppress_tokens temperature top_p top_k min_p typical_p "
+    "do_sample num_beams num_beam_groups num_return_sequences repetition_penalty no_repeat_ngram_size "
+    "encoder_no_repeat_ngram_size length_penalty diversity_penalty early_stopping max_length min_length "
+    "max_new_tokens remove_invalid_values exponential_decay_length_penalty output_scores return_dict_in_generate "
+    "max_sequence_length model_max_length finetuned finetuning_task task_specific_params prefix tokenizer_file "
+    "summary_type is_decoder torchscript tf_legacy_loss pruned_heads base_model "
+    "license tags"
 ).split()
+# Keys of other families that writers leave in, switched off; other names that are near to known ones may be misspelt.
+OFF = "sliding_window use_sliding_window max_window_layers attention_bias mlp_bias use_qk_norm".split()
 # What most families share: a family says of these only where it differs.
 USUAL_DEFAULTS: dict[str, Any] = {"rms_norm_eps": 1e-6, "tie_word_embeddings": False}
 USUAL_FIXED: dict[str, tuple[Any, ...]] = {"hidden_act": ("silu",)}
@@ -99,8 +111,13 @@ class Family:
     def read(self, raw: dict[str, Any]) -> ModelConfig:
         """ValueError, KeyError or TypeError names the key that is missing, unknown or cannot be honoured."""
         known = {*COMMON, *INERT, *self.same, *self.renamed, *self.defaults, *self.fixed, *self.inert}
-        for key in raw:
-            if key not in known and not key.startswith("_"):
+        for key, value in raw.items():
+            off = value is None or value is False or value in ([], {}, "")  # whatever it is, it is not used
+            if (
+                key not in known
+                and not key.startswith("_")
+                and not (off and (key in OFF or not get_close_matches(key, known, 1, 0.8)))
+            ):
                 raise ValueError(
                     f"{key} is not known for {self.model_type}{nearest(key, known)}; a setting that is not "
                     "understood could change every answer"

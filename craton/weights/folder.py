@@ -213,9 +213,12 @@ def _text_name(name: str) -> str:
 def load_network(folder: Path, device: str = "cpu", dtype: torch.dtype | None = None) -> Decoder:
     """The network of a folder with its weights, in evaluation mode. dtype None keeps the stored one."""
     config, raw = _read_config(folder)
+    tensors = Stored(folder, bool(raw.get("_text_part")))
+    if config.tie_word_embeddings and _has_own_head(tensors):
+        say(f"{folder}: tie_word_embeddings is true, but a head of other values is stored, and used")
+        config = dataclasses.replace(config, tie_word_embeddings=False)
     with torch.device("meta"):
         network = Decoder(config)
-    tensors = Stored(folder, bool(raw.get("_text_part")))
     scheme = stored.scheme(raw.get("quantization_config"), folder / "config.json")
     if scheme.kind == "packed":
         stored.put_packed(network, tensors)
@@ -232,6 +235,18 @@ def _expected(network: Decoder) -> Iterator[tuple[str, Tensor, list[tuple[str, T
     for name, tensor in network.state_dict(keep_vars=True).items():
         if not (network.config.tie_word_embeddings and name == "lm_head.weight"):
             yield name, tensor, list(pieces(name, tensor.detach()))
+
+
+def _has_own_head(tensors: Stored) -> bool:
+    """Whether a head is stored beside an embedding of other values."""
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    if tensors.shapes.get(head) is None or tensors.shapes.get(head) != tensors.shapes.get(embedding):
+        return False
+    read = []
+    for name in (head, embedding):
+        with open_tensors(tensors.folder / tensors.files[name]) as f:
+            read.append(f.get_tensor(tensors.stored_name[name]))
+    return not torch.equal(*read)
 
 
 def _check(network: Decoder, shapes: dict[str, tuple[int, ...]], where: Path) -> None:
@@ -282,8 +297,12 @@ def load_into(network: Decoder, get: Callable[[str], Tensor], where: Path) -> No
 
 
 def check_fit(config: ModelConfig, tokenizer: Tokenizer, where: Path) -> None:
-    """UserError if the tokenizer gives ids that the network has no row for."""
-    if tokenizer.vocab_size > config.vocab_size:
+    """UserError if the tokenizer gives ids that the network has no row for. Tokens that were added behind the
+    vocabulary (a picture's place, a pad) may be such: a request that uses one is refused."""
+    ordinary = tokenizer.backend.get_vocab_size(with_added_tokens=False)
+    if tokenizer.vocab_size > config.vocab_size >= ordinary:
+        say(f"{where}: {tokenizer.vocab_size - config.vocab_size} added tokens have no row in the model")
+    elif tokenizer.vocab_size > config.vocab_size:
         raise UserError(
             f"{where}: the tokenizer has {tokenizer.vocab_size} ids but config.json's vocab_size is "
             f"{config.vocab_size}; use the tokenizer that the model was trained with"

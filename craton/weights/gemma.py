@@ -41,6 +41,7 @@ GEMMA2 = Family(
     defaults=dict(attn_logit_softcapping=50.0, final_logit_softcapping=30.0, max_position_embeddings=8192, **DEFAULTS),
     fixed=dict(hidden_act=("gelu_pytorch_tanh",), attention_bias=(False,), use_bidirectional_attention=(False, None)),
     always=dict(norm_placement="both", norm_unit_offset=True),
+    inert=("sliding_window_size",),
     derive=partial(derive, 2),
     restore=restore,
     ropes=("default",),

@@ -96,3 +96,28 @@ def test_one_for_another_model_is_refused(base, tmp_path, model_folder):
     adapter(base, tmp_path)
     with pytest.raises(UserError, match="do not fit|no plain linear"):
         merge(craton.load(str(model_folder)).network, tmp_path)
+
+
+@pytest.mark.parametrize("how", ["pissa", "pissa_niter_4", "olora"])
+def test_one_that_changed_the_model_itself_is_refused(base, tmp_path, how):
+    adapter(base, tmp_path / "a", init_lora_weights=how)
+    with pytest.raises(UserError, match=f"init_lora_weights is '{how}'"):
+        merge(load_network(base), tmp_path / "a")
+
+
+def test_the_head_alone_where_it_is_tied(tmp_path):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(
+        vocab_size=64,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        tie_word_embeddings=True,
+    )
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "base")
+    tuned = adapter(tmp_path / "base", tmp_path / "a", target_modules=["lm_head"])
+    network, ids = load_network(tmp_path / "base"), torch.tensor([[5, 60, 7, 8]])
+    merge(network, tmp_path / "a")
+    with torch.no_grad():
+        torch.testing.assert_close(network(ids), tuned(ids).logits, atol=1e-4, rtol=0)
