@@ -23,6 +23,7 @@ Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 Count = Annotated[int, Field(ge=1, le=2**30)]
 Schema = dict[str, JsonValue]
+Hint = dict[str, JsonValue]  # about caches and transport; no effect: equal beginnings are always shared
 _UP_TO_256 = Field(min_length=1, max_length=256)
 _UP_TO_2048 = Field(min_length=1, max_length=2048)
 OnlyFalse = Annotated[bool, AfterValidator(lambda v: _only_false(v)), Field(json_schema_extra={"const": False})]
@@ -43,6 +44,7 @@ class TextPart(Strict):
     text: Text
     annotations: list[Any] | None = None  # comes back with our own answers
     logprobs: list[Any] | None = None
+    cache_control: Hint | None = None
 
 
 class ImageUrl(Strict):

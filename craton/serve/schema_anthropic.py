@@ -4,18 +4,13 @@ from typing import Annotated, Literal
 
 from pydantic import Field, JsonValue
 
-from craton.serve.schema import Count, Model, Name, Schema, Stop, Strict, Text, Thinking, TopP
-
-
-class CacheControl(Strict):
-    type: Literal["ephemeral"]  # no effect: equal beginnings are always shared
-    ttl: Literal["5m", "1h"] | None = None
+from craton.serve.schema import Count, Hint, Model, Name, Schema, Stop, Strict, Text, Thinking, TopP
 
 
 class AnthropicText(Strict):
     type: Literal["text"]
     text: Text
-    cache_control: CacheControl | None = None
+    cache_control: Hint | None = None
     citations: None = None
 
 
@@ -28,7 +23,7 @@ class AnthropicSource(Strict):
 class AnthropicImage(Strict):
     type: Literal["image"]
     source: AnthropicSource
-    cache_control: CacheControl | None = None
+    cache_control: Hint | None = None
 
 
 class AnthropicThinking(Strict):
@@ -46,7 +41,7 @@ class AnthropicToolUse(Strict):
     id: Annotated[str, Field(min_length=1, max_length=64)]
     name: Name
     input: dict[str, JsonValue]
-    cache_control: CacheControl | None = None
+    cache_control: Hint | None = None
     caller: DirectCaller | None = None
     toolset_name: None = None
 
@@ -56,7 +51,7 @@ class AnthropicToolResult(Strict):
     tool_use_id: Annotated[str, Field(min_length=1, max_length=64)]
     content: Text | list[Annotated[AnthropicText | AnthropicImage, Field(discriminator="type")]] | None = None
     is_error: bool | None = None
-    cache_control: CacheControl | None = None
+    cache_control: Hint | None = None
 
 
 class AnthropicUser(Strict):
@@ -78,7 +73,8 @@ class AnthropicTool(Strict):
     description: Text | None = None
     input_schema: Schema
     strict: bool | None = None
-    cache_control: CacheControl | None = None
+    eager_input_streaming: bool | None = None  # no effect: arguments always come as they are made
+    cache_control: Hint | None = None
 
 
 class AnthropicToolChoice(Strict):
@@ -111,7 +107,8 @@ class CountTokensRequest(Strict):
     tool_choice: AnthropicToolChoice | None = None
     thinking: Thinking | None = None
     output_config: AnthropicOutput | None = None
-    cache_control: CacheControl | None = None
+    context_management: Hint | None = None  # no effect: the conversation is taken as it is
+    cache_control: Hint | None = None
 
 
 class MessagesRequest(CountTokensRequest):

@@ -60,3 +60,23 @@ def test_anthropics_clients_look_for_these_words(server):
     body = {"model": "chat", "messages": body["messages"]}
     error = server.client.post("/v1/chat/completions", json=body).json()["error"]
     assert error["code"] == "context_length_exceeded" and "the context is" in error["message"]
+
+
+def test_hints_about_caches_have_no_effect(server):
+    """As coding clients send them, in each dialect."""
+    cached = {
+        "type": "text",
+        "text": "Tell me a joke.",
+        "cache_control": {"type": "ephemeral", "scope": "global", "ttl": "1h"},
+    }
+    tool = {"name": "look", "input_schema": {"type": "object"}, "eager_input_streaming": True}
+    tool["cache_control"] = {"type": "ephemeral", "new": {"a": [1]}}
+    body = {"model": "chat", "max_tokens": 4, "temperature": 0, "tools": [tool], "tool_choice": {"type": "none"}}
+    body |= {"messages": [{"role": "user", "content": [cached]}], "context_management": {"edits": [{"type": "clear"}]}}
+    done = server.client.post("/v1/messages", json=body)
+    plain = server.client.post("/v1/chat/completions", json=ASK).json()
+    assert done.status_code == 200, done.text
+    hinted = server.client.post(
+        "/v1/chat/completions", json=ASK | {"messages": [{"role": "user", "content": [cached]}]}
+    )
+    assert hinted.status_code == 200 and hinted.json()["choices"] == plain["choices"]
