@@ -63,6 +63,7 @@ class BuildWithPage(build_py):
 
 setup(
     cmdclass={"build_py": BuildWithPage},
+    options={"build_ext": {"parallel": os.cpu_count() or 1}},
     ext_modules=[
         Extension(
             f"craton.model._{name}_{level}",

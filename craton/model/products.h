@@ -127,7 +127,7 @@ static inline void dot_panels(const uint8_t* w, int64_t panel, int64_t groups, c
         }
         i16 a[P][R][T];
         for (int t = 0; t < T; t++) {
-            const int32_t own[2] = {P == 2 ? first[t] : sum[t], sum[t] - first[t]};
+            const int32_t own[2] = {P == 2 ? first[t] : sum[t], P == 2 ? sum[t] - first[t] : 0};
             for (int p = 0; p < P; p++)
                 for (int r = 0; r < R; r++) a[p][r][t] = SIGNED ? i16{} : (-L.zero * own[p]) - i16{};
         }
@@ -168,7 +168,8 @@ static inline void dot_panels(const uint8_t* w, int64_t panel, int64_t groups, c
                 }
             }
         }
-        w += group_bytes(L), x += 32 * STRIDE, xs += STRIDE, sum += STRIDE, first += STRIDE;
+        w += group_bytes(L), x += 32 * STRIDE, xs += STRIDE, sum += STRIDE;
+        if (P == 2) first += STRIDE;
     }
     for (int r = 0; r < R; r++)
         for (int t = 0; t < T; t++) out[r][t] = acc[r][t];
@@ -214,7 +215,7 @@ static void quantise_group(const float* x, int64_t row, int64_t rows, int64_t co
     for (int c = 0; c < 8; c++) out[c * size] = words[c];
     q.scale[first * groups + g * size + lane] = most / 127.f;
     q.sum[first * groups + g * size + lane] = (int32_t)sum16(a + b);
-    q.first[first * groups + g * size + lane] = (int32_t)sum16(a);
+    if (q.first) q.first[first * groups + g * size + lane] = (int32_t)sum16(a);
 }
 
 static void quantise(const float* x, int64_t row, int64_t rows, int64_t cols, const Quantised& q) {
@@ -328,13 +329,13 @@ static void panel_tiles(const uint8_t* w, int64_t panel, const float* bias, Quan
         n = tile_size(tokens - t);
         const int8_t* x = q.x + t * cols;
         const float* xs = q.scale + t * groups;
-        const int32_t *sum = q.sum + t * groups, *first = q.first + t * groups;
+        const int32_t *sum = q.sum + t * groups, *first = q.first ? q.first + t * groups : 0;
         float* o = out + t * stride;
         if (n == 8 && R == 1)
             panel_tile<KIND, 1, 8, 8>(w, panel, bias, groups, x, xs, sum, first, o, stride);
         else if (n == 8) {  // two panels share what is read of the activations
             panel_tile<KIND, R, 4, 8>(w, panel, bias, groups, x, xs, sum, first, o, stride);
-            panel_tile<KIND, R, 4, 8>(w, panel, bias, groups, x + 16, xs + 4, sum + 4, first + 4, o + 4 * stride,
+            panel_tile<KIND, R, 4, 8>(w, panel, bias, groups, x + 16, xs + 4, sum + 4, first ? first + 4 : 0, o + 4 * stride,
                                       stride);
         } else if (n == 4)
             panel_tile<KIND, R, 4, 4>(w, panel, bias, groups, x, xs, sum, first, o, stride);
@@ -391,7 +392,8 @@ static void product(const Matrix& m, int64_t from, int64_t to, const float* x, Q
             const float* bias = m.bias ? m.bias + row : 0;
             float* o = out + t * stride + row;
             const float* own = x + t * m.cols;
-            Quantised here = {q.x + t * m.cols, q.scale + t * groups, q.sum + t * groups, q.first + t * groups};
+            Quantised here = {q.x + t * m.cols, q.scale + t * groups, q.sum + t * groups,
+                              q.first ? q.first + t * groups : 0};
             if (whole)
                 panels_of_kind(m.kind, pair, (const uint8_t*)m.data + p * panel, panel, bias, here, n, m.cols, o, stride);
             else if (m.kind == BF16)

@@ -68,12 +68,23 @@ static inline int64_t workspace_bytes(const Model& m, int64_t tokens, int64_t th
     return floats * 4 + (threads + 1) * tokens * (most + (most / GROUP) * 12) + (threads + 8) * 4096;
 }
 
+static inline bool any_halves(const Model& m) {
+    bool found = layout_of(m.head.kind).parts == 2;
+    for (int64_t l = 0; l < m.layers; l++) {
+        const Layer& a = m.layer[l];
+        for (const Matrix* w : {&a.q, &a.k, &a.v, &a.o, &a.gate, &a.up, &a.down})
+            found = found || layout_of(w->kind).parts == 2;
+    }
+    return found;
+}
+
 // What the threads of a step share: its tokens and where intermediate values lie.
 struct Shared {
     const Model& m;
     const Step& s;
     const int64_t T, h, d, qn, kvn, I, width, most;
-    const bool alone;  // few tokens: each thread normalises for itself instead of waiting
+    const bool alone;   // few tokens: each thread normalises for itself instead of waiting
+    const bool halves;  // whether a matrix has scales for 16 columns
     char* at;
     float *x[2], *delta, *qkv, *rotated, *mixed, *act;
     std::vector<float*> y;      // normalised rows, a copy a thread where alone
@@ -94,6 +105,7 @@ struct Shared {
           width(qn + 2 * kvn),
           most(std::max({h, qn, I})),
           alone(T <= 2),
+          halves(any_halves(model)),
           at(workspace),
           y(threads),
           yq(threads),
@@ -126,7 +138,7 @@ struct Shared {
         q.x = (int8_t*)take(T * most);
         q.scale = floats(T * (most / GROUP));
         q.sum = (int32_t*)take(T * (most / GROUP) * 4);
-        q.first = (int32_t*)take(T * (most / GROUP) * 4);
+        q.first = halves ? (int32_t*)take(T * (most / GROUP) * 4) : 0;
         return q;
     }
 };
@@ -298,7 +310,7 @@ class Thread {
         for (int64_t t = 0; t < c.T; t += part) {
             const int64_t tokens = std::min(part, c.T - t), group = t * (h / GROUP);
             Quantised here = {c.yq[me].x + t * h, c.yq[me].scale + group, c.yq[me].sum + group,
-                              c.yq[me].first + group};
+                              c.yq[me].first ? c.yq[me].first + group : 0};
             product(layer.gate, b * 2, last, c.y[me] + t * h, here, tokens, g - b * 32, 32);
             product(layer.up, b * 2, last, c.y[me] + t * h, here, tokens, u - b * 32, 32);
             for (int64_t i = 0; i < tokens; i++) {
