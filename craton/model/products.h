@@ -78,7 +78,7 @@ static inline f16 load_powers(const uint8_t* p) {
 struct Quantised {
     int8_t* x;
     float* scale;
-    int32_t *sum, *first;
+    int32_t *sum, *first;  // -8 times
 };
 
 static inline int64_t tile_size(int64_t left) {
@@ -107,6 +107,14 @@ static inline void load_values(const uint8_t* w, int c, u64& low, u64& high) {
     if (L.table) low = look_up(L.table, low), high = look_up(L.table, high);
 }
 
+// -ZERO times a sum, from -8 times it.
+template <int ZERO>
+static inline i16 times_zero(i16 sum) {
+    if (ZERO == 0) return i16{};
+    if (ZERO == 12) return sum + (sum >> 1);
+    return ZERO == 8 ? sum : ZERO == 16 ? sum << 1 : ZERO == 32 ? sum << 2 : sum << 4;
+}
+
 // T rows of activations, a whole tile, times R panels of 16 weight rows.
 template <int KIND, int R, int T, int STRIDE>
 static inline void dot_panels(const uint8_t* w, int64_t panel, int64_t groups, const int8_t* x, const float* xs,
@@ -129,7 +137,7 @@ static inline void dot_panels(const uint8_t* w, int64_t panel, int64_t groups, c
         for (int t = 0; t < T; t++) {
             const int32_t own[2] = {P == 2 ? first[t] : sum[t], P == 2 ? sum[t] - first[t] : 0};
             for (int p = 0; p < P; p++)
-                for (int r = 0; r < R; r++) a[p][r][t] = SIGNED ? i16{} : (-L.zero * own[p]) - i16{};
+                for (int r = 0; r < R; r++) a[p][r][t] = SIGNED ? i16{} : times_zero<L.zero>(own[p] - i16{});
         }
         for (int64_t line = 0; line < group_bytes(L) * R; line += 64) __builtin_prefetch(w + 4096 + line);
         const int32_t* q = (const int32_t*)x;
@@ -164,7 +172,10 @@ static inline void dot_panels(const uint8_t* w, int64_t panel, int64_t groups, c
                 }
                 for (int t = 0; t < T; t++) {
                     acc[r][t] += __builtin_convertvector(a[p][r][t], f16) * (scale * xs[t]);
-                    if (L.offset) acc[r][t] += offset * (xs[t] * (float)(P == 1 ? sum[t] : p ? sum[t] - first[t] : first[t]));
+                    if (L.offset) {
+                        const int32_t own = P == 1 ? sum[t] : p ? sum[t] - first[t] : first[t];
+                        acc[r][t] += offset * (xs[t] * -0.125f * (float)own);
+                    }
                 }
             }
         }
@@ -214,8 +225,8 @@ static void quantise_group(const float* x, int64_t row, int64_t rows, int64_t co
     const int32_t* words = (const int32_t*)bytes;
     for (int c = 0; c < 8; c++) out[c * size] = words[c];
     q.scale[first * groups + g * size + lane] = most / 127.f;
-    q.sum[first * groups + g * size + lane] = (int32_t)sum16(a + b);
-    if (q.first) q.first[first * groups + g * size + lane] = (int32_t)sum16(a);
+    q.sum[first * groups + g * size + lane] = -8 * (int32_t)sum16(a + b);
+    if (q.first) q.first[first * groups + g * size + lane] = -8 * (int32_t)sum16(a);
 }
 
 static void quantise(const float* x, int64_t row, int64_t rows, int64_t cols, const Quantised& q) {
