@@ -39,8 +39,8 @@ void craton_linear(const Matrix* m, const float* x, int64_t tokens, float* out, 
         for (;;) {
             int64_t from = work.next.fetch_add(size);
             if (from >= n) break;
-            product(*m, from, std::min(n, from + size), x, {q.data(), scale.data(), sum.data(), first.data()}, tokens, out,
-                    m->rows);
+            const Quantised rounded = {q.data(), scale.data(), sum.data(), first.data()};
+            product(*m, from, std::min(n, from + size), x, rounded, tokens, out, m->rows);
         }
     }
 }

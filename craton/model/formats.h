@@ -1,4 +1,5 @@
-// How weights of 2 to 8 bits lie in memory, and the way there from GGUF's blocks. Kinds are GGUF's numbers of its types.
+// How weights of 2 to 8 bits lie in memory, and the way there from GGUF's blocks. Kinds are GGUF's numbers of its
+// types.
 //
 // Matrices are stored in panels of 16 rows, a panel in groups of 32 columns. A group is its values, four columns of 16
 // rows at a time (one vector of 64 bytes), then 16 scales and, where the kind has them, 16 offsets:

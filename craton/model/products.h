@@ -346,8 +346,8 @@ static void panel_tiles(const uint8_t* w, int64_t panel, const float* bias, Quan
             panel_tile<KIND, 1, 8, 8>(w, panel, bias, groups, x, xs, sum, first, o, stride);
         else if (n == 8) {  // two panels share what is read of the activations
             panel_tile<KIND, R, 4, 8>(w, panel, bias, groups, x, xs, sum, first, o, stride);
-            panel_tile<KIND, R, 4, 8>(w, panel, bias, groups, x + 16, xs + 4, sum + 4, first ? first + 4 : 0, o + 4 * stride,
-                                      stride);
+            panel_tile<KIND, R, 4, 8>(w, panel, bias, groups, x + 16, xs + 4, sum + 4, first ? first + 4 : 0,
+                                      o + 4 * stride, stride);
         } else if (n == 4)
             panel_tile<KIND, R, 4, 4>(w, panel, bias, groups, x, xs, sum, first, o, stride);
         else if (n == 2)
@@ -406,7 +406,8 @@ static void product(const Matrix& m, int64_t from, int64_t to, const float* x, Q
             Quantised here = {q.x + t * m.cols, q.scale + t * groups, q.sum + t * groups,
                               q.first ? q.first + t * groups : 0};
             if (whole)
-                panels_of_kind(m.kind, pair, (const uint8_t*)m.data + p * panel, panel, bias, here, n, m.cols, o, stride);
+                panels_of_kind(m.kind, pair, (const uint8_t*)m.data + p * panel, panel, bias, here, n, m.cols, o,
+                               stride);
             else if (m.kind == BF16)
                 rows_block((const uint16_t*)m.data + row * m.cols, bias, rows, own, n, m.cols, o, stride);
             else if (m.kind == F16)
