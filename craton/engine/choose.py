@@ -16,7 +16,11 @@ def draw(scores: Tensor | Sequence[Tensor], answers: Sequence[Answer]) -> list[i
     if not answers:
         return []
     rows = scores if isinstance(scores, Tensor) else torch.stack(list(scores))
-    u = [uniform(a.seed, a.completion.index, len(a.generation.tokens)) for a in answers]
+    drawn = (
+        uniform(a.seed, a.completion.index, len(a.generation.tokens)) if a.sampling.temperature else 0.0
+        for a in answers
+    )
+    u = list(drawn)
     return draw_each(rows, [a.sampling for a in answers], u)
 
 

@@ -11,6 +11,7 @@ from craton.engine.engine import Engine
 from craton.engine.request import Completion, Sampling
 from craton.model.decoder import Decoder
 from craton.model.fused import fits
+from craton.model.packed import PackedMatrix
 from craton.text.tokenizer import Tokenizer
 from craton.weights.adapter import merge
 from craton.weights.folder import check_fit, load_network
@@ -54,12 +55,16 @@ def load_model(path: str, device: str = "cpu", adapter: str | None = None, **eng
         from craton.weights import gguf  # its package takes half a second to import
 
         network, tokenizer = gguf.read(folder)
-        network.to(device)
     else:
         network, tokenizer = load_network(folder, device), Tokenizer.open(folder)
+    if device != "cpu" and any(isinstance(m, PackedMatrix) for m in network.modules()):
+        raise UserError(
+            f"{folder}: packed weights run on a CPU alone; give the unquantised folder for --device {device}"
+        )
     if adapter is not None:
         merge(network, Path(adapter))
     check_fit(network.config, tokenizer, folder)
+    network.to(device)
     if device == "cpu" and not fits(network.config):
         network.float()  # modules run in fp32 on a CPU; only the steps in one call read 16-bit weights
     return Model(network, tokenizer, engine_options)

@@ -1,9 +1,10 @@
-"""GGUF, llama.cpp's file format, read by the `gguf` package.
+"""GGUF, llama.cpp's file format, from what `gguf_file.py` opens; names and types are the `gguf` package's.
 
 What has 2 to 8 bits stays packed, value for value. Llama's q and k rows lie in another order there (pairs instead of
 halves rotate); Gemma's norms have their 1 added. gguf_write.py is the other direction.
 """
 
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -164,8 +165,8 @@ def _plain(data: np.ndarray, kind: Type, shape: tuple[int, ...], path: Path) -> 
         raise UserError(f"{path}: tensors of type {kind.name} cannot be read") from None
 
 
-def _gemma3(path: Path, architecture: str, fields: dict[str, Any], tensors: dict[str, Stored]) -> ModelConfig:
-    """From the settings as config.json would have them."""
+def _getter(path: Path, architecture: str, fields: dict[str, Any]) -> Callable[..., Any]:
+    """get(key, default) of the architecture's settings; UserError for one that is missing and has no default."""
 
     def get(key: str, default: Any = ...) -> Any:
         value = fields.get(f"{architecture}.{key}", default)
@@ -173,6 +174,12 @@ def _gemma3(path: Path, architecture: str, fields: dict[str, Any], tensors: dict
             raise UserError(f"{path}: {architecture}.{key} is missing")
         return value
 
+    return get
+
+
+def _gemma3(path: Path, architecture: str, fields: dict[str, Any], tensors: dict[str, Stored]) -> ModelConfig:
+    """From the settings as config.json would have them."""
+    get = _getter(path, architecture, fields)
     heads, width = get("attention.head_count"), get("attention.key_length")
     # The largest alone scales by the width that heads would have if they shared the hidden size.
     scale = get("embedding_length") // heads if get("block_count") == 62 else width
@@ -201,12 +208,7 @@ def _gemma3(path: Path, architecture: str, fields: dict[str, Any], tensors: dict
 
 
 def _config(path: Path, architecture: str, fields: dict[str, Any], tensors: dict[str, Stored]) -> ModelConfig:
-    def get(key: str, default: Any = ...) -> Any:
-        value = fields.get(f"{architecture}.{key}", default)
-        if value is ...:
-            raise UserError(f"{path}: {architecture}.{key} is missing")
-        return value
-
+    get = _getter(path, architecture, fields)
     if get("expert_count", 0):
         raise UserError(f"{path}: models with experts are not read from GGUF; use the safetensors folder")
     if get("attention.sliding_window", 0) and architecture == "llama":
