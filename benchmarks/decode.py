@@ -1,10 +1,11 @@
 """Tokens a second of the engine beside llama.cpp: the same weights in the same bits, the same threads, in turns.
 
     python benchmarks/decode.py [--models 44M,1.1B] [--bits 8,4] [--rounds 5] [--json FILE]
+    python benchmarks/decode.py --file FILE.gguf ...                a published file
     python benchmarks/decode.py --transformers [--models 44M]      fp32, beside transformers' generate
 
-Random weights in Llama's shape. Each program is a process of its own that waits for its turn; the figure is the median
-over the rounds. Read bandwidth is measured in the same run, between the rounds. For llama.cpp: pip install
+Random weights in Llama's shape, or a file. Each program is a process of its own that waits for its turn; the figure is the
+median over the rounds. Read bandwidth is measured in the same run, between the rounds. For llama.cpp: pip install
 llama-cpp-python (builds from source), or make bench-env.
 """
 
@@ -109,10 +110,9 @@ def ours(folder: str) -> None:
 
     from craton.engine.engine import Engine
     from craton.engine.request import Sampling
-    from craton.weights.folder import load_network
 
     torch.set_num_threads(2)
-    engine = Engine(load_network(Path(folder)), cache_bytes=1 << 30, share_prefixes=False)
+    engine = Engine(network_of(Path(folder)), cache_bytes=1 << 30, share_prefixes=False)
 
     def prompt(n: int, salt: int) -> list[int]:
         return [(i * 7919 + salt * 104729) % 31000 + 300 for i in range(n)]
@@ -135,6 +135,13 @@ def ours(folder: str) -> None:
     serve(run)
 
 
+def network_of(path: Path):
+    from craton.weights import gguf
+    from craton.weights.folder import load_network
+
+    return gguf.read(path)[0] if path.suffix == ".gguf" else load_network(path)
+
+
 def theirs(folder: str) -> None:
     import llama_cpp as lib
     import numpy as np
@@ -143,7 +150,8 @@ def theirs(folder: str) -> None:
     silent = lib.llama_log_callback(lambda *_: None)  # kept: it is called as long as the process lives
     lib.llama_log_set(silent, None)
     parameters = lib.llama_model_default_params()
-    model = lib.llama_model_load_from_file(f"{folder}/m.gguf".encode(), parameters)
+    path = folder if folder.endswith(".gguf") else f"{folder}/m.gguf"
+    model = lib.llama_model_load_from_file(path.encode(), parameters)
     options = lib.llama_context_default_params()
     options.n_ctx, options.n_batch, options.n_ubatch, options.n_threads, options.n_threads_batch, options.n_seq_max = (
         8192,
@@ -303,10 +311,62 @@ def first_token(folder: Path) -> float:
     return took
 
 
+def compare(a: argparse.Namespace, name: str, bits: int | str, folder: Path, size: int, buffer) -> list[dict]:
+    """The cases of one model, ours and the peer's in turns. size: bytes that one decoding step reads."""
+    results = []
+    start = first_token(folder) if not a.transformers else None
+    roles = ("ours_whole", "transformers") if a.transformers else ("ours", "theirs")
+    us, peer = Worker(roles[0], folder, sys.executable), Worker(roles[1], folder, a.peer_python)
+    print(
+        f"{name}, {bits} bits, {size / 1e9:.3f} GB a step" + (f", first token after {start:.1f} s" if start else ""),
+        flush=True,
+    )
+    for case, sequences, prefill in (
+        [("batch 1", 1, 0), ("32 requests of mixed lengths", 32, 0)] if a.transformers else CASES
+    ):
+        rows, reads = {"ours": [], "peer": []}, []
+        for i in range(a.rounds + 1):
+            pair = [us(sequences, prefill), peer(sequences, prefill)]
+            reads.append(bandwidth(buffer))
+            if i:  # the first warms up
+                rows["ours"].append(pair[0])
+                rows["peer"].append(pair[1])
+        mine, other, read = (statistics.median(v) for v in (rows["ours"], rows["peer"], reads))
+        steps = mine / sequences if not prefill else None
+        row = {
+            "model": name,
+            "bits": bits,
+            "case": case,
+            "ours_tokens_per_second": mine,
+            "peer_tokens_per_second": other,
+            "ratio": mine / other,
+            "read_gb_per_second": read,
+            "bytes_per_step": size,
+            "peer": "transformers" if a.transformers else "llama.cpp",
+            "first_token_seconds": start,
+            "rounds": rows,
+        }
+        if steps and not a.transformers:
+            row |= {"gb_per_second": steps * size / 1e9, "share_of_read_bandwidth": steps * size / 1e9 / read}
+        results.append(row)
+        tail = (
+            f"   {row['gb_per_second']:5.1f} GB/s = {row['share_of_read_bandwidth']:.0%} of {read:.1f}"
+            if "gb_per_second" in row
+            else ""
+        )
+        print(
+            f"  {case:<30}{mine:9.1f} tok/s   {row['peer']} {other:9.1f}   ratio {mine / other:5.2f}{tail}", flush=True
+        )
+    us.close()
+    peer.close()
+    return results
+
+
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--models", default="44M,1.1B")
     parser.add_argument("--bits", default="8,4")
+    parser.add_argument("--file", nargs="+", default=[])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--transformers", action="store_true")
     parser.add_argument("--peer-python", default=sys.executable, help="of the environment that has the peer")
@@ -321,60 +381,14 @@ def main() -> None:
 
     buffer = torch.zeros(1 << 30, dtype=torch.uint8)
     results = []
-    cases = [("batch 1", 1, 0), ("32 requests of mixed lengths", 32, 0)] if a.transformers else CASES
-    for name in a.models.split(","):
+    for path in a.file:
+        results += compare(a, Path(path).name, "file", Path(path), os.path.getsize(path), buffer)
+    for name in a.models.split(",") if not a.file else ():
         for bits in [32] if a.transformers else map(int, a.bits.split(",")):
             with tempfile.TemporaryDirectory() as scratch:
                 folder = Path(scratch) / "m"
                 size = build(name, bits, folder)
-                start = first_token(folder) if not a.transformers else None
-                roles = ("ours_whole", "transformers") if a.transformers else ("ours", "theirs")
-                us, peer = Worker(roles[0], folder, sys.executable), Worker(roles[1], folder, a.peer_python)
-                print(
-                    f"{name}, {bits} bits, {size / 1e9:.3f} GB a step"
-                    + (f", first token after {start:.1f} s" if start else ""),
-                    flush=True,
-                )
-                for case, sequences, prefill in cases:
-                    rows, reads = {"ours": [], "peer": []}, []
-                    for i in range(a.rounds + 1):
-                        pair = [us(sequences, prefill), peer(sequences, prefill)]
-                        reads.append(bandwidth(buffer))
-                        if i:  # the first warms up
-                            rows["ours"].append(pair[0])
-                            rows["peer"].append(pair[1])
-                    mine, other, read = (statistics.median(v) for v in (rows["ours"], rows["peer"], reads))
-                    steps = mine / sequences if not prefill else None
-                    row = {
-                        "model": name,
-                        "bits": bits,
-                        "case": case,
-                        "ours_tokens_per_second": mine,
-                        "peer_tokens_per_second": other,
-                        "ratio": mine / other,
-                        "read_gb_per_second": read,
-                        "bytes_per_step": size,
-                        "peer": "transformers" if a.transformers else "llama.cpp",
-                        "first_token_seconds": start,
-                        "rounds": rows,
-                    }
-                    if steps and not a.transformers:
-                        row |= {
-                            "gb_per_second": steps * size / 1e9,
-                            "share_of_read_bandwidth": steps * size / 1e9 / read,
-                        }
-                    results.append(row)
-                    tail = (
-                        f"   {row['gb_per_second']:5.1f} GB/s = {row['share_of_read_bandwidth']:.0%} of {read:.1f}"
-                        if "gb_per_second" in row
-                        else ""
-                    )
-                    print(
-                        f"  {case:<30}{mine:9.1f} tok/s   {row['peer']} {other:9.1f}   ratio {mine / other:5.2f}{tail}",
-                        flush=True,
-                    )
-                us.close()
-                peer.close()
+                results += compare(a, name, bits, folder, size, buffer)
     if a.json:
         from craton.train import machine
 

@@ -1,8 +1,6 @@
 """Structured output: answers that follow a JSON schema, a regular expression, a choice or a grammar, by llguidance.
 
-A model that does not mean to stop can fill every string and array until its tokens run out. So when what is left is
-about what closing everything takes, the answer is closed: of the tokens that the grammar allows, the one that ends
-the most.
+When the tokens that are left are about what closing everything takes, the answer is closed (craton/engine/closing.py).
 """
 
 import json
@@ -14,12 +12,12 @@ from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask  # 
 from torch import Tensor
 
 from craton.base import UserError
+from craton.engine.closing import Closer, Move
 from craton.engine.request import Sampling
 from craton.text.tokenizer import Tokenizer
 
 _MOST_SCHEMA = 256 << 10  # bytes
-_CLOSERS = '} ] ) > " , : null 9 5 1 0 false a'.split()  # 9: the digit that meets a lower bound first
-_OPENERS = b"([{<\"'"
+_SPARE = 64  # a way out that is this much longer than what is left is still told from an unknown one
 
 
 class Grammars:
@@ -34,12 +32,9 @@ class Grammars:
             raise UserError("structured output needs a model with an end token; config.json has no eos_token_id")
         eos_token = [int(e) for e in ends] or int(eos)
         self.tokenizer = LLTokenizer(tokenizer.backend.to_str(), n_vocab=vocabulary, eos_token=eos_token)
-        self.order = [t[0] for c in _CLOSERS if len(t := self.tokenizer.tokenize_str(c)) == 1]
-        self.in_string = [t[0] for c in ("}", "q", "Z") if len(t := self.tokenizer.tokenize_str(c)) == 1]
-        self.quote = self.tokenizer.tokenize_str('"')[0]
         raw = [self.tokenizer.decode_bytes([i]) for i in range(min(vocabulary, tokenizer.vocab_size))]
         self.spelling = {text: i for i, text in enumerate(raw) if text and i not in self.special}
-        self.short = sorted(range(len(raw)), key=lambda i: (any(c in _OPENERS for c in raw[i]), len(raw[i]) or 99, i))
+        self.closer = Closer(self.tokenizer, raw, ends)
 
     def matcher(self, s: Sampling) -> "Matcher | None":
         """UserError if the request's schema or grammar is wrong, too large or cannot be met; None if it has none."""
@@ -76,7 +71,7 @@ class Grammars:
         matcher = LLMatcher(self.tokenizer, grammar, log_level=0)
         if matcher.is_error():
             raise UserError(f"{name} cannot be met or read ({_first_line(matcher.get_error())})", field=name)
-        return Matcher(self, matcher)
+        return Matcher(self, matcher, self.closer.literals(text))
 
 
 def _first_line(error: Any) -> str:
@@ -86,14 +81,15 @@ def _first_line(error: Any) -> str:
 class Matcher:
     """One answer's place in its grammar."""
 
-    def __init__(self, grammars: Grammars, matcher: Any):
-        self.grammars, self.matcher = grammars, matcher
+    def __init__(self, grammars: Grammars, matcher: Any, literals: list[Move]):
+        """literals: of the grammar, for closing."""
+        self.grammars, self.matcher, self.literals = grammars, matcher, literals
         self.bits = allocate_token_bitmask(1, grammars.vocabulary)
-        self.closing = False
+        self.closing: list[int] | None = None  # the tokens of the way to the end, once it is taken
         self.check_at: int | None = None  # tokens left at which to look again how many closing takes
 
     def copy(self) -> "Matcher":
-        return Matcher(self.grammars, self.matcher.deep_copy())
+        return Matcher(self.grammars, self.matcher.deep_copy(), self.literals)
 
     def accepts(self, token: int) -> bool:
         """Whether the grammar really goes on with a token of the mask, which is too generous with special tokens whose
@@ -118,7 +114,7 @@ class Matcher:
         if self.matcher.is_error():
             raise UserError(f"the grammar is too large or cannot go on ({_first_line(self.matcher.get_error())})")
         allowed = _bools(self.bits[0], logits.shape[0])
-        if self.closing and (token := self._closer(allowed)) is not None:
+        if self.closing is not None and (token := self._next_closing(allowed)) is not None:
             allowed = torch.zeros_like(allowed)
             allowed[token] = True
         if not allowed.any():
@@ -130,41 +126,41 @@ class Matcher:
         could not be closed any more is replaced by the one that closes. Returns the token taken, and whether all is
         complete."""
         self.matcher.consume_token(token)
-        due = self.check_at is not None and left <= self.check_at and not self.closing
-        if due and not self.matcher.is_stopped() and self._look(left) > left:
-            self.matcher.rollback(1)
-            self.closing = True
-            fill_next_token_bitmask(self.matcher, self.bits)
-            token = self._closer(_bools(self.bits[0], self.grammars.vocabulary)) or token
-            self.matcher.consume_token(token)
+        if self.closing is not None:
+            self.closing = self.closing[1:] if self.closing[:1] == [token] else self._way_out(left)
+        elif self.check_at is not None and left <= self.check_at and not self.matcher.is_stopped():
+            way = self._look(left)
+            if way is not None and len(way) > left:
+                token = self._close_instead(token, left)
         return token, bool(self.matcher.is_stopped() or (left == 0 and self.matcher.is_accepting()))
 
-    def _look(self, left: int) -> int:
-        """Tokens that closing takes from here; sets when to look again."""
-        need = self._closing_length(left + 1)
-        self.closing = need >= left
-        self.check_at = left - 1 if left <= 4 * need + 32 else left - 8
-        return need
+    def _look(self, left: int) -> list[int] | None:
+        """The way out from here, which is taken if it is as long as what is left; sets when to look again."""
+        way = self._way_out(left + _SPARE)
+        need = len(way) if way is not None else 0
+        if way is not None and need == left:
+            self.closing = way
+        self.check_at = left - 1 if way is not None and left <= 4 * need + 32 else left - 8
+        return way
 
-    def _closer(self, allowed: Tensor) -> int | None:
-        g = self.grammars
-        quoted = all(bool(allowed[t]) for t in g.in_string)  # a bracket is a letter here
-        for token in (*g.ends, *([g.quote] if quoted else []), *g.order):
+    def _close_instead(self, token: int, left: int) -> int:
+        """The last token made the way out longer than what is left: from before it the shorter one is taken, if it is
+        known. Returns the token taken."""
+        self.matcher.rollback(1)
+        way = self._way_out(left + 1)
+        if way is not None and (rest := way or list(self.grammars.ends[:1])):
+            token, self.closing = rest[0], rest[1:]
+        self.matcher.consume_token(token)
+        return token
+
+    def _way_out(self, most: int) -> list[int] | None:
+        return self.grammars.closer.way_out(self.matcher, self.literals, most)
+
+    def _next_closing(self, allowed: Tensor) -> int | None:
+        for token in (*(self.closing or ())[:1], *self.grammars.ends):
             if allowed[token]:
                 return int(token)
-        return next((t for t in g.short if allowed[t]), None)
-
-    def _closing_length(self, most: int) -> int:
-        """Tokens that closing takes from here, at most `most`."""
-        trial = self.copy()
-        for count in range(min(most, 2048)):
-            if trial.matcher.is_stopped() or trial.matcher.is_accepting():
-                return count
-            fill_next_token_bitmask(trial.matcher, trial.bits)
-            token = trial._closer(_bools(trial.bits[0], self.grammars.vocabulary))
-            if token is None or not trial.matcher.consume_token(token):
-                break
-        return most
+        return None
 
 
 def _bools(words: Any, size: int) -> Tensor:

@@ -112,6 +112,52 @@ def test_regex_choice_and_grammar(engine):
         assert re.fullmatch(r"\(*x\)*", text) and text.count("(") == text.count(")")
 
 
+def _field(**schema):
+    return {"json_schema": json.dumps({"type": "object", "properties": {"x": schema}, "required": ["x"]})}
+
+
+# Whatever ends these most can come again without end; a closer that only looks for brackets and quotes goes round.
+ENDLESS = {
+    "count of things": ({"regex": "[0-9]+ apples"}, "[0-9]+ apples"),
+    "suffix": ({"regex": r".+\.py"}, r".+\.py"),
+    "two literals": ({"regex": r"(?s:.*)alpha(?s:.*)omega!"}, r"(?s:.*)alpha(?s:.*)omega!"),
+    "version": ({"regex": r"v[0-9]+\.[0-9]+(-(rc|beta)[0-9]+)?;"}, r"v[0-9]+\.[0-9]+(-(rc|beta)[0-9]+)?;"),
+    "email": (_field(type="string", format="email"), r'\{"x":"[^@]+@.+"\}'),
+    "uri": (_field(type="string", format="uri"), r'\{"x":"[a-zA-Z][^:]*:.*"\}'),
+    "repository": (_field(type="string", pattern="^[^/]+/[^/]+$"), r'\{"x":"[^/]+/[^/]+"\}'),
+    "file": (_field(type="string", pattern=r"^.*\.toml$"), r'\{"x":".*\.toml"\}'),
+    "grammar": ({"grammar": "start: A+ B\nA: /[a-z]+@[a-z]+;/\nB: /[^!]+!/"}, r"([a-z]+@[a-z]+;)+[^!]+!"),
+}
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_what_could_go_on_for_ever_is_closed_late_and_whole(engine, name):
+    options, pattern = ENDLESS[name]
+    matcher, r = engine.matcher(Sampling(48, **options)), random.Random(3)
+    for most in (48, 24):
+        trial, ids = matcher.copy(), []
+        for left in range(most, 0, -1):
+            allowed = trial.mask(torch.zeros(engine.config.vocab_size), left) == 0
+            assert trial.closing is None or left < 30, "closed long before it had to be"
+            choice = r.choice(allowed.nonzero().flatten().tolist())
+            token, complete = trial.take(choice, left - 1)
+            ids.append(token)
+            if complete:
+                break
+        assert complete and re.fullmatch(pattern, engine.tokenizer.decode(ids)), engine.tokenizer.decode(ids)
+
+
+def test_an_end_that_is_not_found_never_starts_closing(engine):
+    """A way out that no search can find: the answer stays the model's, and is cut."""
+    word = "qzjxk" * 9
+    matcher = engine.matcher(Sampling(16, regex=rf"[a-z]+{word}[0-9]{{40}}x"))
+    for left in range(16, 0, -1):
+        allowed = matcher.mask(torch.zeros(engine.config.vocab_size), left) == 0
+        assert allowed.sum() > 1
+        token, complete = matcher.take(int(allowed.nonzero()[0]), left - 1)
+        assert not complete and token == int(allowed.nonzero()[0])
+
+
 def test_neighbours_are_free(engine):
     """A request with a schema beside one without: neither changes the other."""
     free, bound = (
