@@ -138,12 +138,12 @@ def _render(talker: Talker, ask: Ask, values: dict[str, Any], prepared: Prepared
         if prepared.opened or len(begin) == 1:
             values["reasoning"] = Reasoning(d.thinking[1], None if prepared.opened else begin[0], ask.budget)
     if tools:
-        _constrain_to_tools(d, ask, values)
+        _constrain_to_tools(talker, d, ask, values)
     if tools or d.thinking:
         values["show_special"] = d.show_special(tools)
 
 
-def _constrain_to_tools(d: Dialogue, ask: Ask, values: dict[str, Any]) -> None:
+def _constrain_to_tools(talker: Talker, d: Dialogue, ask: Ask, values: dict[str, Any]) -> None:
     schema = values.pop("json_schema", None)
     if schema is not None and ask.choice == "required":
         problem = "response_format cannot be met by an answer that must call a tool; leave one of them out"
@@ -153,7 +153,11 @@ def _constrain_to_tools(d: Dialogue, ask: Ask, values: dict[str, Any]) -> None:
         values["stop"] = ()
     if any(values.get(k) for k in _FORMS):
         raise UserError("tools and structured_outputs exclude each other", field="tools")
-    values["grammar"] = d.grammar(ask.tools, ask.choice, ask.parallel, schema if ask.choice == "auto" else None)
+    grammars, schemas = talker.engine.grammars(), dict[str, dict[str, Any]]()
+    for tool in (t["function"] for t in ask.tools):
+        strict = bool(tool.get("strict"))
+        schemas[tool["name"]] = grammars.tool_schema(tool["name"], tool.get("parameters") or {}, strict)
+    values["grammar"] = d.grammar(schemas, ask.choice, ask.parallel, schema if ask.choice == "auto" else None)
 
 
 # ---- what comes back --------------------------------------------------------------------------------------------

@@ -82,7 +82,7 @@ class Engine:
         self.requests: dict[int, list[Answer]] = {}
         self.last_request = 0
         self.inbox: dict[int, deque[EngineEvent]] = {}  # of requests that are streamed
-        self.grammars: Grammars | None = None
+        self.own_grammars: Grammars | None = None
         self.grammars_lock = threading.Lock()
 
     # ---- requests ----
@@ -159,13 +159,15 @@ class Engine:
     def matcher(self, s: Sampling) -> Matcher | None:
         """The schema or grammar of a request, compiled; None if it has none. UserError if it is wrong. From any
         thread."""
-        if not s.structured:
-            return None
+        return self.grammars().matcher(s) if s.structured else None
+
+    def grammars(self) -> Grammars:
+        """Made at first use. From any thread."""
         with self.grammars_lock:
-            if self.grammars is None:
+            if self.own_grammars is None:
                 assert self.tokenizer is not None
-                self.grammars = Grammars(self.tokenizer, self.config.vocab_size, self.end_ids)
-        return self.grammars.matcher(s)
+                self.own_grammars = Grammars(self.tokenizer, self.config.vocab_size, self.end_ids)
+        return self.own_grammars
 
     def cancel(self, request: int) -> None:
         """Its blocks are free after the next step; unknown and finished requests are passed over. From any thread."""

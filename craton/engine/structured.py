@@ -13,10 +13,13 @@ from torch import Tensor
 
 from craton.base import UserError
 from craton.engine.closing import Closer, Move
+from craton.engine.loosen import loosened
 from craton.engine.request import Sampling
 from craton.text.tokenizer import Tokenizer
 
 _MOST_SCHEMA = 256 << 10  # bytes
+_NO_MATTER = ("$schema", "$id", "$comment")  # say where a schema is from
+_TOOLS_KEPT = 1000  # schemas
 _SPARE = 64  # a way out that is this much longer than what is left is still told from an unknown one
 
 
@@ -25,6 +28,7 @@ class Grammars:
 
     def __init__(self, tokenizer: Tokenizer, vocabulary: int, ends: tuple[int, ...]):
         self.vocabulary = vocabulary
+        self.tool_schemas: dict[str, tuple[dict[str, Any], list[str]]] = {}  # with what was left out, by their JSON
         self.special = frozenset(tokenizer.backend.get_added_tokens_decoder())
         self.ends = ends
         eos = ends[0] if ends else tokenizer.eos_id
@@ -35,6 +39,32 @@ class Grammars:
         raw = [self.tokenizer.decode_bytes([i]) for i in range(min(vocabulary, tokenizer.vocab_size))]
         self.spelling = {text: i for i, text in enumerate(raw) if text and i not in self.special}
         self.closer = Closer(self.tokenizer, raw, ends)
+
+    def tool_schema(self, name: str, schema: dict[str, Any], strict: bool) -> dict[str, Any]:
+        """The schema that a tool's arguments are held to: an object's, without what cannot be enforced. UserError for
+        arguments that are no object and, where strict, for what cannot be enforced."""
+        kind = schema.get("type", "object")
+        if kind != "object" and not (isinstance(kind, list) and "object" in kind):
+            problem = f"tools: the arguments of {name!r} are of type {kind!r}; a tool takes an object"
+            raise UserError(problem, field="tools")
+        schema = {k: v for k, v in {**schema, "type": "object"}.items() if k not in _NO_MATTER}
+        key = json.dumps(schema)
+        if key not in self.tool_schemas:
+            if len(self.tool_schemas) >= _TOOLS_KEPT:
+                self.tool_schemas.clear()
+            self.tool_schemas[key] = loosened(schema, self._problem)
+        found, dropped = self.tool_schemas[key]
+        if strict and dropped:
+            problem = f"tools: {dropped[0]} of {name!r} cannot be enforced; leave it out, or strict"
+            raise UserError(problem, field="tools")
+        return found
+
+    def _problem(self, schema: Any) -> str:
+        """What keeps a JSON schema from being a grammar; "" if nothing does."""
+        try:
+            return str(LLMatcher.validate_grammar(LLMatcher.grammar_from_json_schema(json.dumps(schema)), self.tokenizer))
+        except (ValueError, RecursionError) as error:
+            return _first_line(error) or "it cannot be read"
 
     def matcher(self, s: Sampling) -> "Matcher | None":
         """UserError if the request's schema or grammar is wrong, too large or cannot be met; None if it has none."""
@@ -58,6 +88,7 @@ class Grammars:
                 if isinstance(schema, dict) and not isinstance(schema.get("x-guidance", {}), dict):
                     raise UserError("json_schema: x-guidance must be an object", field=name)
                 if isinstance(schema, dict):
+                    schema = {k: v for k, v in schema.items() if k not in _NO_MATTER}
                     schema = {**schema, "x-guidance": {"whitespace_flexible": False, **schema.get("x-guidance", {})}}
                 grammar = LLMatcher.grammar_from_json_schema(json.dumps(schema))
             elif name == "regex":
@@ -67,7 +98,9 @@ class Grammars:
         except (ValueError, RecursionError) as error:
             raise UserError(f"{name} cannot be read ({_first_line(error)})", field=name) from None
         if problem := LLMatcher.validate_grammar(grammar, self.tokenizer):
-            raise UserError(f"{name} cannot be met or read ({_first_line(problem)})", field=name)
+            at = loosened(schema, self._problem)[1][:1] if name == "json_schema" and isinstance(schema, dict) else []
+            where = "".join(f" at {path}" for path in at)
+            raise UserError(f"{name} cannot be met or read{where} ({_first_line(problem)})", field=name)
         matcher = LLMatcher(self.tokenizer, grammar, log_level=0)
         if matcher.is_error():
             raise UserError(f"{name} cannot be met or read ({_first_line(matcher.get_error())})", field=name)

@@ -82,7 +82,9 @@ def ask_of(body: CountTokensRequest) -> Ask:
     words = {"auto": "auto", "any": "required", "none": "none"}
     choice = None if c is None else words.get(c.type) or ([c.name], "required")
     listed = [
-        dialect.tool_of(name=t.name, parameters=t.input_schema, description=t.description or None)
+        dialect.tool_of(
+            name=t.name, parameters=t.input_schema, description=t.description or None, strict=t.strict or None
+        )
         for t in body.tools or ()
     ]
     tools = dialect.choose_tools(listed, choice, not (c and c.disable_parallel_tool_use))

@@ -106,14 +106,16 @@ class Dialogue:
         shown = {t for text in (*(self.thinking or ()), *marks) for t in self.tokenizer.encode_rendered(text)}
         return tuple(sorted(shown & self.tokenizer.special_ids))
 
-    def grammar(self, tools: list[dict[str, Any]], choice: str, parallel: bool, schema: str | None = None) -> str:
-        """Lark grammar of an answer: text (or JSON by the schema) or calls. choice: "auto" or "required"."""
+    def grammar(
+        self, tools: dict[str, dict[str, Any]], choice: str, parallel: bool, schema: str | None = None
+    ) -> str:
+        """Lark grammar of an answer: text (or JSON by the schema) or calls. tools: schemas of arguments by name.
+        choice: "auto" or "required"."""
         f = self.calls
-        names = {t["function"]["name"]: t["function"].get("parameters") or {"type": "object"} for t in tools}
         opening = f.opening.split(ID)[0]
         bodies = " | ".join(
             f"{self._lark(json.dumps(n)[1:-1] + f.middle)} %json {json.dumps({**p, 'x-guidance': _SPACES})}"
-            for n, p in names.items()
+            for n, p in tools.items()
         )
         more = f"({self._lark(f.between)} body)*" if parallel and f.between is not None else ""
         tail = f"body {more} {self._lark(f.closing)}"

@@ -35,10 +35,13 @@ def byte_level_text(backend: Backend, *patterns: str) -> None:
     backend.decoder = decoders.ByteLevel()
 
 
-def sentencepiece_text(backend: Backend, space_first: bool, steps: list[Any]) -> None:
-    """Spaces are letters; a space comes before the text where that is wanted. steps: that come before."""
-    first = [normalizers.Prepend(" ")] if space_first else []
+def sentencepiece_text(backend: Backend, space_first: bool, steps: list[Any], once: bool = False) -> None:
+    """Spaces are letters; a space comes before the text where that is wanted. steps: that come before. once: not again
+    after every added token (transformers' `legacy: false`)."""
+    first = [normalizers.Prepend(" ")] if space_first and not once else []
     backend.normalizer = normalizers.Sequence([*steps, *first, normalizers.Replace(" ", "\u2581")])
+    if space_first and once:
+        backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
     tail: list[Any] = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
     backend.decoder = decoders.Sequence(tail + ([decoders.Strip(" ", 1, 0)] if space_first else []))
 
@@ -90,7 +93,8 @@ def from_sentencepiece(path: Path) -> tuple[Backend, dict[str, Any]]:
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
     if spec.remove_extra_whitespaces:
         steps += [normalizers.Strip(left=True, right=True), normalizers.Replace(Regex(" {2,}"), " ")]
-    sentencepiece_text(backend, spec.add_dummy_prefix, steps)
+    once = _read_object(path.with_name("tokenizer_config.json")).get("legacy") is False
+    sentencepiece_text(backend, spec.add_dummy_prefix, steps, once)
     special = [p.piece for p in pieces if p.type in (control, unknown)]
     backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in special])
     backend.add_tokens([AddedToken(p.piece, normalized=False) for p in pieces if p.type == user])
@@ -172,3 +176,39 @@ def find(folder: Path) -> tuple[Backend, dict[str, Any]]:
         if (folder / vocab).is_file() and (folder / merges).is_file():
             return from_gpt2(folder / vocab, folder / merges)
     raise UserError(f"{folder}: no tokenizer.json, tokenizer.model, tekken.json or vocab.json; give a folder with one")
+
+
+def add_tokens(backend: Backend, folder: Path, config: dict[str, Any]) -> None:
+    """The tokens that a folder adds beside its tokenizer file: `added_tokens.json`, `added_tokens_decoder` of
+    tokenizer_config.json; and the special ones of special_tokens_map.json, which config gets. UserError for an id that
+    cannot be."""
+    named = _read_object(folder / "special_tokens_map.json")
+    for role, token in named.items():
+        if role.endswith("_token"):
+            config.setdefault(role, token)
+    tokens = {int(i): AddedToken(t, normalized=False) for t, i in _read_object(folder / "added_tokens.json").items()}
+    for i, given in (config.get("added_tokens_decoder") or {}).items():
+        flags = {k: v for k, v in given.items() if k in ("single_word", "lstrip", "rstrip", "normalized", "special")}
+        tokens[int(i)] = AddedToken(given["content"], **flags)
+    named_ones = [*(config.get("additional_special_tokens") or ()), *(v for k, v in config.items() if k.endswith("_token"))]
+    special = {t.get("content") if isinstance(t, dict) else t for t in named_ones}
+    known = backend.get_added_tokens_decoder()
+    for i, token in sorted(tokens.items()):
+        if i in known:
+            continue
+        own = backend.token_to_id(token.content)
+        size = backend.get_vocab_size(with_added_tokens=True)
+        if own not in (None, i) or (own is None and i < size):
+            problem = f"added token {token.content!r} has the id {i}, which the tokenizer has for another"
+            raise UserError(f"{folder}: {problem}; correct added_tokens.json")
+        while own is None and size < i:  # ids in between that nobody uses
+            backend.add_special_tokens([AddedToken(f"<|unused_{size}|>", normalized=False, special=True)])
+            size += 1
+        add = backend.add_special_tokens if token.special or token.content in special else backend.add_tokens
+        add([token])
+
+
+def _read_object(path: Path) -> dict[str, Any]:
+    """A JSON file's object; {} if there is no file or something else in it."""
+    found = read_json(path) if path.is_file() else {}
+    return found if isinstance(found, dict) else {}

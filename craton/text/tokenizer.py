@@ -51,7 +51,6 @@ class Tokenizer:
     def open(cls, folder: Path) -> "Tokenizer":
         """Raises UserError if the folder holds no usable tokenizer."""
         path, config_path = folder / "tokenizer.json", folder / "tokenizer_config.json"
-        template = folder / "chat_template.jinja"
         config: dict[str, Any] = {}
         if path.is_file():
             try:
@@ -65,11 +64,9 @@ class Tokenizer:
             if not isinstance(own, dict):
                 raise UserError(f"{config_path}: not an object")
             config |= own
-        if template.is_file():
-            try:
-                config["chat_template"] = template.read_text(encoding="utf-8")
-            except UnicodeDecodeError:
-                raise UserError(f"{template}: not UTF-8 text") from None
+        formats.add_tokens(backend, folder, config)
+        if templates := _template_files(folder):
+            config["chat_template"] = templates[0]["template"] if len(templates) == 1 else templates
         return cls(backend, config)
 
     def save(self, folder: Path) -> None:
@@ -130,20 +127,25 @@ class Tokenizer:
         return '"Strip"' in decoder or '"Metaspace"' in decoder
 
     @cached_property
-    def chat_template(self) -> ChatTemplate | None:
-        """The model's template, the one for tools where there are several; None if it has none."""
+    def chat_templates(self) -> dict[str, ChatTemplate]:
+        """The model's templates by their names; {} if it has none."""
         source = self.config.get("chat_template")
-        if isinstance(source, list):  # older folders: [{"name": ..., "template": ...}]
+        if isinstance(source, list):  # [{"name": ..., "template": ...}]
             named = {t.get("name"): t.get("template") for t in source if isinstance(t, dict)}
-            source = named.get("default") or next(iter(named.values()), None)
-        if not isinstance(source, str):
-            return None
+        else:
+            named = source if isinstance(source, dict) else {"default": source}
         special = {}
         for name in ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"):
             token = self.config.get(name)
             if token is not None:
                 special[name] = token["content"] if isinstance(token, dict) else token
-        return ChatTemplate(source, special)
+        return {str(n): ChatTemplate(text, special) for n, text in named.items() if isinstance(text, str)}
+
+    @property
+    def chat_template(self) -> ChatTemplate | None:
+        """The template of a conversation without tools; None if there is none."""
+        templates = self.chat_templates
+        return templates.get("default") or next(iter(templates.values()), None)
 
     def render_chat(
         self,
@@ -152,11 +154,14 @@ class Tokenizer:
         add_generation_prompt: bool = True,
         **more: Any,
     ) -> str:
-        """Messages as the text that the model's chat template makes of them. UserError if it has none or refuses
-        them."""
-        if self.chat_template is None:
+        """Messages as the text that the model's chat template makes of them; the one for tools, where there are some.
+        UserError if it has none or refuses them."""
+        template = self.chat_template
+        if template is None:
             raise UserError("tokenizer_config.json: no chat_template, so this model cannot chat")
-        return self.chat_template.render(messages, tools, add_generation_prompt, **more)
+        if tools:
+            template = self.chat_templates.get("tool_use", template)
+        return template.render(messages, tools, add_generation_prompt, **more)
 
     def encode_chat(
         self,
@@ -241,6 +246,20 @@ class Tokenizer:
             return self.backend.encode(text, add_special_tokens=False).ids
         finally:  # others use this tokenizer too
             self.backend.encode_special_tokens = before
+
+
+def _template_files(folder: Path) -> list[dict[str, str]]:
+    """Templates in files of their own, by name, the default first."""
+    files = {"default": folder / "chat_template.jinja"}
+    files |= {path.stem: path for path in sorted((folder / "additional_chat_templates").glob("*.jinja"))}
+    out = []
+    for name, path in files.items():
+        if path.is_file():
+            try:
+                out.append({"name": name, "template": path.read_text(encoding="utf-8")})
+            except UnicodeDecodeError:
+                raise UserError(f"{path}: not UTF-8 text") from None
+    return out
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:

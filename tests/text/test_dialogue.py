@@ -81,6 +81,7 @@ TOOLS = [
     }
     for n in ("weather", "wea", "get-time")
 ]
+SCHEMAS = {t["function"]["name"]: t["function"]["parameters"] for t in TOOLS}
 ENDS = ("<|im_end|>", "</s>", "<|eot_id|>", "<|eom_id|>")
 
 
@@ -161,17 +162,17 @@ def test_grammar_and_parser(style):
     text = min((text.split(e)[0] for e in ENDS), key=len)
     lt = LLTokenizer(d.tokenizer.backend.to_str(), eos_token=d.tokenizer.backend.token_to_id("</s>"))
     for choice, before in (("required", ""), ("auto", ""), ("auto", "Let me see. ")):
-        matcher = LLMatcher(lt, LLMatcher.grammar_from_lark(d.grammar(TOOLS, choice, True)))
+        matcher = LLMatcher(lt, LLMatcher.grammar_from_lark(d.grammar(SCHEMAS, choice, True)))
         ids = d.tokenizer.encode_rendered(before + text)
         assert matcher.validate_tokens(ids) == len(ids), (choice, before + text, matcher.get_error())
         matcher.consume_tokens(ids)
         assert matcher.is_accepting()
     for bad in (text.replace("weather", "nothing"), text.replace('"city": "New', '"town": "New')):
-        matcher = LLMatcher(lt, LLMatcher.grammar_from_lark(d.grammar(TOOLS, "auto", True)))
+        matcher = LLMatcher(lt, LLMatcher.grammar_from_lark(d.grammar(SCHEMAS, "auto", True)))
         ids = d.tokenizer.encode_rendered(bad)
         assert matcher.validate_tokens(ids) < len(ids)
     if len(calls) == 2:
-        matcher = LLMatcher(lt, LLMatcher.grammar_from_lark(d.grammar(TOOLS, "required", False)))
+        matcher = LLMatcher(lt, LLMatcher.grammar_from_lark(d.grammar(SCHEMAS, "required", False)))
         ids = d.tokenizer.encode_rendered(text)
         assert matcher.validate_tokens(ids) < len(ids)
     r = random.Random(0)
