@@ -4,8 +4,8 @@
     python benchmarks/decode.py --file FILE.gguf ...                a published file
     python benchmarks/decode.py --transformers [--models 44M]      fp32, beside transformers' generate
 
-Random weights in Llama's shape, or a file. Each program is a process of its own that waits for its turn; the figure is the
-median over the rounds. Read bandwidth is measured in the same run, between the rounds. For llama.cpp: pip install
+Random weights in Llama's shape, or a file. Each program is a process of its own that waits for its turn; the figure is
+the median over the rounds. Read bandwidth is measured in the same run, between the rounds. For llama.cpp: pip install
 llama-cpp-python (builds from source), or make bench-env.
 """
 

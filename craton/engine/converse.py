@@ -17,6 +17,7 @@ from craton.engine.structured import Matcher
 from craton.text import dialogue
 from craton.text.calls import Parser, Part
 from craton.text.dialogue import Dialogue
+from craton.text.harmony import FINAL, HarmonyParser
 from craton.text.tokenizer import Tokenizer
 
 # Tokens of thinking that OpenAI's efforts allow. None: as long as the model wants.
@@ -91,7 +92,7 @@ class Prepared:
     matcher: Matcher | None
     opened: bool = False  # the prompt leaves the model thinking
     may_think: bool = False
-    tools: bool = False
+    tools: dict[str, dict[str, Any]] | None = None  # schemas of the arguments of those that may be called
 
 
 def sampling_values(talker: Talker, given: dict[str, Any]) -> dict[str, Any]:
@@ -126,29 +127,37 @@ def _render(talker: Talker, ask: Ask, values: dict[str, Any], prepared: Prepared
     d = talker.dialogue
     if d is None:
         raise UserError(f"the model {talker.name!r} has no chat template; use /v1/completions", field="model")
-    tools = prepared.tools = bool(ask.tools) and ask.choice != "none"
+    tools = bool(ask.tools) and ask.choice != "none"
     shown = ask.tools if tools else []
     text, prepared.opened = d.render(ask.messages, shown, ask.thinking, ask.effort, ask.prefix, ask.template)
     prepared.ids = d.tokenizer.encode_rendered(text)
     if ask.prefix and any(values.get(k) for k in _FORMS):
         raise UserError("a schema and a begun answer exclude each other; leave out the last message or the schema")
-    prepared.may_think = d.thinking is not None and not ask.prefix and ask.thinking is not False
-    if d.thinking and prepared.may_think:
+    prepared.may_think = d.thinking is not None and not ask.prefix and not (ask.thinking is False and not tools)
+    if d.harmony:
+        values["stop_after"] = FINAL if prepared.may_think else ""
+    elif d.thinking and prepared.may_think and ask.thinking is not False:
         begin = d.tokenizer.encode_rendered(d.thinking[0])
         if prepared.opened or len(begin) == 1:
             values["reasoning"] = Reasoning(d.thinking[1], None if prepared.opened else begin[0], ask.budget)
+    else:
+        prepared.may_think = False
     if tools:
-        _constrain_to_tools(talker, d, ask, values)
+        prepared.tools = _constrain_to_tools(talker, d, ask, values)
+    elif d.harmony and prepared.may_think:
+        _constrain_answer(d, values)
     if tools or d.thinking:
         values["show_special"] = d.show_special(tools)
 
 
-def _constrain_to_tools(talker: Talker, d: Dialogue, ask: Ask, values: dict[str, Any]) -> None:
+def _constrain_to_tools(talker: Talker, d: Dialogue, ask: Ask, values: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The grammar of an answer that may call; returns the schemas of arguments."""
     schema = values.pop("json_schema", None)
     if schema is not None and ask.choice == "required":
         problem = "response_format cannot be met by an answer that must call a tool; leave one of them out"
         raise UserError(problem, field="response_format")
-    values["stop_before"] = d.calls.opening.split("\n")[0] or d.calls.opening
+    if not d.harmony:
+        values["stop_before"] = d.calls.opening.split("\n")[0] or d.calls.opening
     if ask.choice == "required":  # nothing but calls, which no stop text may break
         values["stop"] = ()
     if any(values.get(k) for k in _FORMS):
@@ -158,6 +167,19 @@ def _constrain_to_tools(talker: Talker, d: Dialogue, ask: Ask, values: dict[str,
         strict = bool(tool.get("strict"))
         schemas[tool["name"]] = grammars.tool_schema(tool["name"], tool.get("parameters") or {}, strict)
     values["grammar"] = d.grammar(schemas, ask.choice, ask.parallel, schema if ask.choice == "auto" else None)
+    return schemas
+
+
+def _constrain_answer(d: Dialogue, values: dict[str, Any]) -> None:
+    """What an answer in channels is held to holds for its final one alone. A grammar is of all that is written."""
+    schema, regex, choice = (values.pop(k, None) for k in ("json_schema", "regex", "choice"))
+    if schema is not None:
+        values["grammar"] = d.grammar({}, "auto", False, schema)
+    elif regex is not None:
+        values["grammar"] = d.grammar({}, "auto", False, None, f"/{regex.replace('/', chr(92) + '/')}/")
+    elif choice:
+        options = " | ".join(json.dumps(c, ensure_ascii=False) for c in choice)
+        values["grammar"] = d.grammar({}, "auto", False, None, f"({options})")
 
 
 # ---- what comes back --------------------------------------------------------------------------------------------
@@ -181,10 +203,14 @@ class AnswerParts:
         self.talker, self.prepared, self.n = talker, prepared, prepared.sampling.n
         self.prompt_tokens, self.cached_tokens = len(prepared.ids), 0
         self.completion_tokens = self.reasoning_tokens = 0
-        self.plain = not (prepared.may_think or prepared.tools)
-        own = None if self.plain else talker.dialogue
-        calls, markers = own.calls if own and prepared.tools else None, own.thinking if own else None
-        self.parsers = [Parser(calls, markers, prepared.opened, prepared.may_think) for _ in range(self.n)]
+        own = talker.dialogue
+        self.plain = not (prepared.may_think or prepared.tools is not None)
+        self.parsers: list[Parser | HarmonyParser] = []
+        for _ in range(self.n):
+            if own is None or self.plain:
+                self.parsers.append(Parser(None, None))
+            else:
+                self.parsers.append(own.parser(prepared.tools, prepared.opened, prepared.may_think))
         self.unplaced: list[list[TokenLogprob]] = [[] for _ in range(self.n)]  # not known yet to be content
         self.aligned = [_Aligned(talker.tokenizer, prepared.sampling.show_special) for _ in range(self.n)]
 
@@ -198,7 +224,10 @@ class AnswerParts:
         index = event.completion.index
         parser = self.parsers[index]
         was = parser.state
-        parts = [*parser.feed(event.text), *(parser.feed("", last=True) if event.finished else ())]
+        cut = event.finished and event.completion.finish_reason == "length"
+        parts = [*parser.feed(event.text), *(parser.feed("", last=True, cut=cut) if event.finished else ())]
+        if isinstance(parser, HarmonyParser) and any(p.kind == "reasoning" for p in parts):
+            self.reasoning_tokens += len(event.token_ids)
         logprobs, content = list(event.logprobs), "".join(p.text for p in parts if p.kind == "content")
         if logprobs and not self.plain:
             logprobs = self._of_content(index, logprobs, was, parser.state, bool(content))

@@ -20,7 +20,7 @@ def loosened(schema: dict[str, Any], problem: Problem) -> tuple[dict[str, Any], 
     for name in ("$defs", "definitions"):  # first, since others refer to them
         if isinstance(out.get(name), dict):
             out[name] = {n: _node(s, {}, problem, f"{name}.{n}", dropped) for n, s in out[name].items()}
-    named = {k: out[k] for k in ("$defs", "definitions") if k in out}
+    named: dict[str, Any] = {k: out[k] for k in ("$defs", "definitions") if k in out}
     return _node(out, named, problem, "", dropped), dropped
 
 

@@ -33,6 +33,7 @@ class Sampling:
     presence_penalty: float = 0.0  # subtracted if a token is in the answer
     logit_bias: Mapping[int, float] = field(default_factory=dict)
     stop: tuple[str, ...] = ()  # texts that end the answer, not part of it
+    stop_after: str = ""  # and only after this one, such as the beginning of the answer itself
     stop_before: str = ""  # stop texts count only before this text, such as a tool call's beginning
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False

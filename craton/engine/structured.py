@@ -62,7 +62,9 @@ class Grammars:
     def _problem(self, schema: Any) -> str:
         """What keeps a JSON schema from being a grammar; "" if nothing does."""
         try:
-            return str(LLMatcher.validate_grammar(LLMatcher.grammar_from_json_schema(json.dumps(schema)), self.tokenizer))
+            return str(
+                LLMatcher.validate_grammar(LLMatcher.grammar_from_json_schema(json.dumps(schema)), self.tokenizer)
+            )
         except (ValueError, RecursionError) as error:
             return _first_line(error) or "it cannot be read"
 
@@ -120,6 +122,7 @@ class Matcher:
         self.bits = allocate_token_bitmask(1, grammars.vocabulary)
         self.closing: list[int] | None = None  # the tokens of the way to the end, once it is taken
         self.check_at: int | None = None  # tokens left at which to look again how many closing takes
+        self.longest = 0  # way that was seen; one token may open as much again
 
     def copy(self) -> "Matcher":
         return Matcher(self.grammars, self.matcher.deep_copy(), self.literals)
@@ -173,7 +176,8 @@ class Matcher:
         need = len(way) if way is not None else 0
         if way is not None and need == left:
             self.closing = way
-        self.check_at = left - 1 if way is not None and left <= 4 * need + 32 else left - 8
+        self.longest = max(self.longest, need)
+        self.check_at = left - 1 if way is not None and left <= 2 * self.longest + 32 else left - 8
         return way
 
     def _close_instead(self, token: int, left: int) -> int:

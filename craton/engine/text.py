@@ -64,7 +64,10 @@ class TextStream:
         s = self.sampling
         if not s.stop or thinking or len(self.token_ids) < s.min_tokens:
             return ()
-        return () if s.stop_before and s.stop_before in self.text + text else s.stop
+        whole = self.text + text
+        if (s.stop_before and s.stop_before in whole) or s.stop_after not in whole:
+            return ()
+        return s.stop
 
 
 def _may_begin(text: str, stops: tuple[str, ...]) -> int:

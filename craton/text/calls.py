@@ -1,12 +1,17 @@
 """How calls of tools are written, and the parser that reads them, and thinking, from what a model writes."""
 
+import json
 import re
 import secrets
 import string
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
+
+from craton.text.fields import Fields, find_first, json_of, literal_end, may_begin
 
 ID, ID_LENGTH = "\0", 9  # stands for a call's id, nine letters and digits as Mistral's models want
+_TELLING = 3  # characters of a marker that tell it from text
 ID_PATTERN = f"[a-zA-Z0-9]{{{ID_LENGTH}}}"
 
 
@@ -18,12 +23,19 @@ class CallFormat:
     middle: str
     closing: str
     between: str | None  # None: one call an answer
-    native: bool = True  # the template renders tools, calls and results itself
+    native: bool = True  # the template renders calls and results itself
+    shows_tools: bool = True  # and tells of the tools there are
     as_text: bool = False  # it wants arguments as JSON text, not as an object
+    no_content: bool = False  # it wants a message that calls to have no content
+    fields: Fields | None = None  # arguments are not JSON; middle is "" then
+
+    def ends(self, last: str) -> tuple[str, ...]:
+        """How a call may end whose arguments end with `last`."""
+        return tuple(last + after for after in (self.closing, self.between) if after is not None)
 
 
 _BEGIN, _END = '<tool_call>\n{"name": "', "}\n</tool_call>"
-HERMES = CallFormat(_BEGIN, '", "arguments": ', _END, f"{_END}\n{_BEGIN}", native=False)
+HERMES = CallFormat(_BEGIN, '", "arguments": ', _END, f"{_END}\n{_BEGIN}", native=False, shows_tools=False)
 
 
 @dataclass(frozen=True)
@@ -40,17 +52,26 @@ class Parser:
     """Text in, parts out; whatever is cut how, the parts join to the same."""
 
     def __init__(
-        self, calls: CallFormat | None, markers: tuple[str, str] | None, thinking: bool = False, may_think: bool = False
+        self,
+        calls: CallFormat | None,
+        markers: tuple[str, str] | None,
+        thinking: bool = False,
+        may_think: bool = False,
+        schemas: dict[str, dict[str, Any]] | None = None,
     ):
-        """calls: None if none are read. markers: around thinking. thinking: the text begins amid it."""
-        self.calls, self.markers = calls, markers
+        """calls: None if none are read. markers: around thinking. thinking: the text begins amid it. schemas: of
+        arguments by name, which tell texts from other values where neither is quoted."""
+        self.calls, self.markers, self.schemas = calls, markers, schemas or {}
         self.state = "lead" if thinking else "start" if may_think and self.markers else "content"
         self.buffer, self.call = "", -1
         self.depth, self.quoted, self.escaped = 0, False, False
+        self.name, self.key, self.fields = "", "", 0  # of a call whose arguments are not JSON
+        self.cut = False
 
-    def feed(self, text: str, last: bool = False) -> Iterator[Part]:
-        """The parts that more text makes certain. last: no more comes."""
+    def feed(self, text: str, last: bool = False, cut: bool = False) -> Iterator[Part]:
+        """The parts that more text makes certain. last: no more comes. cut: because no more was allowed."""
         self.buffer += text
+        self.cut = cut
         while True:
             before = self.state, len(self.buffer)
             yield from getattr(self, f"_{self.state}")(last)  # a state's name is its method's
@@ -98,6 +119,9 @@ class Parser:
             text, self.buffer, self.state = self.buffer[: found.start()].rstrip(), self.buffer[found.end() :], then
         else:
             end = len(self.buffer)
+            begun = _may_begin(self.buffer, marker) if self.cut and kind == "content" else 0
+            if begun >= _TELLING:  # a call that was cut off in its opening
+                end = len(self.buffer[: end - begun].rstrip())
             if not last:  # what may begin the marker is kept, and the white space before it
                 end = len(self.buffer[: end - _may_begin(self.buffer, marker)].rstrip())
             text, self.buffer = self.buffer[:end], self.buffer[end:]
@@ -106,15 +130,66 @@ class Parser:
 
     def _name(self, last: bool) -> Iterator[Part]:
         assert self.calls
+        if self.calls.fields:
+            yield from self._name_before_fields(self.calls, self.calls.fields, last)
+            return
         at = self.buffer.find(self.calls.middle.split(ID)[0] or '"')
         if at >= 0 and (found := _pattern(self.calls.middle).match(self.buffer, at)):
             name, self.buffer, self.state = self.buffer[:at], self.buffer[found.end() :], "arguments"
-            self.call += 1
             self.depth, self.quoted, self.escaped = 0, False, False
-            letters = [secrets.choice(string.ascii_letters + string.digits) for _ in range(ID_LENGTH)]
-            yield Part("call", name, self.call, "".join(letters))
+            yield self._begun(name)
         elif last:
             self.buffer = ""
+
+    def _begun(self, name: str) -> Part:
+        self.call += 1
+        self.name, self.fields = name, 0
+        return Part("call", name, self.call, new_id())
+
+    def _name_before_fields(self, calls: CallFormat, f: Fields, last: bool) -> Iterator[Part]:
+        ends = calls.ends(f.empty)
+        found = find_first(self.buffer, (f.first, *ends), last)
+        if found is None:
+            self.buffer = "" if last else self.buffer
+            return
+        at, option = found
+        yield self._begun(self.buffer[:at])
+        if option == f.first:
+            self.buffer, self.state = self.buffer[at + len(option) :], "key"
+        else:
+            self.buffer, self.state = self.buffer[at + len(f.empty) :], "after"
+            yield Part("arguments", "{}", self.call)
+
+    def _key(self, last: bool) -> Iterator[Part]:
+        assert self.calls and self.calls.fields
+        key, found, rest = self.buffer.partition(self.calls.fields.key_end)
+        if found:
+            self.key, self.buffer, self.state = key, rest, "value"
+        elif last:
+            self.buffer = ""
+        return
+        yield
+
+    def _value(self, last: bool) -> Iterator[Part]:
+        assert self.calls and self.calls.fields
+        f = self.calls.fields
+        begin = literal_end(self.buffer) if f.quoted else 0
+        options = (f.separator, *self.calls.ends(f.last))
+        found = None if begin is None else find_first(self.buffer, options, last, begin)
+        if found is None:
+            self.buffer = "" if last else self.buffer
+            return
+        at, option = found
+        schema = (self.schemas.get(self.name, {}).get("properties") or {}).get(self.key)
+        value = json_of(self.buffer[:at], f.quoted, schema)
+        start = "{" if not self.fields else ", "
+        self.fields += 1
+        whole = option == f.separator
+        taken = at + len(f.separator if whole else f.last)
+        self.buffer, self.state = self.buffer[taken:], "key" if whole else "after"
+        yield Part("arguments", f"{start}{json.dumps(self.key, ensure_ascii=False)}: {value}", self.call)
+        if not whole:
+            yield Part("arguments", "}", self.call)
 
     def _arguments(self, last: bool) -> Iterator[Part]:
         end = len(self.buffer)
@@ -145,14 +220,16 @@ class Parser:
         yield
 
 
+def new_id() -> str:
+    """An id for a call."""
+    return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(ID_LENGTH))
+
+
 def _pattern(literal: str) -> re.Pattern[str]:
     return re.compile(re.escape(literal).replace(re.escape(ID), ID_PATTERN))
 
 
 def _may_begin(text: str, marker: str) -> int:
-    """Characters at the end of text that may be the beginning of the marker."""
+    """As may_begin, for a marker with ids in it."""
     fixed = marker.split(ID)[0]
-    return next(
-        (n for n in range(min(len(fixed) - 1, len(text)), 0, -1) if text.endswith(fixed[:n])),
-        len(text) if ID in marker and fixed in text else 0,
-    )
+    return may_begin(text, fixed) or (len(text) if ID in marker and fixed in text else 0)

@@ -1,29 +1,35 @@
 """What a model writes beside its answer: thinking and tool calls, in the format that its chat template shows.
 
-Nothing here is written for one family. The template renders probe messages; what it puts around the probes is the
-format, which then gives both the grammar that the model is held to and the parser of what it wrote. A template that
-knows no tools is told of them in a system message, in Hermes' format.
+Nothing here is written for one family, but for gpt-oss's channels (harmony.py). The template renders probe messages;
+what it puts around the probes is the format, which then gives both the grammar that the model is held to and the parser
+of what it wrote. A template that does not tell of tools gets them in a system message; one that knows no calls, Hermes'
+format.
 """
 
 import json
+import os.path
 import re
 from dataclasses import dataclass
 from typing import Any
 
 from craton.base import UserError
-from craton.text.calls import HERMES, ID, ID_PATTERN, CallFormat
+from craton.text import fields, harmony
+from craton.text.calls import HERMES, ID, ID_PATTERN, CallFormat, Parser
+from craton.text.conform import forms, system_texts
+from craton.text.harmony import ANALYSIS, END, FINAL, MARKS, HarmonyParser, is_harmony
 from craton.text.messages import text_of
 from craton.text.tokenizer import Tokenizer
 
 _THINKING = [(m, f"{m[0]}/{m[1:]}") for m in ("<think>", "[THINK]", "<seed:think>", "<thinking>")]  # <x> and </x>
-_NAMES, _KEY, _ID = ("probe_first", "probe_second"), "probe_key", "a1B2c3D4e"
+_NAMES, _KEYS, _ID = ("probe_first", "probe_second"), ("probe_key", "probe_other"), "a1B2c3D4e"
 _QUESTION, _ANSWER = {"role": "user", "content": "probe"}, {"role": "assistant", "content": "probe answer"}
 _SPACES = {"whitespace_flexible": False, "item_separator": ", ?", "key_separator": ": ?"}  # as json.dumps or compact
-_HERMES = (
+_TOLD = (
     "You may call functions to answer. They are described in <tools></tools>, one JSON object a "
     "line:\n<tools>\n{tools}\n</tools>\n"
-    'For each call write <tool_call>\n{{"name": "FUNCTION", "arguments": {{...}}}}\n</tool_call>'
+    "For each call write {form}"
 )
+_HERMES_FORM = '<tool_call>\n{"name": "FUNCTION", "arguments": {...}}\n</tool_call>'
 
 
 @dataclass(frozen=True)
@@ -34,6 +40,7 @@ class Dialogue:
     thinking: tuple[str, str] | None
     calls: CallFormat
     turn_end: int | None  # the special token after an answer
+    harmony: bool = False  # answers have channels; thinking and calls are not as the fields say
 
     def render(
         self,
@@ -52,18 +59,22 @@ class Dialogue:
             more |= {"enable_thinking": thinking, "thinking": thinking}
         if effort:
             more["reasoning_effort"] = effort
-        special = self.tokenizer.chat_template.special if self.tokenizer.chat_template else {}
+        template = self.tokenizer.chat_template
+        special = template.special if template else {}
         for name in ("self", "messages", "tools", "add_generation_prompt", "documents", *special):
             if name in more:
                 raise UserError(f"chat_template_kwargs: {name} cannot be set there", field="chat_template_kwargs")
         shown = [self._message(m) for m in messages]
-        if tools and not self.calls.native:
-            text = _HERMES.format(tools="\n".join(json.dumps(t["function"], ensure_ascii=False) for t in tools))
+        if tools and not self.calls.shows_tools:
+            text = self._told(tools)
             if shown and shown[0]["role"] == "system":
                 shown[0] = {**shown[0], "content": f"{shown[0]['content']}\n\n{text}"}
             else:
                 shown.insert(0, {"role": "system", "content": text})
-        prompt = self.tokenizer.render_chat(shown, tools if tools and self.calls.native else None, True, **more)
+        prompt = self._rendered(shown, tools if tools and self.calls.shows_tools else None, more)
+        if self.harmony:
+            final = thinking is False and not tools or prefix
+            return prompt + (FINAL if final else "") + (prefix or ""), False
         opened = False
         if self.thinking:
             begin, end = self.thinking
@@ -75,15 +86,47 @@ class Dialogue:
                     prompt += f"{begin}\n\n{end}\n\n"
         return prompt + (prefix or ""), opened
 
+    def _rendered(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, more: dict[str, Any]
+    ) -> str:
+        """The prompt, of the first form of the conversation that the template takes and shows whole. UserError of the
+        first, if it takes none."""
+        made, problem = None, None
+        texts = system_texts(messages)
+        for form in forms(messages):
+            try:
+                prompt = self.tokenizer.render_chat(form, tools, True, **more)
+            except UserError as error:
+                problem = problem or error
+                continue
+            if all(text in prompt for text in texts):
+                return prompt
+            made = made or prompt
+        if made is None:
+            assert problem
+            raise problem
+        return made
+
+    def _told(self, tools: list[dict[str, Any]]) -> str:
+        """What a system message says about tools."""
+        f = self.calls
+        form = f"{f.opening}FUNCTION{f.middle}{{...}}{f.closing}".replace(ID, "ID") if f.native else _HERMES_FORM
+        listed = "\n".join(json.dumps(t["function"], ensure_ascii=False) for t in tools)
+        return _TOLD.format(tools=listed, form=form)
+
     def _message(self, m: dict[str, Any]) -> dict[str, Any]:
-        out = {k: v for k, v in m.items() if v is not None}
+        out = {k: v for k, v in m.items() if v is not None and not (k == "tool_calls" and not v)}
         if "content" in out:  # no template here takes pictures yet
             out["content"] = text_of(out["content"])
         if out["role"] == "developer":
             out["role"] = "system"
+        if self.harmony and "reasoning_content" in out:
+            out["thinking"] = out.pop("reasoning_content")
         calls = out.get("tool_calls")
         if self.calls.native:
             out.setdefault("content", "")
+            if calls and self.calls.no_content:
+                out["content"] = None
             if calls and not self.calls.as_text:
                 out["tool_calls"] = [{**c, "function": {**c["function"], "arguments": _object(c)}} for c in calls]
             return out
@@ -99,34 +142,54 @@ class Dialogue:
         out.setdefault("content", "")
         return out
 
+    def parser(self, tools: dict[str, dict[str, Any]] | None, opened: bool, may_think: bool) -> Parser | HarmonyParser:
+        """Of an answer. tools: schemas of arguments by name; None if no calls are read. opened: it begins amid
+        thinking."""
+        if self.harmony:
+            return HarmonyParser(tools is not None, in_final=not may_think)
+        return Parser(None if tools is None else self.calls, self.thinking, opened, may_think, tools)
+
     def show_special(self, tools: bool) -> tuple[int, ...]:
         """Special tokens that the parser must see."""
         f = self.calls
-        marks = (f.opening, f.middle, f.closing, f.between or "") if tools else ()
+        own = (f.fields.first, f.fields.key_end, f.fields.separator, f.fields.last) if f.fields else ()
+        marks: tuple[str, ...] = (f.opening, f.middle, f.closing, f.between or "", *own) if tools else ()
+        if self.harmony:
+            marks = MARKS
         shown = {t for text in (*(self.thinking or ()), *marks) for t in self.tokenizer.encode_rendered(text)}
         return tuple(sorted(shown & self.tokenizer.special_ids))
 
     def grammar(
-        self, tools: dict[str, dict[str, Any]], choice: str, parallel: bool, schema: str | None = None
+        self,
+        tools: dict[str, dict[str, Any]],
+        choice: str,
+        parallel: bool,
+        schema: str | None = None,
+        answer: str | None = None,
     ) -> str:
         """Lark grammar of an answer: text (or JSON by the schema) or calls. tools: schemas of arguments by name.
-        choice: "auto" or "required"."""
+        choice: "auto" or "required". answer: what an answer in channels is held to, in Lark."""
         f = self.calls
+        if self.harmony:
+            answer = f"%json {_exact(schema)}" if schema else answer
+            return harmony.grammar(self._lark, tools, choice == "required", answer)
         opening = f.opening.split(ID)[0]
-        bodies = " | ".join(
-            f"{self._lark(json.dumps(n)[1:-1] + f.middle)} %json {json.dumps({**p, 'x-guidance': _SPACES})}"
-            for n, p in tools.items()
-        )
+        bodies, lines = list[str](), list[str]()
+        for i, (name, parameters) in enumerate(tools.items()):
+            if f.fields:
+                arguments, more_rules = fields.rules(i, parameters, f.fields, self._lark)
+                bodies.append(f"{self._lark(name)} {arguments}")
+                lines += more_rules
+            else:
+                arguments = json.dumps({**parameters, "x-guidance": _SPACES})
+                bodies.append(f"{self._lark(json.dumps(name)[1:-1] + f.middle)} %json {arguments}")
         more = f"({self._lark(f.between)} body)*" if parallel and f.between is not None else ""
         tail = f"body {more} {self._lark(f.closing)}"
-        lines = [f"body: {bodies}"]
+        lines.append(f"body: {' | '.join(bodies)}")
         if choice == "required":
-            lines.append(f"start: {self._lark(f.opening)} {tail}")
+            lines.append(f"start: /\\n?/ {self._lark(f.opening)} {tail}")
         elif schema is not None:
-            lines += [
-                f"start: answer | {self._lark(f.opening)} {tail}",
-                f"answer: %json {json.dumps({**json.loads(schema), 'x-guidance': {'whitespace_flexible': False}})}",
-            ]
+            lines += [f"start: answer | {self._lark(f.opening)} {tail}", f"answer: %json {_exact(schema)}"]
         else:  # the opening as text, or as the tokens that text cannot contain
             trigger = "".join(c if c.isalnum() or ord(c) > 127 else f"\\x{ord(c):02X}" for c in opening)
             tokens = f" | TEXT? {self._lark(f.opening)} {tail}" if self._added(opening) else ""
@@ -152,6 +215,11 @@ class Dialogue:
         return " ".join(out)
 
 
+def _exact(schema: str) -> str:
+    """A JSON schema for a grammar, without spaces that it does not ask for."""
+    return json.dumps({**json.loads(schema), "x-guidance": {"whitespace_flexible": False}})
+
+
 def _object(call: dict[str, Any]) -> Any:
     try:
         return json.loads(call["function"]["arguments"] or "{}")
@@ -168,10 +236,146 @@ def learn(tokenizer: Tokenizer, end_ids: tuple[int, ...]) -> Dialogue:
     has no template."""
     if tokenizer.chat_template is None:
         raise UserError("tokenizer_config.json: no chat_template, so this model cannot chat")
-    source = tokenizer.chat_template.source
+    source = "\n".join(t.source for t in tokenizer.chat_templates.values())
+    if is_harmony(source, tokenizer.backend.get_vocab()):
+        return Dialogue(tokenizer, (ANALYSIS, END), CallFormat("", "", "", None), _turn_end(tokenizer), harmony=True)
     thinking = next((m for m in _THINKING if m[1] in source), None)
     ends = [text for i in end_ids if (text := tokenizer.backend.id_to_token(i))]
     return Dialogue(tokenizer, thinking, _learn_calls(tokenizer, thinking, ends) or HERMES, _turn_end(tokenizer))
+
+
+def _learn_calls(tokenizer: Tokenizer, thinking: tuple[str, str] | None, ends: list[str]) -> CallFormat | None:
+    """How the template writes calls; None if it does not."""
+    parameters = {"type": "object", "properties": {k: {"type": "string"} for k in _KEYS}}
+    functions = [{"name": n, "description": "-", "parameters": parameters} for n in _NAMES]
+    tools = [{"type": "function", "function": f} for f in functions]
+    try:
+        start = tokenizer.render_chat([_QUESTION], tools, True)
+        answer = tokenizer.render_chat([_QUESTION, _ANSWER], tools, False)
+    except UserError:
+        return None
+    if thinking and start.rstrip().endswith(thinking[0]):
+        start = start.rstrip().removesuffix(thinking[0])
+    tail = answer.rpartition("probe answer")[2]
+    turn_ends = {*ends, *([tail.strip()] if tail.strip() else []), *_specials(tokenizer, tail)[:1]}
+
+    def written(names: tuple[str, ...], as_text: bool, content: str | None, keys: tuple[str, ...]) -> str | None:
+        """What comes after the prompt where an answer calls these functions; None if the template refuses."""
+        calls = []
+        for n in names:
+            arguments: Any = {k: _value(n, k) for k in keys}
+            function = {"name": n, "arguments": json.dumps(arguments) if as_text else arguments}
+            calls.append({"id": _ID, "type": "function", "function": function})
+        try:
+            text = tokenizer.render_chat(
+                [_QUESTION, {**_ANSWER, "content": content, "tool_calls": calls}], tools, False
+            )
+        except UserError:
+            return None
+        return _turn(text[len(start) :], thinking, turn_ends) if text.startswith(start) else None
+
+    added = [t.content for t in tokenizer.backend.get_added_tokens_decoder().values()]
+    shows = all(n in start for n in _NAMES)
+    for as_text, content in ((False, ""), (True, ""), (False, None), (True, None)):
+        one, two = (written(n, as_text, content, _KEYS[:1]) for n in (_NAMES[:1], _NAMES))
+        settings: dict[str, Any] = dict(native=True, shows_tools=shows, as_text=as_text, no_content=content is None)
+        if one and (found := _in_json(one, two)):
+            return CallFormat(*found, **settings)
+        one, two = (written(n, as_text, content, _KEYS) for n in (_NAMES[:1], _NAMES))
+        bare = written(_NAMES[:1], as_text, content, ())
+        if one and bare and (cut := _in_fields(one, two, bare, added)):
+            opening, closing, between, own = cut
+            return CallFormat(opening, "", closing, between, **settings, fields=own)
+    return None
+
+
+def _value(name: str, key: str) -> str:
+    """A probe that no template changes."""
+    return f"{name} {key} value"
+
+
+def _turn(text: str, thinking: tuple[str, str] | None, turn_ends: set[str]) -> str:
+    """An answer without empty thinking before it and the turn's end after it."""
+    if thinking:
+        text = re.sub(re.escape(thinking[0]) + r"\s*" + re.escape(thinking[1]) + r"\s*", "", text)
+    return text[: min((at for e in turn_ends if (at := text.find(e)) >= 0), default=len(text))].rstrip()
+
+
+def _in_json(one: str, two: str | None) -> tuple[str, str, str, str | None] | None:
+    """opening, middle, closing and between of calls whose arguments are JSON."""
+    found = _cut(one, _NAMES[:1])
+    if found is None:
+        return None
+    both = _cut(two, _NAMES) if two else None
+    (opening, middle), closing = found[0], found[-1][0]
+    return opening, middle, closing, both[1][0] if both else None
+
+
+def _cut(text: str, names: tuple[str, ...]) -> list[tuple[str, str]] | None:
+    """[(text before a name, text between it and its arguments)..., (what follows the last, "")]."""
+    out, at, key = [], 0, _KEYS[0]
+    for name in names:
+        place = text.find(name, at)
+        found = text.find(f'"{key}"', place)
+        begin = text.rfind("{", place, found) if place >= 0 and found >= 0 else -1
+        if begin < 0:
+            return None
+        try:
+            value, length = json.JSONDecoder().raw_decode(text[begin:])
+        except json.JSONDecodeError:
+            return None
+        if value != {key: _value(name, key)}:
+            return None
+        out.append((text[at:place].replace(_ID, ID), text[place + len(name) : begin].replace(_ID, ID)))
+        at = begin + length
+    out.append((text[at:].replace(_ID, ID), ""))
+    return out
+
+
+def _in_fields(
+    one: str, two: str | None, bare: str, tokens: list[str]
+) -> tuple[str, str, str | None, fields.Fields] | None:
+    """opening, closing, between and how the arguments of calls are written, one by one. bare: a call without any.
+    tokens: names of added tokens, which are not cut through."""
+    name, values = _NAMES[0], [_value(_NAMES[0], k) for k in _KEYS]
+    cuts, rest = list[str](), one
+    for mark in (name, _KEYS[0], values[0], _KEYS[1], values[1]):
+        before, found, rest = rest.partition(mark)
+        if not found:
+            return None
+        cuts.append(before)
+    opening, first, key_end, separator, _ = cuts
+    quote = key_end[-1:] if key_end[-1:] in ("'", '"') and rest[:1] == key_end[-1:] else ""
+    key_end = key_end.removesuffix(quote) if quote else key_end
+    separator, rest = separator.removeprefix(quote), rest.removeprefix(quote)
+    begun, _, after_bare = bare.partition(name)
+    if begun != opening or not first or not key_end or not separator:
+        return None
+    between = None
+    if two and (place := two.find(_NAMES[1])) >= 0:
+        between = two[:place].rpartition(values[1])[2].removeprefix(quote)
+    # What ends the last argument goes with the arguments; the rest closes the call.
+    ends = [separator, rest, rest if between is None else between]
+    begun_last = 0 if quote else len(os.path.commonprefix(ends))
+    begun_last = min(_outside(tokens, text, begun_last)[0] for text in ends)
+    shared = len(os.path.commonprefix([rest[begun_last:][::-1], after_bare[::-1]]))
+    at = max(
+        _outside(tokens, rest, len(rest) - shared)[1],
+        _outside(tokens, after_bare, len(after_bare) - shared)[1] - len(after_bare) + len(rest),
+    )
+    shared = len(rest) - at
+    last, closing = rest[: len(rest) - shared], rest[len(rest) - shared :]
+    if between is not None and not between.startswith(last):
+        between = None
+    empty = after_bare[: len(after_bare) - shared]
+    own = fields.Fields(first, key_end, separator, last, empty, bool(quote))
+    return opening.lstrip(), closing, between and between.removeprefix(last), own
+
+
+def _outside(tokens: list[str], text: str, at: int) -> tuple[int, int]:
+    """The places next to `at`, before and after it, that are not within the name of a token."""
+    spans = [(m.start(), m.end()) for t in tokens for m in re.finditer(re.escape(t), text)]
+    return next(((a, b) for a, b in spans if a < at < b), (at, at))
 
 
 def _turn_end(tokenizer: Tokenizer) -> int | None:
@@ -187,69 +391,3 @@ def _specials(tokenizer: Tokenizer, text: str) -> list[str]:
     """The special tokens in a text, in order."""
     ids = [i for i in tokenizer.encode_rendered(text) if i in tokenizer.special_ids]
     return [str(tokenizer.backend.id_to_token(i)) for i in ids]
-
-
-def _learn_calls(tokenizer: Tokenizer, thinking: tuple[str, str] | None, ends: list[str]) -> CallFormat | None:
-    parameters = {"type": "object", "properties": {_KEY: {"type": "string"}}}
-    functions = [{"name": n, "description": "-", "parameters": parameters} for n in _NAMES]
-    tools = [{"type": "function", "function": f} for f in functions]
-
-    def rendered(names: tuple[str, ...], as_text: bool) -> str | None:
-        arguments = [{_KEY: n + " value"} for n in names]
-        calls = [
-            {"id": _ID, "type": "function", "function": {"name": n, "arguments": json.dumps(a) if as_text else a}}
-            for n, a in zip(names, arguments, strict=True)
-        ]
-        try:
-            return tokenizer.render_chat([_QUESTION, {**_ANSWER, "content": "", "tool_calls": calls}], tools, False)
-        except UserError:
-            return None
-
-    try:
-        start = tokenizer.render_chat([_QUESTION], tools, True)
-        if not all(n in start for n in _NAMES):
-            return None
-        answer = tokenizer.render_chat([_QUESTION, _ANSWER], tools, False)
-    except UserError:
-        return None
-    if thinking and start.rstrip().endswith(thinking[0]):
-        start = start.rstrip().removesuffix(thinking[0])
-    tail = answer.rpartition("probe answer")[2]
-    turn_ends = {*ends, *([tail.strip()] if tail.strip() else []), *_specials(tokenizer, tail)[:1]}
-    for as_text in (False, True):
-        one = rendered(_NAMES[:1], as_text)
-        if one is None or not one.startswith(start):
-            continue
-        found = _cut(one[len(start) :], _NAMES[:1])
-        if found is None:
-            continue
-        (opening, middle), closing = found[0], found[-1][0]
-        if thinking:
-            opening = re.sub(re.escape(thinking[0]) + r"\s*" + re.escape(thinking[1]) + r"\s*", "", opening)
-        closing = closing[: min((at for e in turn_ends if (at := closing.find(e)) >= 0), default=len(closing))].rstrip()
-        two = rendered(_NAMES, as_text)
-        both = _cut(two[len(start) :], _NAMES) if two and two.startswith(start) else None
-        between = both[1][0] if both else None
-        return CallFormat(opening, middle, closing, between, True, as_text)
-    return None
-
-
-def _cut(text: str, names: tuple[str, ...]) -> list[tuple[str, str]] | None:
-    """[(text before a name, text between it and its arguments)..., (what follows the last, "")]."""
-    out, at = [], 0
-    for name in names:
-        place = text.find(name, at)
-        key = text.find(f'"{_KEY}"', place)
-        begin = text.rfind("{", place, key) if place >= 0 and key >= 0 else -1
-        if begin < 0:
-            return None
-        try:
-            value, length = json.JSONDecoder().raw_decode(text[begin:])
-        except json.JSONDecodeError:
-            return None
-        if value != {_KEY: name + " value"}:
-            return None
-        out.append((text[at:place].replace(_ID, ID), text[place + len(name) : begin].replace(_ID, ID)))
-        at = begin + length
-    out.append((text[at:].replace(_ID, ID), ""))
-    return out

@@ -93,7 +93,7 @@ def from_sentencepiece(path: Path) -> tuple[Backend, dict[str, Any]]:
         steps.append(normalizers.Precompiled(spec.precompiled_charsmap))
     if spec.remove_extra_whitespaces:
         steps += [normalizers.Strip(left=True, right=True), normalizers.Replace(Regex(" {2,}"), " ")]
-    once = _read_object(path.with_name("tokenizer_config.json")).get("legacy") is False
+    once = read_object(path.with_name("tokenizer_config.json")).get("legacy") is False
     sentencepiece_text(backend, spec.add_dummy_prefix, steps, once)
     special = [p.piece for p in pieces if p.type in (control, unknown)]
     backend.add_special_tokens([AddedToken(t, normalized=False, special=True) for t in special])
@@ -179,18 +179,16 @@ def find(folder: Path) -> tuple[Backend, dict[str, Any]]:
 
 
 def add_tokens(backend: Backend, folder: Path, config: dict[str, Any]) -> None:
-    """The tokens that a folder adds beside its tokenizer file: `added_tokens.json`, `added_tokens_decoder` of
-    tokenizer_config.json; and the special ones of special_tokens_map.json, which config gets. UserError for an id that
-    cannot be."""
-    named = _read_object(folder / "special_tokens_map.json")
-    for role, token in named.items():
-        if role.endswith("_token"):
-            config.setdefault(role, token)
-    tokens = {int(i): AddedToken(t, normalized=False) for t, i in _read_object(folder / "added_tokens.json").items()}
+    """The tokens that a folder adds beside its tokenizer file: `added_tokens.json`, and `added_tokens_decoder` of
+    config, tokenizer_config.json's. UserError for an id that cannot be."""
+    tokens = {int(i): AddedToken(t, normalized=False) for t, i in read_object(folder / "added_tokens.json").items()}
     for i, given in (config.get("added_tokens_decoder") or {}).items():
         flags = {k: v for k, v in given.items() if k in ("single_word", "lstrip", "rstrip", "normalized", "special")}
         tokens[int(i)] = AddedToken(given["content"], **flags)
-    named_ones = [*(config.get("additional_special_tokens") or ()), *(v for k, v in config.items() if k.endswith("_token"))]
+    named_ones = [
+        *(config.get("additional_special_tokens") or ()),
+        *(v for k, v in config.items() if k.endswith("_token")),
+    ]
     special = {t.get("content") if isinstance(t, dict) else t for t in named_ones}
     known = backend.get_added_tokens_decoder()
     for i, token in sorted(tokens.items()):
@@ -208,7 +206,7 @@ def add_tokens(backend: Backend, folder: Path, config: dict[str, Any]) -> None:
         add([token])
 
 
-def _read_object(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
     """A JSON file's object; {} if there is no file or something else in it."""
     found = read_json(path) if path.is_file() else {}
     return found if isinstance(found, dict) else {}

@@ -59,6 +59,8 @@ class Tokenizer:
                 raise UserError(f"{path}: not a tokenizer file ({str(error).splitlines()[0]})") from None
         else:
             backend, config = formats.find(folder)
+        named = formats.read_object(folder / "special_tokens_map.json")
+        config |= {role: token for role, token in named.items() if role.endswith("_token")}
         if config_path.exists():
             own = read_json(config_path)
             if not isinstance(own, dict):

@@ -46,6 +46,36 @@ LLAMA = """{{ bos_token }}{%- if tools %}<|start_header_id|>system<|end_header_i
 MISTRAL = """{{ bos_token }}{%- for m in messages %}{%- if m.role == 'user' %}{%- if tools and loop.last or tools and not loop.last %}[AVAILABLE_TOOLS]{{ tools | tojson }}[/AVAILABLE_TOOLS]{%- endif %}[INST]{{ m.content }}[/INST]{%- elif m.tool_calls %}[TOOL_CALLS][{%- for c in m.tool_calls %}{%- if c.id | length != 9 %}{{ raise_exception('ids have nine characters') }}{%- endif %}{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}, "id": "{{ c.id }}"}{{ ', ' if not loop.last else '' }}{%- endfor %}]</s>{%- else %}{{ m.content }}</s>{%- endif %}{%- endfor %}"""
 DEEPSEEK = """{{ bos_token }}{% for t in tools or [] %}{{ t | tojson }}{% endfor %}{%- for m in messages %}{%- if m.role == 'user' %}<User>{{ m.content }}{%- elif m.tool_calls %}<Assistant><calls>{%- for c in m.tool_calls %}{{ '\n' if not loop.first else '' }}<call>{{ c.type + '<sep>' + c.function.name + '\n```json\n' + c.function.arguments + '\n```</call>' }}{%- endfor %}</calls></s>{%- else %}<Assistant>{{ m.content.split('</think>')[-1] }}</s>{%- endif %}{%- endfor %}{%- if add_generation_prompt %}<Assistant><think>
 {% endif %}"""
+_TOLD = "{{ bos_token }}{% for t in tools or [] %}{{ t | tojson }}{% endfor %}"
+_TURNS = (
+    "{%- for m in messages %}{%- if m.tool_calls %}<Assistant>CALLS</s>{%- elif m.role == 'assistant' %}<Assistant>"
+    "{{ m.content }}</s>{%- else %}<User>{{ m.content }}{%- endif %}{%- endfor %}"
+    "{%- if add_generation_prompt %}<Assistant>{% endif %}"
+)
+# Each argument in a tag of its own, texts without quotes.
+CODER = _TOLD + _TURNS.replace(
+    "CALLS",
+    "{%- for c in m.tool_calls %}{{ '\\n' if not loop.first else '' }}{{ '<tool_call>\\n<function=' + c.function.name + "
+    "'>\\n' }}{%- for k, v in c.function.arguments | items %}{{ '<parameter=' + k + '>\\n' }}{{ v if v is string else "
+    "v | tojson }}{{ '\\n</parameter>\\n' }}{%- endfor %}{{ '</function>\\n</tool_call>' }}{%- endfor %}",
+)
+PAIRS = _TOLD + _TURNS.replace(
+    "CALLS",
+    "{%- for c in m.tool_calls %}{{ '\\n<tool_call>' + c.function.name }}{%- for k, v in c.function.arguments | items %}"
+    "{{ '\\n<arg_key>' + k + '</arg_key>\\n<arg_value>' }}{{ v if v is string else v | tojson }}{{ '</arg_value>' }}"
+    "{%- endfor %}{{ '\\n</tool_call>' }}{%- endfor %}",
+)
+# A call as Python writes it.
+PYTHONIC = _TOLD + _TURNS.replace(
+    "CALLS",
+    "[{%- for c in m.tool_calls %}{{ ', ' if not loop.first else '' }}{{ c.function.name + '(' }}{%- for k, v in "
+    "c.function.arguments | items %}{{ ', ' if not loop.first else '' }}{{ k + '=' }}{{ v | tojson }}{%- endfor %}"
+    "{{ ')' }}{%- endfor %}]",
+)
+# As DeepSeek R1's: calls are written, where the content is none, but nobody tells of tools.
+UNTOLD = DEEPSEEK.replace("{% for t in tools or [] %}{{ t | tojson }}{% endfor %}", "").replace(
+    "{%- elif m.tool_calls %}", "{%- elif m.content is none %}"
+)
 SPECIAL = [
     "<s>",
     "</s>",
@@ -123,6 +153,10 @@ STYLES = {
     "llama": (LLAMA, '{"name": "', True),
     "mistral": (MISTRAL, '[TOOL_CALLS][{"name": "', True),
     "deepseek": (DEEPSEEK, "<calls><call>function<sep>", True),
+    "untold": (UNTOLD, "<calls><call>function<sep>", True),
+    "coder": (CODER, "<tool_call>\n<function=", True),
+    "pairs": (PAIRS, "<tool_call>", True),
+    "pythonic": (PYTHONIC, "[", True),
 }
 
 
@@ -134,8 +168,10 @@ def test_learned(style, special):
     d = dialogue(template, special=[*SPECIAL, *markers], added=()) if special else dialogue(template)
     assert d.calls.opening == opening and d.calls.native == native
     assert (d.calls.between is None) == (style == "llama")
-    assert d.thinking == (("<think>", "</think>") if style in ("qwen3", "deepseek") else None)
-    assert d.calls.as_text == (style == "deepseek")
+    assert d.thinking == (("<think>", "</think>") if style in ("qwen3", "deepseek", "untold") else None)
+    assert d.calls.as_text == (style in ("deepseek", "untold")) and d.calls.no_content == (style == "untold")
+    assert bool(d.calls.fields) == (style in ("coder", "pairs", "pythonic"))
+    assert d.calls.shows_tools == (style not in ("chatml", "untold"))
 
 
 @pytest.mark.parametrize("style", STYLES)
@@ -150,9 +186,12 @@ def test_grammar_and_parser(style):
     ]
     history = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "", "tool_calls": written}]
     start, opened = d.render(history[:1], TOOLS)
-    assert opened == (style == "deepseek")
+    assert opened == (style in ("deepseek", "untold"))
     start = start.removesuffix("<think>\n")
     whole = d.tokenizer.render_chat([d._message(m) for m in history], TOOLS if d.calls.native else None, False)
+    if style == "untold":
+        assert '"weather"' in start and "<calls><call>function<sep>FUNCTION" in start
+        start = d.tokenizer.render_chat(history[:1], None, True).removesuffix("<think>\n")
     if d.calls.native:
         assert whole.startswith(start)
         text = whole[len(start) :]
@@ -167,7 +206,7 @@ def test_grammar_and_parser(style):
         assert matcher.validate_tokens(ids) == len(ids), (choice, before + text, matcher.get_error())
         matcher.consume_tokens(ids)
         assert matcher.is_accepting()
-    for bad in (text.replace("weather", "nothing"), text.replace('"city": "New', '"town": "New')):
+    for bad in (text.replace("weather", "nothing"), text.replace("city", "town")):
         matcher = LLMatcher(lt, LLMatcher.grammar_from_lark(d.grammar(SCHEMAS, "auto", True)))
         ids = d.tokenizer.encode_rendered(bad)
         assert matcher.validate_tokens(ids) < len(ids)
@@ -182,7 +221,7 @@ def test_grammar_and_parser(style):
             source = marked + before + text
             seen = set()
             for _ in range(40):
-                parser, parts, at = Parser(d.calls, d.thinking, may_think=True), [], 0
+                parser, parts, at = Parser(d.calls, d.thinking, may_think=True, schemas=SCHEMAS), [], 0
                 while at < len(source):
                     step = r.choice((1, 2, 5, 30, 400))
                     parts += parser.feed(source[at : at + step])
@@ -235,3 +274,173 @@ def test_templates_where_many_files_are_open():
             f.close()
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     assert "hi" in prompt
+
+
+def parsed(parser, text, r=None, **end):
+    """What a parser makes of a text that comes in pieces."""
+    r, parts, at = r or random.Random(0), [], 0
+    while at < len(text):
+        step = r.choice((1, 3, 20))
+        parts += parser.feed(text[at : at + step])
+        at += step
+    return [(p.kind, p.text) for p in merge([*parts, *parser.feed("", True, **end)])]
+
+
+MIXED = {
+    "type": "object",
+    "properties": {
+        "path": {"type": "string"},
+        "text": {"type": "string"},
+        "lines": {"type": "array", "items": {"type": "integer"}},
+        "really": {"type": "boolean"},
+        "kind": {"enum": ["a b", "c"]},
+        "zip": {"type": ["string", "null"]},
+    },
+    "required": ["path", "really"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize("style", ["coder", "pairs", "pythonic"])
+def test_arguments_one_by_one(style):
+    """Text with everything that ends things, numbers, truth, choices; some are left out; no arguments at all."""
+    d = dialogue(STYLES[style][0])
+    schemas = {"edit": MIXED, "now": {"type": "object", "properties": {}}, "any": {"type": "object"}}
+    code = 'def f(a, b):\n    return {"x": [1, 2)]}, "</param", \'q\', a <b>\n\n<tool_cal'
+    calls = [
+        ("edit", {"path": "a/b.py", "text": code, "lines": [1, -2], "really": True, "kind": "a b", "zip": "0123"}),
+        ("now", {}),
+        ("edit", {"path": "", "really": False}),
+    ]
+    lt = LLTokenizer(d.tokenizer.backend.to_str(), eos_token=d.tokenizer.backend.token_to_id("</s>"))
+    for some in (calls[:1], calls[1:2], calls[2:], calls):
+        written = [
+            {"id": "abcDEF123", "type": "function", "function": {"name": n, "arguments": json.dumps(a)}}
+            for n, a in some
+        ]
+        said = d._message({"role": "assistant", "content": "", "tool_calls": written})
+        text = d.tokenizer.render_chat([{"role": "user", "content": "q"}, said], TOOLS, False)
+        text = text.partition("<Assistant>")[2].removesuffix("</s>")
+        matcher = LLMatcher(lt, LLMatcher.grammar_from_lark(d.grammar(schemas, "required", True)))
+        ids = d.tokenizer.encode_rendered(text)
+        assert matcher.validate_tokens(ids) == len(ids), (text, matcher.get_error())
+        for seed in range(20):
+            parts = parsed(d.parser(schemas, False, False), text, random.Random(seed))
+            names = [t for kind, t in parts if kind == "call"]
+            given = [json.loads(t) for kind, t in parts if kind == "arguments"]
+            assert list(zip(names, given, strict=True)) == some
+    if style == "pythonic":
+        parts = parsed(d.parser(schemas, False, False), "[edit(path='it\\'s', really=True, zip=None)]")
+        assert json.loads(parts[1][1]) == {"path": "it's", "really": True, "zip": None}
+
+
+HARMONY = """<|start|>system<|message|>Channels: analysis, commentary, final.<|end|>{%- for m in messages %}{%- if m.role == 'assistant' %}{%- if m.tool_calls %}{%- if m.thinking %}<|start|>assistant<|channel|>analysis<|message|>{{ m.thinking }}<|end|>{%- endif %}<|start|>assistant to=functions.{{ m.tool_calls[0].function.name }}<|channel|>commentary json<|message|>{{ m.tool_calls[0].function.arguments | tojson }}<|call|>{%- elif loop.last and not add_generation_prompt %}<|start|>assistant<|channel|>final<|message|>{{ m.content }}<|return|>{%- else %}<|start|>assistant<|channel|>final<|message|>{{ m.content }}<|end|>{%- endif %}{%- elif m.role == 'tool' %}<|start|>functions.f to=assistant<|channel|>commentary<|message|>{{ m.content }}<|end|>{%- else %}<|start|>{{ m.role }}<|message|>{{ m.content }}<|end|>{%- endif %}{%- endfor %}{%- if add_generation_prompt %}<|start|>assistant{% endif %}"""
+CHANNELS = ["<|start|>", "<|end|>", "<|message|>", "<|channel|>", "<|constrain|>", "<|return|>", "<|call|>"]
+
+
+def test_channels():
+    """gpt-oss: thinking, what is said before a call, calls in both published spellings, the answer."""
+    d = learn(t := tokenizer(HARMONY, special=[*SPECIAL, *CHANNELS]), (t.backend.token_to_id("<|return|>"),))
+    assert d.harmony and d.turn_end == t.backend.token_to_id("<|return|>")
+    head, after = "<|channel|>analysis<|message|>", "<|end|><|start|>assistant"
+    thought = [("reasoning", "Hm <tool")]
+    answer = f"{head}Hm <tool{after}<|channel|>final<|message|>So it is."
+    call = '<|channel|>commentary to=functions.weather <|constrain|>json<|message|>{"city": "Rome"}'
+    other = ' to=functions.weather<|channel|>commentary json<|message|>{"city": "Rome"}'
+    said = "<|channel|>commentary<|message|>I look." + after
+    calls = [("call", "weather"), ("arguments", '{"city": "Rome"}')]
+    wanted = {
+        answer: [*thought, ("content", "So it is.")],
+        f"{head}Hm <tool{after}{call}": [*thought, *calls],
+        f"{head}Hm <tool{after}{said}{other}": [*thought, ("content", "I look."), *calls],
+        "no channels at all": [("content", "no channels at all")],
+    }
+    lt = LLTokenizer(t.backend.to_str(), eos_token=t.backend.token_to_id("<|return|>"))
+    for text, parts in wanted.items():
+        for seed in range(20):
+            assert parsed(d.parser(SCHEMAS, False, True), text, random.Random(seed)) == parts
+        matcher = LLMatcher(lt, LLMatcher.grammar_from_lark(d.grammar(SCHEMAS, "auto", True)))
+        ids = t.encode_rendered(text)
+        assert (matcher.validate_tokens(ids) == len(ids)) == text.startswith("<"), text
+    required = LLMatcher(lt, LLMatcher.grammar_from_lark(d.grammar(SCHEMAS, "required", True)))
+    assert required.validate_tokens(t.encode_rendered(answer)) < len(t.encode_rendered(answer))
+    schema = json.dumps({"enum": ["So it is.", 1]})
+    held = LLMatcher(lt, LLMatcher.grammar_from_lark(d.grammar({}, "auto", True, schema)))
+    assert held.validate_tokens(t.encode_rendered(answer)) < len(t.encode_rendered(answer))
+    quoted = answer.replace("So it is.", '"So it is."')
+    assert held.validate_tokens(t.encode_rendered(quoted)) == len(t.encode_rendered(quoted))
+    history = [
+        {"role": "user", "content": "q"},
+        {
+            "role": "assistant",
+            "content": "",
+            "reasoning_content": "Hm",
+            "tool_calls": [{"id": "1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}],
+        },
+        {"role": "tool", "tool_call_id": "1", "content": "12"},
+    ]
+    prompt, _ = d.render(history, TOOLS)
+    assert "analysis<|message|>Hm<|end|>" in prompt and prompt.endswith("<|start|>assistant")
+    assert d.render(history[:1], [], thinking=False)[0].endswith("<|channel|>final<|message|>")
+
+
+def test_a_call_that_is_cut_in_its_opening_leaves_nothing_behind():
+    d = dialogue(STYLES["qwen"][0])
+    for n in range(3, len(d.calls.opening)):
+        text = "Let me see.\n" + d.calls.opening[:n]
+        assert parsed(d.parser(SCHEMAS, False, False), text, cut=True) == [("content", "Let me see.")]
+    assert parsed(d.parser(SCHEMAS, False, False), "1 <t") == [("content", "1 <t")]
+
+
+# ---- templates that refuse ---------------------------------------------------------------------------------------
+
+NO_SYSTEM = "{%- for m in messages %}{%- if m.role == 'system' %}{{ raise_exception('System role not supported') }}{%- endif %}{%- if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{%- endif %}<{{ m.role }}>{{ m.content | trim }}\n{%- endfor %}<model>"
+SILENT = (
+    "{%- for m in messages %}{%- if m.role != 'system' %}<{{ m.role }}>{{ m.content }}{%- endif %}{%- endfor %}<model>"
+)
+
+
+@pytest.mark.parametrize("template", [NO_SYSTEM, SILENT])
+def test_nothing_that_was_said_is_lost(template):
+    """System messages, late ones too, neighbours of one role, results of tools: all are in the prompt."""
+    d = dialogue(template)
+    call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
+    talk = [
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": "one"},
+        {"role": "user", "content": "two"},
+        {"role": "assistant", "content": None, "tool_calls": [call, {**call, "id": "c2"}]},
+        {"role": "tool", "tool_call_id": "c1", "content": "sunny"},
+        {"role": "tool", "tool_call_id": "c2", "content": "rainy"},
+        {"role": "assistant", "content": "three", "tool_calls": []},
+        {"role": "developer", "content": "Now in verse."},
+        {"role": "user", "content": "four"},
+    ]
+    prompt, _ = d.render(talk, TOOLS)
+    for text in ("Be brief.", "one", "two", "sunny", "rainy", "three", "Now in verse.", "four", "<tools>"):
+        assert text in prompt
+    assert prompt.index("Be brief.") < prompt.index("one") < prompt.index("sunny") < prompt.index("Now in verse.")
+
+
+def test_calls_in_another_makers_style():
+    """Mistral's template wants ids of nine characters, Llama's one call a message: both get them."""
+    calls = [
+        {"id": f"call_{n}_of_another", "type": "function", "function": {"name": "weather", "arguments": "{}"}}
+        for n in (1, 2)
+    ]
+    results = [{"role": "tool", "tool_call_id": c["id"], "content": f"result {c['id'][5]}"} for c in calls]
+    talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "", "tool_calls": calls}, *results]
+    prompt, _ = dialogue(MISTRAL).render(talk, TOOLS)
+    ids = [text.split('"')[0] for text in prompt.split('"id": "')[1:]]
+    assert len(set(ids)) == 2 and all(len(i) == 9 and i.isalnum() for i in ids)
+    prompt, _ = dialogue(LLAMA).render(talk, TOOLS)
+    order = [prompt.index(t) for t in ("result 1", "result 2")]
+    assert prompt.count("<|eom_id|>") == 2 and order == sorted(order) and prompt.count("result 1") == 1
+
+
+def test_a_refusal_that_no_form_mends_is_told():
+    from craton.base import UserError
+
+    d = dialogue("{{ raise_exception('I take no messages') }}")
+    with pytest.raises(UserError, match="I take no messages"):
+        d.render([{"role": "user", "content": "hi"}], [])

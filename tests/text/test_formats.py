@@ -11,7 +11,7 @@ import pytest
 
 from craton.base import UserError
 from craton.text.template import ChatTemplate
-from craton.text.tokenizer import Tokenizer
+from craton.text.tokenizer import Tokenizer, train_tokenizer
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 HARD = [
@@ -291,3 +291,74 @@ def test_internals_are_out_of_reach(template):
     except UserError:
         return
     assert text == ""
+
+
+@pytest.mark.parametrize("legacy", [False, None])
+def test_tokens_added_beside_a_sentencepiece_model(legacy, tmp_path):
+    """Markers that a finetune added stay whole, with the ids that its files give, as transformers reads them."""
+    import io
+
+    import sentencepiece
+    from transformers import AutoTokenizer
+
+    model, lines = io.BytesIO(), [f"the user and the assistant say {n} words, and then some" for n in range(400)]
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(lines),
+        model_writer=model,
+        vocab_size=340,
+        model_type="bpe",
+        byte_fallback=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    (tmp_path / "tokenizer.model").write_bytes(model.getvalue())
+    tool = 342 if legacy is False else 345  # transformers would move it up
+    added = {"<|im_start|>": 340, "<|im_end|>": 341, "<tool>": tool}
+    (tmp_path / "added_tokens.json").write_text(json.dumps(added))
+    decoder = {str(i): {"content": t, "special": t != "<tool>", "normalized": False} for t, i in added.items()}
+    config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "added_tokens_decoder": decoder}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config | ({} if legacy is None else {"legacy": legacy})))
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": "<|im_end|>"}))
+    ours = Tokenizer.open(tmp_path)
+    assert ours.eos_id == 341 and ours.backend.token_to_id("<tool>") == tool and ours.vocab_size == tool + 1
+    assert 341 in ours.special_ids and tool not in ours.special_ids
+    text = "<|im_start|>user\nthe words<|im_end|>\n<tool> and"
+    ids = ours.encode(text)
+    assert [i for i in ids if i >= 340] == [340, 341, tool]
+    if legacy is False:
+        theirs = AutoTokenizer.from_pretrained(str(tmp_path))
+        for t in (text, " <tool>x", "the <|im_end|> <|im_end|>user"):
+            assert [i for i in ours.encode(t) if i != 1] == [i for i in theirs(t).input_ids if i != 1]
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<|other|>": 5}))
+    with pytest.raises(UserError, match="'<|other|>' has the id 5"):
+        Tokenizer.open(tmp_path)
+
+
+@pytest.mark.parametrize("place", ["list", "files"])
+def test_templates_by_name(place, tmp_path):
+    """The one for tools where there are tools, as transformers has it."""
+    from transformers import AutoTokenizer
+
+    plain = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% endfor %}"
+    named = {"default": plain, "tool_use": "{{ tools | length }} tools " + plain, "rag": "no"}
+    tokenizer = train_tokenizer(["some text"] * 20, 300)
+    tokenizer.config["chat_template"] = None
+    tokenizer.save(tmp_path)
+    if place == "list":
+        config = tokenizer.config | {"chat_template": [{"name": n, "template": t} for n, t in named.items()]}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    else:
+        (tmp_path / "chat_template.jinja").write_text(named["default"])
+        (tmp_path / "additional_chat_templates").mkdir()
+        for name in ("tool_use", "rag"):
+            (tmp_path / "additional_chat_templates" / f"{name}.jinja").write_text(named[name])
+    ours, theirs = Tokenizer.open(tmp_path), AutoTokenizer.from_pretrained(str(tmp_path))
+    talk = [{"role": "user", "content": "hi"}]
+    tool = {"type": "function", "function": {"name": "f", "description": "-", "parameters": {"type": "object"}}}
+    for tools in (None, [tool]):
+        wanted = theirs.apply_chat_template(talk, tools=tools, tokenize=False)
+        assert ours.render_chat(talk, tools, False) == wanted
+    (tmp_path / "again").mkdir()
+    ours.save(tmp_path / "again")
+    assert Tokenizer.open(tmp_path / "again").render_chat(talk, [tool]) == "1 tools <user>hi"
