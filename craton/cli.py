@@ -184,6 +184,7 @@ def generate(
 def chat(
     target: Annotated[str, Argument(metavar="MODEL|URL", help="A folder, a GGUF file, or a server with OpenAI's API.")],
     model: Annotated[str | None, Option(help="Which of a server's models.")] = None,
+    chat_template: Annotated[Path | None, Option(help="A file with one, instead of the model's own.")] = None,
     max_tokens: Annotated[int | None, Option(help="An answer.")] = 512,
     temperature: Annotated[float | None, Option(help="The model's own default if left out.")] = None,
     seed: Annotated[int | None, Option()] = None,
@@ -192,7 +193,8 @@ def chat(
     """Talk with a model; /help lists what can be done, Ctrl-D ends it."""
     from craton.serve.chat import chat as run
 
-    _emit(json_, run(target, model, {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}))
+    settings = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
+    _emit(json_, run(target, model, settings, chat_template=chat_template))
 
 
 @app.command()
@@ -200,7 +202,10 @@ def serve(
     context: typer.Context,
     models: Annotated[
         list[str],
-        Argument(metavar="MODEL...", help="Folders or GGUF files, as MODEL, NAME=MODEL, or NAME=MODEL+ADAPTER (LoRA)."),
+        Argument(
+            metavar="MODEL...",
+            help="Folders or GGUF files, as MODEL, NAME=MODEL, NAME,ALIAS=MODEL, or NAME=MODEL+ADAPTER (LoRA).",
+        ),
     ],
     host: Annotated[str, Option(help="Where to listen; anything but this machine needs an API key.")] = "127.0.0.1",
     port: Annotated[int, Option(help="0: any that is free.")] = 8000,
@@ -215,6 +220,7 @@ def serve(
     cache: Annotated[float | None, Option(help="GB of keys and values, for each model.")] = None,
     lookup: Annotated[bool, Option("--lookup", help="Guess ahead; faster where answers repeat their prompts.")] = False,
     device: Annotated[str, Option(help="cpu or cuda.")] = "cpu",
+    chat_template: Annotated[Path | None, Option(help="A file with one, for every model, instead of its own.")] = None,
     votes: Annotated[Path, Option(help="Where votes from the page go, a JSON object a line.")] = Path("votes.jsonl"),
     log_prompts: Annotated[bool, Option("--log-prompts", help="Write the requests' bodies to the log.")] = False,
     engine: Annotated[str, Option(help="craton, or vllm to hand the folder to vLLM.")] = "craton",
@@ -233,7 +239,7 @@ def serve(
         raise UserError(f"--port is {port}, must be from 0 to 65535")
     keys, origins = run.read_keys(api_keys), allow_origin or []
     if engine == "vllm":
-        here = tuple("max_wait max_body max_n timeout drain cache lookup device votes log_prompts".split())
+        here = "max_wait max_body max_n timeout drain cache lookup device chat_template votes log_prompts".split()
         if given := [n for n in here if str(context.get_parameter_source(n)).endswith("COMMANDLINE")]:
             name = given[0].replace("_", "-")
             raise UserError(f"--{name} is of craton's engine and means nothing to vLLM; leave it out")
@@ -241,8 +247,12 @@ def serve(
     settings = Settings(
         keys, origins=origins, max_body=max_body, max_n=max_n, timeout=timeout, log_prompts=log_prompts, votes=votes
     )
-    options = {"speculate": "lookup" if lookup else "", "cache_bytes": int(cache * 1e9) if cache else None}
-    run.serve(models, run.Listening(host, port, max_wait, max_queue, drain), settings, device=device, **options)
+    options: dict[str, Any] = {
+        "speculate": "lookup" if lookup else "",
+        "cache_bytes": int(cache * 1e9) if cache else None,
+    }
+    options |= {"device": device, "chat_template": chat_template}
+    run.serve(models, run.Listening(host, port, max_wait, max_queue, drain), settings, **options)
 
 
 PULLED = (
@@ -304,13 +314,13 @@ def quantize(
     json_: Json = False,
 ) -> None:
     """Store a model in 4 or 8 bits a weight, and say what that costs: bits per byte before and after."""
-    from craton.engine.measure import bits_per_byte, read_text
+    from craton.engine.measure import bits_per_byte, text_to_measure
     from craton.engine.model import load_model
     from craton.weights.quantize import quantise_folder
 
     if measure < 0:
         raise UserError(f"--measure is {measure}, must be at least 0")
-    words = read_text(text, measure) if measure else ""
+    words = text_to_measure(text, measure) if measure else ""
     result = quantise_folder(model, out, bits)
     if words:
         before, after = (bits_per_byte(load_model(str(p)), words) for p in (model, out))

@@ -9,6 +9,7 @@ from craton.base.files import (
     fsync,
     publish,
     read_json,
+    read_text,
     remove_inside,
     sha256,
     write_json,
@@ -16,4 +17,4 @@ from craton.base.files import (
 )
 
 __all__ = ["Progress", "UserError", "as_json", "claim", "count", "digest", "fsync", "nearest", "publish", "read_json"]
-__all__ += ["remove_inside", "say", "sha256", "span", "write_json", "write_text"]
+__all__ += ["read_text", "remove_inside", "say", "sha256", "span", "write_json", "write_text"]

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from craton.base import UserError, read_json
+from craton.base import UserError, read_json, read_text
 from craton.engine.engine import Engine, too_long
 from craton.engine.model import load_model
 from craton.engine.request import Completion, EngineEvent, Reasoning, Sampling, TokenLogprob
@@ -18,6 +18,7 @@ from craton.text import dialogue
 from craton.text.calls import Parser, Part
 from craton.text.dialogue import Dialogue
 from craton.text.harmony import FINAL, HarmonyParser
+from craton.text.messages import text_of
 from craton.text.tokenizer import Tokenizer
 
 # Tokens of thinking that OpenAI's efforts allow. None: as long as the model wants.
@@ -39,29 +40,48 @@ class Talker:
     created: int = field(default_factory=lambda: int(time.time()))
 
 
-def open_talker(name: str, path: str, **options: Any) -> Talker:
-    """A model folder, a GGUF file, or MODEL+ADAPTER. options: of load_model. UserError as load_model raises it."""
+def open_talker(name: str, path: str, chat_template: Path | None = None, **options: Any) -> Talker:
+    """A model folder, a GGUF file, or MODEL+ADAPTER. chat_template: a file with one, instead of the model's own.
+    options: of load_model. UserError as load_model raises it."""
     if not Path(path).exists() and "+" in path:
         path, _, options["adapter"] = path.partition("+")
     model, folder = load_model(path, **options), Path(path)
     found, defaults, pretrained = None, dict[str, float](), False
+    if chat_template is not None:
+        model.tokenizer.config["chat_template"] = read_text(chat_template)
     if model.tokenizer.chat_template is not None:
         found = dialogue.learn(model.tokenizer, model.network.config.eos_token_ids)
     if folder.is_dir():
         defaults = _defaults(folder / "generation_config.json")
         record = folder / "record.json"
         pretrained = record.is_file() and read_json(record).get("objective") == "pretraining"
+    pretrained = chat_template is None and (pretrained or found is None)
     if found and found.turn_end is not None:
         model.engine_options["end_ids"] = (found.turn_end,)
     return Talker(name, model.engine, model.tokenizer, found, defaults, pretrained)
 
 
 def _defaults(file: Path) -> dict[str, float]:
-    """Sampling that the model's publisher recommends."""
+    """Sampling that the model's publisher recommends. UserError for values that cannot be."""
     own = read_json(file) if file.is_file() else {}
     if own.get("do_sample") is False:
         return {"temperature": 0.0}
-    return {k: own[k] for k in NEUTRAL if isinstance(own.get(k), int | float) and not isinstance(own[k], bool)}
+    found = {k: own[k] for k in NEUTRAL if isinstance(own.get(k), int | float) and not isinstance(own[k], bool)}
+    try:
+        Sampling(**_usable(found))
+    except UserError as error:
+        raise UserError(f"{file}: {error}") from None
+    return found
+
+
+def _usable(values: dict[str, Any]) -> dict[str, Any]:
+    """As Sampling takes them: other programs write "all" as -1, and "the likeliest alone" as 0."""
+    values = dict(values)
+    if values.get("top_k") == -1:
+        values["top_k"] = 0
+    if values.get("top_p") == 0:
+        values |= {"top_p": 1.0, "top_k": 1}
+    return values
 
 
 @dataclass
@@ -97,10 +117,7 @@ class Prepared:
 
 def sampling_values(talker: Talker, given: dict[str, Any]) -> dict[str, Any]:
     """Fields of Sampling: what was given over the model's defaults."""
-    values = {**talker.defaults, **{k: v for k, v in given.items() if v is not None}}
-    if values.get("top_k") == -1:  # as transformers and vLLM write it
-        values["top_k"] = 0
-    return values
+    return _usable({**talker.defaults, **{k: v for k, v in given.items() if v is not None}})
 
 
 def prepare(talker: Talker, ask: Ask) -> Prepared:
@@ -125,8 +142,9 @@ def prepare(talker: Talker, ask: Ask) -> Prepared:
 def _render(talker: Talker, ask: Ask, values: dict[str, Any], prepared: Prepared) -> None:
     """A conversation through the template; tools and thinking become constraints in values."""
     d = talker.dialogue
-    if d is None:
-        raise UserError(f"the model {talker.name!r} has no chat template; use /v1/completions", field="model")
+    if d is None or talker.pretrained_only:
+        _continue(talker, ask, values, prepared)
+        return
     tools = bool(ask.tools) and ask.choice != "none"
     shown = ask.tools if tools else []
     text, prepared.opened = d.render(ask.messages, shown, ask.thinking, ask.effort, ask.prefix, ask.template)
@@ -148,6 +166,17 @@ def _render(talker: Talker, ask: Ask, values: dict[str, Any], prepared: Prepared
         _constrain_answer(d, values)
     if tools or d.thinking:
         values["show_special"] = d.show_special(tools)
+
+
+def _continue(talker: Talker, ask: Ask, values: dict[str, Any], prepared: Prepared) -> None:
+    """A model that was only pretrained goes on with what was said, as one text."""
+    asked = {"tools": ask.tools and ask.choice != "none", "response_format": values.get("json_schema")}
+    for name, value in asked.items():
+        if value:
+            why = f"the model {talker.name!r} was only pretrained: it goes on with text, and knows no {name}"
+            raise UserError(f"{name}: {why}; leave it out, or use a chat model", field=name)
+    texts = [text_of(m.get("content") or "") for m in ask.messages]
+    prepared.ids = talker.tokenizer.encode("\n\n".join(t for t in (*texts, ask.prefix) if t))
 
 
 def _constrain_to_tools(talker: Talker, d: Dialogue, ask: Ask, values: dict[str, Any]) -> dict[str, dict[str, Any]]:

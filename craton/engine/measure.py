@@ -4,7 +4,7 @@ import math
 import pydoc_data.topics
 from pathlib import Path
 
-from craton.base import Progress, UserError
+from craton.base import Progress, UserError, read_text
 from craton.engine.model import Model
 
 
@@ -13,16 +13,9 @@ def sample_text() -> str:
     return "\n\n".join(text for _, text in sorted(pydoc_data.topics.topics.items()))
 
 
-def read_text(path: Path | None, most: int) -> str:
-    """The first `most` characters of a file, or of the sample text. UserError if it cannot be read."""
-    if path is None:
-        return sample_text()[:most]
-    try:
-        return path.read_text(encoding="utf-8")[:most]
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise UserError(f"{path}: not UTF-8 text") from None
+def text_to_measure(path: Path | None, most: int) -> str:
+    """The first `most` characters of a file, or of the sample text. UserError if it is not text."""
+    return (sample_text() if path is None else read_text(path))[:most]
 
 
 def bits_per_byte(model: Model, text: str) -> float:

@@ -24,12 +24,13 @@ def routes(state: State, page: Page) -> APIRouter:
     @router.get(**state.route("/v1/models", "The models that are served", shapes.MODELS))
     async def models() -> Response:
         data = [s.describe() for s in state.models.values()]
+        data += [state.find(alias).describe() | {"id": alias} for alias in state.settings.aliases]
         ends = {"first_id": data[0]["id"], "last_id": data[-1]["id"]}
         return JSONResponse({"object": "list", "data": data, "has_more": False, **ends})
 
     @router.get(**state.route("/v1/models/{model}", "One of them", shapes.MODEL))
     async def model(model: str) -> Response:
-        return JSONResponse(state.find(model).describe())
+        return JSONResponse(state.find(model).describe() | {"id": model})
 
     @router.get("/health", summary="Whether the server lives", responses=shapes.plain(503), response_class=Response)
     async def health() -> Response:

@@ -103,7 +103,7 @@ def _document(app: FastAPI, state: State) -> None:
                 operation["responses"].pop("422", None)
         for shape in shapes.values():
             if (model := shape.get("properties", {}).get("model")) is not None:
-                (model["anyOf"][0] if "anyOf" in model else model)["enum"] = list(state.models)
+                (model["anyOf"][0] if "anyOf" in model else model)["enum"] = [*state.models, *state.settings.aliases]
         if state.settings.keys:
             document["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
         return document

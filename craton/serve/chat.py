@@ -62,11 +62,9 @@ class Conversation:
 class Local:
     """A model folder or GGUF file in this process."""
 
-    def __init__(self, path: str):
-        self.talker = open_talker(Path(path).resolve().name, path)
+    def __init__(self, path: str, chat_template: Path | None = None):
+        self.talker = open_talker(Path(path).resolve().name, path, chat_template)
         self.name, self.base = self.talker.name, self.talker.pretrained_only
-        if not self.base and self.talker.dialogue is None:
-            raise UserError(f"{path}: tokenizer_config.json has no chat_template; use 'craton generate'")
 
     def answer(self, c: Conversation) -> Iterator[Part]:
         """Raises UserError for settings that cannot be."""
@@ -233,16 +231,24 @@ def _inputs() -> Iterator[str]:
             yield line
 
 
-def chat(target: str, model: str | None, settings: dict[str, Any], first: str | None = None) -> dict[str, Any]:
+def chat(
+    target: str,
+    model: str | None,
+    settings: dict[str, Any],
+    first: str | None = None,
+    chat_template: Path | None = None,
+) -> dict[str, Any]:
     """Reads from stdin, prints answers, returns the messages. target: a folder, a file or a URL. first: asked before
-    anything is read."""
+    anything is read. chat_template: a file with one, instead of the model's own."""
     remote = target.startswith(("http://", "https://"))
+    if remote and chat_template is not None:
+        raise UserError("--chat-template is for a model here; a server has its own")
     if model is not None and not remote:
         raise UserError("--model names one of a server's models; here the folder is the model")
-    other: Local | Remote = Remote(target, model) if remote else Local(target)
+    other: Local | Remote = Remote(target, model) if remote else Local(target, chat_template)
     c = Conversation(settings={k: v for k, v in settings.items() if v is not None})
     if other.base:
-        say("This model was only pretrained: it goes on with your text rather than answering.")
+        say("This model was only pretrained, or has no chat template: it goes on with your text.")
     if sys.stdin.isatty():
         say(f"{other.name}. /help lists what can be done, Ctrl-D ends.")
     if first is not None:

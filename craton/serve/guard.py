@@ -41,6 +41,7 @@ class Settings:
     timeout: float = 600.0
     log_prompts: bool = False
     votes: Path | None = None
+    aliases: dict[str, str] = field(default_factory=dict)  # further names of models
 
 
 def local(host: str) -> bool:

@@ -14,7 +14,7 @@ from craton.serve import dialect, shapes
 from craton.serve.reply import Reply, State, event, whole
 from craton.serve.schema import ChatRequest
 from craton.serve.served import Answers, ApiError, Json, Served, run
-from craton.text.messages import parts_of
+from craton.text.messages import parts_of, text_of
 from craton.text.tokenizer import Tokenizer
 
 DONE = b"data: [DONE]\n\n"
@@ -63,7 +63,21 @@ def ask_of(body: ChatRequest) -> Ask:
     sampling, messages = _sampling(body), messages_of([m.model_dump() for m in body.messages])
     effort = body.reasoning_effort or (body.reasoning.effort if body.reasoning else None)
     thinking, template = dialect.thinking_of(body.thinking, effort), dict(body.chat_template_kwargs or {})
-    return Ask(sampling, messages=messages, template=template, **tools, **thinking)
+    prefix = _begun(body, messages)
+    return Ask(sampling, messages=messages, prefix=prefix, template=template, **tools, **thinking)
+
+
+def _begun(body: ChatRequest, messages: list[Json]) -> str | None:
+    """How the answer begins, taken from the messages: where the last one is to be continued."""
+    if body.add_generation_prompt is bool(body.continue_final_message):
+        problem = "add_generation_prompt is true exactly where continue_final_message is not"
+        raise ApiError(400, problem, "add_generation_prompt")
+    if not body.continue_final_message:
+        return None
+    if messages[-1]["role"] != "assistant" or messages[-1].get("tool_calls") or not messages[-1]["content"]:
+        problem = "continue_final_message: the last message must be text of the assistant's"
+        raise ApiError(400, problem, "continue_final_message")
+    return text_of(messages.pop()["content"])
 
 
 def _sampling(body: ChatRequest) -> dict[str, Any]:

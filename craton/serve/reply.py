@@ -19,6 +19,7 @@ from craton.serve.worker import Overloaded, Unavailable
 
 log = logging.getLogger("craton.serve")
 SLOW_READER = 60.0  # seconds that a reader may take nothing
+PING = 10.0  # seconds without an event, such as in a long prompt, after which a stream says that it lives
 
 
 @dataclass
@@ -35,7 +36,7 @@ class State:
         """The model of this name, or the first. ApiError if there is none."""
         if name is None:
             return next(iter(self.models.values()))
-        if (served := self.models.get(name)) is None:
+        if (served := self.models.get(self.settings.aliases.get(name, name))) is None:
             message = f"there is no model {name[:256]!r}; /v1/models lists what there is"
             raise ApiError(404, message, "model", "model_not_found")
         return served
@@ -67,6 +68,8 @@ class State:
                     reply.end("slow")
                 elif now - reply.began > self.settings.timeout:
                     reply.end("late")
+                elif reply.streamed and not reply.sending and now - reply.written > PING:
+                    await reply.ping()
 
 
 def event(value: Any) -> bytes:
@@ -92,6 +95,7 @@ class Reply(Response):
         self.work, self.streamed, self.state = work, streamed, state
         self.background = None
         self.began, self.sending = time.monotonic(), 0.0
+        self.written = self.began  # when something was last sent
         self.reason = ""  # why it was ended
         self.started = False  # something has been sent
         self.task: asyncio.Task[Any] | None = None
@@ -124,6 +128,11 @@ class Reply(Response):
             listener.cancel()
             await self.work.aclose()  # type: ignore[attr-defined]
 
+    async def ping(self) -> None:
+        """An event that means nothing, so that nobody on the way takes the stream for dead."""
+        messages = self.scope["path"].startswith("/v1/messages")
+        await self._write(named_event("ping", {"type": "ping"}) if messages else b": ping\n\n", True)
+
     async def _listen(self, receive: Any) -> None:
         while (await receive())["type"] != "http.disconnect":
             pass
@@ -138,7 +147,7 @@ class Reply(Response):
             head = [(b"content-type", kind), (b"cache-control", b"no-store"), also]
             await self.send({"type": "http.response.start", "status": 200, "headers": head})
         await self.send({"type": "http.response.body", "body": data, "more_body": more})
-        self.sending = 0.0
+        self.sending, self.written = 0.0, time.monotonic()
 
     async def _ended(self) -> None:
         """After `end`: the reader is told, where that is possible."""

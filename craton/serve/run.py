@@ -15,7 +15,7 @@ from typing import Any
 
 import uvicorn
 
-from craton.base import UserError, count, say
+from craton.base import UserError, count, read_text, say
 from craton.model.paging import BLOCK
 from craton.serve.app import create_app
 from craton.serve.guard import Protocol, Settings, local
@@ -41,10 +41,7 @@ def read_keys(path: Path | None) -> list[str]:
     """API keys: one a line of a file, and those in CRATON_API_KEY, separated by commas."""
     keys = [k.strip() for k in os.environ.get("CRATON_API_KEY", "").split(",") if k.strip()]
     if path is not None:
-        try:
-            lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
-        except UnicodeDecodeError:
-            raise UserError(f"{path}: not UTF-8 text") from None
+        lines = [line.strip() for line in read_text(path).splitlines()]
         found = [line for line in lines if line and not line.startswith("#")]
         if not found:
             raise UserError(f"{path}: holds no key; write one a line")
@@ -55,14 +52,19 @@ def read_keys(path: Path | None) -> list[str]:
 
 
 def named(models: list[str]) -> dict[str, str]:
-    """MODEL, NAME=MODEL or NAME=MODEL+ADAPTER -> path by name."""
+    """MODEL, NAME[,ALIAS...]=MODEL or NAME=MODEL+ADAPTER -> path by names, which are joined by commas."""
     out: dict[str, str] = {}
+    taken: list[str] = []
     for given in models:
         name, equals, path = given.partition("=")
         if not equals or Path(given).exists():
             name, path = Path(given).resolve().name.removesuffix(".gguf"), given
-        if name in out:
-            raise UserError(f"two models are named {name!r}; give NAME=MODEL")
+        for one in name.split(","):
+            if not one:
+                raise UserError(f"{given}: a name is empty")
+            if one in taken:
+                raise UserError(f"two models are named {one!r}; give NAME=MODEL")
+            taken.append(one)
         for part in [path] if Path(path).exists() else path.split("+", 1):
             if not Path(part).exists():
                 raise UserError(f"{part}: no such model folder or file")
@@ -95,8 +97,10 @@ def serve(models: list[str], where: Listening, settings: Settings, **options: An
     _log_to_stderr()
     served: dict[str, Served] = {}
     metrics = Metrics(served)
-    for name, path in paths.items():
+    for names, path in paths.items():
+        name, *aliases = names.split(",")
         _open(served, name, path, where, metrics, **options)
+        settings.aliases |= dict.fromkeys(aliases, name)
     address = f"[{where.host}]" if ":" in where.host else where.host
     if not settings.keys:
         settings.hosts = {"localhost", "127.0.0.1", "[::1]", address}
@@ -128,9 +132,7 @@ def _open(served: dict[str, Served], name: str, path: str, where: Listening, met
     one = served[name] = open_served(name, path, where.max_wait, where.max_queue, metrics.observe, **options)
     one.worker.warm_up()
     talker, pool = one.talker, one.talker.engine.scheduler.pool
-    what = "chat" if talker.dialogue else "no chat template: completions only"
-    if talker.pretrained_only:
-        what = "only pretrained, continues text"
+    what = "only pretrained, goes on with text" if talker.pretrained_only else "chat"
     say(
         f"{name}: {what}; context {count(talker.engine.context)}, cache {count(pool.total * BLOCK)} tokens, prompts at "
         f"{count(one.worker.rate)} tokens/s; ready in {time.perf_counter() - began:.1f} s"
@@ -156,14 +158,14 @@ def vllm_command(
     paths = named(models)
     if len(paths) > 1:
         raise UserError("--engine vllm serves one model; start one server a model")
-    ((name, path),) = paths.items()
+    ((names, path),) = paths.items()
     if not Path(path).exists():
         raise UserError("--engine vllm: give vLLM the model alone; its own --lora-modules adds adapters")
     check_keys(host, keys)
     program = shutil.which("vllm", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
     if program is None:
         raise UserError("--engine vllm: vLLM is not installed; pip install 'craton[vllm]' on a machine with a GPU")
-    command = [program, "serve", path, "--served-model-name", name, "--host", host, "--port", str(port)]
+    command = [program, "serve", path, "--served-model-name", *names.split(","), "--host", host, "--port", str(port)]
     command += ["--max-num-seqs", str(min(max_queue, 256)), "--shutdown-timeout", "30"]
     if origins:
         command += ["--allowed-origins", "[" + ",".join(f'"{o}"' for o in origins) + "]"]

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, JsonValue
 
 Text = Annotated[str, Field(max_length=10_485_760)]
-Name = Annotated[str, Field(min_length=1, max_length=64, pattern=r"^[a-zA-Z0-9_-]+$")]
+Name = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[a-zA-Z0-9_.:/-]+$")]
 Model = Annotated[str, Field(max_length=256, description="One of the names that /v1/models lists.")]
 _Key = Annotated[str, Field(max_length=64)]
 Metadata = Annotated[dict[_Key, Annotated[str, Field(max_length=512)]], Field(max_length=16)]
@@ -18,7 +18,7 @@ Token = Annotated[int, Field(ge=0, le=2**30)]
 Tokens = Annotated[list[Token], Field(min_length=1)]
 Bias = Annotated[float, Field(ge=-100, le=100, allow_inf_nan=False)]
 Temperature = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]
-TopP = Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)]
+TopP = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
 Count = Annotated[int, Field(ge=1, le=2**30)]
@@ -224,6 +224,8 @@ class ChatRequest(Sampled):
     reasoning: ResponseReasoning | None = None  # the same as an object
     thinking: Thinking | None = None
     chat_template_kwargs: dict[str, JsonValue] | None = None  # handed to the model's template
+    continue_final_message: bool | None = None  # the answer goes on with the last message, the assistant's
+    add_generation_prompt: bool | None = None  # true unless the last message is continued
     modalities: list[Literal["text"]] | None = None
     service_tier: Literal["auto", "default"] | None = None
     store: OnlyFalse | None = None

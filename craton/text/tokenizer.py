@@ -17,7 +17,7 @@ import numpy as np
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers, trainers
 
-from craton.base import UserError, publish, read_json, write_json
+from craton.base import UserError, publish, read_json, read_text, write_json
 from craton.text import formats
 from craton.text.template import ChatTemplate
 
@@ -257,10 +257,7 @@ def _template_files(folder: Path) -> list[dict[str, str]]:
     out = []
     for name, path in files.items():
         if path.is_file():
-            try:
-                out.append({"name": name, "template": path.read_text(encoding="utf-8")})
-            except UnicodeDecodeError:
-                raise UserError(f"{path}: not UTF-8 text") from None
+            out.append({"name": name, "template": read_text(path)})
     return out
 
 

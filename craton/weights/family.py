@@ -87,6 +87,14 @@ def layer_types(raw: dict[str, Any], slides: Callable[[int], Any]) -> Any:
     return raw.get("layer_types") or ["sliding_attention" if slides(i) else "full_attention" for i in layers]
 
 
+def _without_theta(rope: Any) -> Any:
+    """Settings of rotary positions, in one spelling, but for what stands elsewhere too."""
+    if not isinstance(rope, dict):
+        return rope
+    kind = rope.get("rope_type", rope.get("type"))
+    return {"rope_type": kind} | {k: v for k, v in rope.items() if k not in ("rope_type", "type", "rope_theta")}
+
+
 @dataclass(frozen=True)
 class Family:
     model_type: str
@@ -144,7 +152,10 @@ class Family:
         return ModelConfig(**values)
 
     def _rope(self, raw: dict[str, Any]) -> dict[str, Any]:
-        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        rope, older = raw.get("rope_parameters") or {}, raw.get("rope_scaling") or {}
+        if rope and older and _without_theta(rope) != _without_theta(older):
+            raise ValueError("rope_parameters and rope_scaling say different things; remove the one that is wrong")
+        rope = rope or older
         if not isinstance(rope, dict):
             raise ValueError(f"rope_scaling is {rope!r}, must be an object")
         if "full_attention" in rope:  # one for each type of layer

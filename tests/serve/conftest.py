@@ -88,9 +88,13 @@ def chat_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def server(chat_folder: Path, model_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    running = Running(
-        f"chat={chat_folder}", f"base={model_folder}", "--votes", tmp_path_factory.mktemp("votes") / "votes.jsonl"
-    )
+    """chat; base, which was only pretrained; and the same as if it were a chat model that means nothing."""
+    wild = tmp_path_factory.mktemp("wild")
+    for f in model_folder.iterdir():
+        if f.is_file() and f.name != "record.json":
+            (wild / f.name).write_bytes(f.read_bytes())
+    models = (f"chat,assistant={chat_folder}", f"base={model_folder}", f"wild={wild}")
+    running = Running(*models, "--votes", tmp_path_factory.mktemp("votes") / "votes.jsonl")
     yield running
     running.stop()
 

@@ -194,7 +194,7 @@ def test_arguments_follow_the_schema_at_any_temperature(ai):
     tool = [{"type": "function", "function": {"name": "f", "parameters": schema, "strict": True}}]
     for seed in range(5):
         answer = ai.chat.completions.create(
-            model="base", messages=HI, tools=tool, tool_choice="required", temperature=2.0, seed=seed, max_tokens=100
+            model="wild", messages=HI, tools=tool, tool_choice="required", temperature=2.0, seed=seed, max_tokens=100
         )
         for call in answer.choices[0].message.tool_calls:
             made = json.loads(call.function.arguments)
@@ -342,7 +342,9 @@ def test_embeddings(ai, server):
 
 
 def test_models(ai, server):
-    assert [m.id for m in ai.models.list()] == ["chat", "base"] and ai.models.retrieve("base").pretrained_only
+    assert [m.id for m in ai.models.list()] == ["chat", "base", "wild", "assistant"]
+    assert ai.models.retrieve("base").pretrained_only and not ai.models.retrieve("base").chat
+    assert ai.models.retrieve("assistant").id == "assistant" and ai.models.retrieve("chat").chat
     with pytest.raises(openai.NotFoundError):
         ai.chat.completions.create(model="other", messages=HI)
 
@@ -354,3 +356,52 @@ def test_tokenize_round_trip(server):
     ).json()
     assert got["count"] == len(got["tokens"]) == len(got["token_strs"])
     assert server.post("/detokenize", json={"model": "chat", "tokens": got["tokens"]}).json() == {"prompt": text}
+
+
+def test_a_base_model_goes_on_with_the_text(ai, server):
+    """On every chat endpoint the same continuation as of the plain text; what only a chat model can is refused."""
+    said = [{"role": "system", "content": "The story so far."}, {"role": "user", "content": "One day the"}]
+    prompt = "The story so far.\n\nOne day the"
+    plain = ai.completions.create(model="base", prompt=prompt, max_tokens=12, temperature=0)
+    text = plain.choices[0].text
+    options = {"model": "base", "temperature": 0}
+    chat = ai.chat.completions.create(messages=said, max_tokens=12, **options)
+    assert chat.choices[0].message.content == text
+    assert chat.usage.prompt_tokens == plain.usage.prompt_tokens
+    body = {**options, "instructions": said[0]["content"], "input": "One day the", "max_output_tokens": 12}
+    response = server.post("/v1/responses", json=body)
+    assert response.json()["output"][-1]["content"][0]["text"] == text
+    body = {**options, "system": said[0]["content"], "messages": said[1:], "max_tokens": 12}
+    assert server.post("/v1/messages", json=body).json()["content"][0]["text"] == text
+    tool = [{"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}]
+    schema = {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object"}}}
+    for field, more in (("tools", {"tools": tool}), ("response_format", {"response_format": schema})):
+        with pytest.raises(openai.BadRequestError, match="'base' was only pretrained") as refused:
+            ai.chat.completions.create(model="base", messages=said, **more)
+        assert refused.value.param == field
+    held = {"structured_outputs": {"choice": ["yes", "no"]}}
+    chosen = ai.chat.completions.create(model="base", messages=said, extra_body=held)
+    assert chosen.choices[0].message.content in ("yes", "no")
+
+
+def test_the_last_message_is_continued(ai, server):
+    talk = [{"role": "user", "content": "Say hello."}, {"role": "assistant", "content": "Hello there,"}]
+    more = {"continue_final_message": True, "add_generation_prompt": False}
+    options = {"model": "chat", "temperature": 0, "max_tokens": 20}
+    answer = ai.chat.completions.create(messages=talk, extra_body=more, **options)
+    same = server.post("/v1/messages", json={"messages": talk, **options}).json()  # Anthropic's always does so
+    assert answer.choices[0].message.content == same["content"][0]["text"]
+    for wrong, field in (
+        (more | {"add_generation_prompt": True}, "add_generation_prompt"),
+        ({"add_generation_prompt": False}, "add_generation_prompt"),
+        (more | {"messages": talk[:1]}, "continue_final_message"),
+    ):
+        got = server.post("/v1/chat/completions", json={"messages": talk, **options, **wrong})
+        assert got.status_code == 400 and got.json()["error"]["param"] == field
+
+
+def test_zero_probability_mass_is_the_likeliest_token(ai):
+    options = {"model": "chat", "messages": HI, "max_tokens": 12}
+    answers = [ai.chat.completions.create(top_p=0, temperature=1.5, seed=s, **options) for s in range(3)]
+    greedy = ai.chat.completions.create(temperature=0, **options)
+    assert {a.choices[0].message.content for a in answers} == {greedy.choices[0].message.content}

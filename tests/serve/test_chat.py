@@ -85,7 +85,13 @@ def test_no_template(chat_folder, tmp_path):
     del tokenizer.config["chat_template"]
     tokenizer.save(tmp_path)
     done = craton("chat", tmp_path, input="x\n")
-    assert done.returncode == 2 and "no chat_template" in done.stderr
+    assert done.returncode == 0 and "no chat template: it goes on with your text" in done.stdout
+    template = tmp_path / "own.jinja"
+    template.write_text(tiny.TEMPLATE)
+    done = craton("chat", tmp_path, "--chat-template", template, input="x\n")
+    assert done.returncode == 0 and "goes on with" not in done.stdout
+    done = craton("chat", "http://127.0.0.1:1", "--chat-template", template, input="x\n")
+    assert done.returncode == 2 and "a server has its own" in done.stderr
 
 
 def test_terminal(chat_folder, tmp_path):
