@@ -6,6 +6,7 @@ Hugging Face `model.safetensors` as it stands; craton/weights/ knows the rest.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -225,8 +226,16 @@ class Experts(nn.Module):
         self.gate_up_proj_bias = nn.Parameter(torch.empty(c.num_experts, 2 * c.moe_intermediate_size)) if bias else None
         self.down_proj_bias = nn.Parameter(torch.empty(c.num_experts, c.hidden_size)) if bias else None
 
+        self.packed = nn.ModuleDict()  # matrices of few bits by the names of the parameters that they replace
+
+    def pack(self, name: str, matrices: Sequence[nn.Module]) -> None:
+        """Hold a parameter as a PackedMatrix for each expert; for inference only."""
+        setattr(self, name, None)
+        self.packed[name] = nn.ModuleList(matrices)
+
     def _product(self, x: Tensor, name: str, expert: int) -> Tensor:
-        y = ops.linear(x, getattr(self, name)[expert])
+        packed = self.packed[name][expert] if name in self.packed else None  # type: ignore[index]
+        y = ops.linear(x, getattr(self, name)[expert]) if packed is None else packed.product(x)
         bias = getattr(self, f"{name}_bias")
         return y if bias is None else y + bias[expert]
 
