@@ -155,6 +155,9 @@ def train(
         _emit(json_, result)
 
 
+EXACT = "Round no activations to 8 bits where weights have few; several times slower."
+
+
 @app.command()
 def generate(
     model: Annotated[str, Argument(metavar="MODEL", help="A model folder, or a GGUF file.")],
@@ -162,6 +165,7 @@ def generate(
     max_tokens: Annotated[int, Option()] = 256,
     temperature: Annotated[float, Option(help="0 always takes the likeliest token.")] = 0.8,
     seed: Annotated[int, Option()] = 0,
+    exact: Annotated[bool, Option("--exact", help=EXACT)] = False,
     json_: Json = False,
 ) -> None:
     """Continue a prompt."""
@@ -171,7 +175,7 @@ def generate(
     if max_tokens < 1:
         raise UserError(f"--max-tokens is {max_tokens}, must be at least 1")
     sampling = Sampling(max_tokens, temperature, seed=seed)
-    loaded, ids, text = load_model(model), list[int](), ""
+    loaded, ids, text = load_model(model, exact=exact), list[int](), ""
     for event in loaded.engine.stream(loaded.tokenizer.encode(prompt), sampling):
         print(event.text if ids or text else prompt + event.text, end="", flush=True)
         ids += event.token_ids
@@ -184,6 +188,7 @@ def generate(
 def chat(
     target: Annotated[str, Argument(metavar="MODEL|URL", help="A folder, a GGUF file, or a server with OpenAI's API.")],
     model: Annotated[str | None, Option(help="Which of a server's models.")] = None,
+    exact: Annotated[bool, Option("--exact", help=EXACT)] = False,
     chat_template: Annotated[Path | None, Option(help="A file with one, instead of the model's own.")] = None,
     max_tokens: Annotated[int | None, Option(help="An answer.")] = 512,
     temperature: Annotated[float | None, Option(help="The model's own default if left out.")] = None,
@@ -194,7 +199,7 @@ def chat(
     from craton.serve.chat import chat as run
 
     settings = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
-    _emit(json_, run(target, model, settings, chat_template=chat_template))
+    _emit(json_, run(target, model, settings, chat_template=chat_template, exact=exact))
 
 
 @app.command()
@@ -220,6 +225,7 @@ def serve(
     cache: Annotated[float | None, Option(help="GB of keys and values, for each model.")] = None,
     lookup: Annotated[bool, Option("--lookup", help="Guess ahead; faster where answers repeat their prompts.")] = False,
     device: Annotated[str, Option(help="cpu or cuda.")] = "cpu",
+    exact: Annotated[bool, Option("--exact", help=EXACT)] = False,
     chat_template: Annotated[Path | None, Option(help="A file with one, for every model, instead of its own.")] = None,
     votes: Annotated[Path, Option(help="Where votes from the page go, a JSON object a line.")] = Path("votes.jsonl"),
     log_prompts: Annotated[bool, Option("--log-prompts", help="Write the requests' bodies to the log.")] = False,
@@ -239,7 +245,7 @@ def serve(
         raise UserError(f"--port is {port}, must be from 0 to 65535")
     keys, origins = run.read_keys(api_keys), allow_origin or []
     if engine == "vllm":
-        here = "max_wait max_body max_n timeout drain cache lookup device chat_template votes log_prompts".split()
+        here = "max_wait max_body max_n timeout drain cache lookup device exact chat_template votes log_prompts".split()
         if given := [n for n in here if str(context.get_parameter_source(n)).endswith("COMMANDLINE")]:
             name = given[0].replace("_", "-")
             raise UserError(f"--{name} is of craton's engine and means nothing to vLLM; leave it out")
@@ -251,7 +257,7 @@ def serve(
         "speculate": "lookup" if lookup else "",
         "cache_bytes": int(cache * 1e9) if cache else None,
     }
-    options |= {"device": device, "chat_template": chat_template}
+    options |= {"device": device, "chat_template": chat_template, "exact": exact}
     run.serve(models, run.Listening(host, port, max_wait, max_queue, drain), settings, **options)
 
 

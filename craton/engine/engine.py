@@ -22,7 +22,7 @@ from craton.engine.draft import PromptLookup
 from craton.engine.draft_model import DraftModel
 from craton.engine.generation import Generation, Slice
 from craton.engine.request import Completion, Counters, EngineEvent, Sampling, TokenLogprob
-from craton.engine.runner import Runner, cache_dtype
+from craton.engine.runner import Runner, cache_dtype, free_memory
 from craton.engine.scheduler import Scheduler
 from craton.engine.structured import Grammars, Matcher
 from craton.engine.text import TextStream
@@ -39,7 +39,8 @@ class Engine:
 
     network: on the device where it is to run. cache_bytes: of keys and values. step_tokens: in one forward pass.
     speculate: "" (no guessing) or "lookup" (from the text so far); a draft network with the same vocabulary guesses
-    instead. end_ids: tokens that end an answer, besides the configuration's. UserError for options that cannot be.
+    instead. end_ids: tokens that end an answer, besides the configuration's. exact: activations are not rounded to 8
+    bits where weights are packed, which takes several times as long. UserError for options that cannot be.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Engine:
         most_running: int = 256,
         share_prefixes: bool = True,
         end_ids: tuple[int, ...] = (),
+        exact: bool = False,
     ):
         config = self.config = network.config
         self.tokenizer = tokenizer
@@ -70,7 +72,7 @@ class Engine:
         room = cache_bytes or _default_cache(device, each, config.max_position_embeddings)
         blocks = max(2, room // (each * BLOCK))
         self.context = min(config.max_position_embeddings, blocks * BLOCK)
-        self.runner = Runner(network, blocks, self.context)
+        self.runner = Runner(network, blocks, self.context, exact)
         self.draft = None if draft is None else DraftModel(draft, blocks, self.context, guesses)
         counters = self.counters = Counters()
         scored = max(1, _LOGIT_BYTES // (4 * config.vocab_size))
@@ -363,9 +365,18 @@ class Engine:
                     done[event.completion.request].append(event.completion)
         return [sorted(done[n], key=lambda c: c.index) for n in numbers]
 
-    def loglikelihood(self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> list[tuple[float, bool]]:
+    def loglikelihood(
+        self, pairs: Sequence[tuple[Sequence[int], Sequence[int]]], exact: bool = True
+    ) -> list[tuple[float, bool]]:
         """For each (context, continuation): the log-probability of the continuation in nats, and whether greedy
-        decoding gives it. The context must have a token."""
+        decoding gives it. The context must have a token. exact: whatever the engine does otherwise, activations are not
+        rounded."""
+        if exact and self.runner.packed and not self.runner.exact:
+            self.scheduler.pool.clear()  # what is cached was made of rounded ones, and the other way round
+            with self.runner.exactly():
+                out = self.loglikelihood(pairs)
+            self.scheduler.pool.clear()
+            return out
         numbers = []
         for context, continuation in pairs:
             if not context or not continuation:
@@ -402,9 +413,4 @@ def _default_cache(device: torch.device, bytes_a_token: int, context: int) -> in
     most = bytes_a_token * (context + BLOCK) * 64
     if device.type == "cuda":
         return min(torch.cuda.mem_get_info(device)[0] * 3 // 4, most)
-    try:
-        with open("/proc/meminfo") as f:
-            free = next(int(line.split()[1]) << 10 for line in f if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        free = 8 << 30
-    return min(free // 4, 4 << 30, most)
+    return min(free_memory() // 4, 4 << 30, most)

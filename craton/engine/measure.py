@@ -18,9 +18,9 @@ def text_to_measure(path: Path | None, most: int) -> str:
     return (sample_text() if path is None else read_text(path))[:most]
 
 
-def bits_per_byte(model: Model, text: str) -> float:
+def bits_per_byte(model: Model, text: str, exact: bool = True) -> float:
     """-log2 of the probability of a text over its bytes, in windows of at most 1,024 tokens that each see half of the
-    one before. The first token of the text is not counted."""
+    one before. The first token of the text is not counted. exact: as Engine.loglikelihood."""
     engine, ids = model.engine, model.tokenizer.encode(text)
     size = min(1024, engine.context)
     if len(ids) < 2:
@@ -31,7 +31,7 @@ def bits_per_byte(model: Model, text: str) -> float:
         known = 1 if start == 0 else size // 2
         if known >= len(window):
             break
-        nats -= engine.loglikelihood([(window[:known], window[known:])])[0][0]
+        nats -= engine.loglikelihood([(window[:known], window[known:])], exact)[0][0]
         progress.show(f"measured {min(start + size, len(ids))} of {len(ids)} tokens")
     progress.clear()
     return nats / math.log(2) / max(1, len(text.encode()) - len(model.tokenizer.decode(ids[:1]).encode()))

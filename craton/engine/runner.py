@@ -1,6 +1,8 @@
 """One forward pass of a network over a batch, on whatever serves best here."""
 
+import contextlib
 import copy
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -9,6 +11,7 @@ from craton.model import kernels, modes
 from craton.model.cache import PagedCache, TokenBatch
 from craton.model.decoder import Decoder
 from craton.model.fused import FusedStep, fits
+from craton.model.packed import PackedMatrix
 
 
 def cache_dtype(network: Decoder) -> torch.dtype:
@@ -17,12 +20,23 @@ def cache_dtype(network: Decoder) -> torch.dtype:
     return torch.float32 if weight.device.type == "cpu" else weight.dtype
 
 
+def free_memory() -> int:
+    """Bytes that programs can have; a guess where the system does not say."""
+    try:
+        with open("/proc/meminfo") as f:
+            return next(int(line.split()[1]) << 10 for line in f if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return 8 << 30
+
+
 class Runner:
     """A network with its cache. On a CPU with the engine's kernels whole steps run in one call where the family
     allows it, else module by module; on a GPU, PyTorch. An answer's bits do not depend on its neighbours on a CPU."""
 
-    def __init__(self, network: Decoder, blocks: int, context: int):
-        """context: the longest sequence that will come."""
+    def __init__(self, network: Decoder, blocks: int, context: int, exact: bool = False):
+        """context: the longest sequence that will come. exact: activations are not rounded for packed weights."""
+        self.packed = any(isinstance(m, PackedMatrix) for m in network.modules())
+        self.exact = exact and self.packed
         self.source, self.device, self.context = network, network.model.norm.weight.device, context
         self.cache = PagedCache(network.config, blocks, cache_dtype(network), self.device)
         self.weights_changed()
@@ -34,10 +48,27 @@ class Runner:
         self.fused: FusedStep | None = None
         self.network = network
         on_cpu = self.device.type == "cpu"
+        narrow = any(p.dtype != torch.float32 for p in network.parameters())
         if on_cpu and kernels.engine_kernels() is not None and fits(network.config):
             self.fused = FusedStep(network, self.cache, self.context)
-        elif on_cpu and any(p.dtype != torch.float32 for p in network.parameters()):
-            self.network = copy.deepcopy(network).float()
+        if on_cpu and narrow and (self.fused is None or self.packed):
+            shared: dict[int, object] = {id(m): m for m in network.modules() if isinstance(m, PackedMatrix)}
+            self.network = copy.deepcopy(network, shared).float()
+
+    @contextlib.contextmanager
+    def exactly(self) -> Iterator[None]:
+        """Inside, activations are not rounded. Packed weights are written out for as long, if memory allows."""
+        before, self.exact = self.exact, self.packed
+        matrices = {m for m in self.network.modules() if isinstance(m, PackedMatrix)}
+        if 4 * sum(m.rows * m.cols for m in matrices) <= free_memory() // 2:
+            for matrix in matrices:
+                matrix.write_out()
+        try:
+            yield
+        finally:
+            self.exact = before
+            for matrix in matrices:
+                matrix.written = None
 
     @torch.inference_mode()
     def forward(
@@ -45,9 +76,9 @@ class Runner:
     ) -> tuple[Tensor | None, Tensor]:
         """ids (tokens,) int32 on the device -> logits (outputs, vocabulary) and last hidden states (outputs, hidden) of
         the tokens in rows (outputs,), fp32 on the CPU."""
-        if self.fused is not None:
+        if self.fused is not None and not self.exact:
             return self.fused.run(ids, batch, rows, want_logits)
-        with modes.batch_invariant():
+        with modes.batch_invariant(), modes.exact_activations() if self.exact else contextlib.nullcontext():
             hidden = self.network.model(ids.long()[None], past=batch)
             hidden = hidden[0, rows.long()]
             logits = self.network.head(hidden).float().cpu() if want_logits else None

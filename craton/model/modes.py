@@ -7,6 +7,7 @@ from contextvars import ContextVar
 from torch import Tensor
 
 _BATCH_INVARIANT: ContextVar[bool] = ContextVar("batch_invariant", default=False)
+_EXACT: ContextVar[bool] = ContextVar("exact_activations", default=False)
 _OBSERVER: ContextVar[Callable[[Tensor], None] | None] = ContextVar("observer", default=None)
 
 
@@ -24,6 +25,21 @@ def batch_invariant() -> Iterator[None]:
 def is_batch_invariant() -> bool:
     """Whether this thread is inside `batch_invariant`."""
     return _BATCH_INVARIANT.get()
+
+
+@contextlib.contextmanager
+def exact_activations() -> Iterator[None]:
+    """Inside, what is multiplied with packed weights is not rounded to 8 bits; much slower for few rows."""
+    token = _EXACT.set(True)
+    try:
+        yield
+    finally:
+        _EXACT.reset(token)
+
+
+def rounds_activations() -> bool:
+    """Whether products with packed weights round: in the engine, unless it was asked not to."""
+    return _BATCH_INVARIANT.get() and not _EXACT.get()
 
 
 @contextlib.contextmanager

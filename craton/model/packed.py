@@ -1,17 +1,16 @@
 """Matrices of 2 to 8 bits a weight, in GGUF's types (formats.h).
 
 They stay as they are in memory. Inside the engine they are multiplied by its kernels (products.h), which round
-activations to 8 bits; elsewhere, and where the kernels are missing (another processor, no compiler at installation),
-they are written out in fp32 for each product.
+activations to 8 bits; elsewhere, where that was not wanted (modes.exact_activations), and where the kernels are missing
+(another processor, no compiler at installation), they are written out in fp32 for each product.
 """
 
 import threading
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from craton.model import kernels, modes, native
+from craton.model import kernels, modes, native, ops
 
 GROUP = 32  # values that share a scale, in the types that craton itself writes
 # Values and bytes of a block, by GGUF's number of a type.
@@ -92,6 +91,7 @@ class PackedMatrix(nn.Module):
             shape = f"{self.rows} rows and {self.cols} columns"
             raise ValueError(f"{shape} cannot be packed; rows go in 16s, columns in {size}s")
         self.native = kernels.engine_kernels() is not None
+        self.written: Tensor | None = None  # the same in fp32, where it is wanted often
         self.register_buffer("data", self._panels(blocks) if self.native else blocks, persistent=False)
 
     def _panels(self, blocks: Tensor) -> Tensor:
@@ -118,12 +118,18 @@ class PackedMatrix(nn.Module):
             out = torch.from_numpy(quants.dequantize(blocks.numpy(), GGMLQuantizationType(self.kind)))
         return out.view(*numbers.shape, self.cols)
 
+    def write_out(self) -> None:
+        """Hold the matrix in fp32 too."""
+        self.written = self.take(torch.arange(self.rows))
+
     def product(self, x: Tensor) -> Tensor:
         """x (..., cols) times the matrix transposed -> (..., rows)."""
-        if self.native and modes.is_batch_invariant():
+        if self.native and modes.rounds_activations():
             return torch.ops.craton.packed_linear(x.float(), self.data, self.rows, self.kind)
+        if self.written is not None:
+            return ops.linear(x, self.written.to(x.dtype))
         parts = torch.arange(self.rows).split(max(1, _PIECE // self.cols))
-        return torch.cat([F.linear(x, self.take(rows).to(x.dtype)) for rows in parts], -1)
+        return torch.cat([ops.linear(x, self.take(rows).to(x.dtype)) for rows in parts], -1)
 
 
 class PackedLinear(nn.Module):

@@ -62,8 +62,8 @@ class Conversation:
 class Local:
     """A model folder or GGUF file in this process."""
 
-    def __init__(self, path: str, chat_template: Path | None = None):
-        self.talker = open_talker(Path(path).resolve().name, path, chat_template)
+    def __init__(self, path: str, **options: Any):
+        self.talker = open_talker(Path(path).resolve().name, path, **options)
         self.name, self.base = self.talker.name, self.talker.pretrained_only
 
     def answer(self, c: Conversation) -> Iterator[Part]:
@@ -232,20 +232,16 @@ def _inputs() -> Iterator[str]:
 
 
 def chat(
-    target: str,
-    model: str | None,
-    settings: dict[str, Any],
-    first: str | None = None,
-    chat_template: Path | None = None,
+    target: str, model: str | None, settings: dict[str, Any], first: str | None = None, **options: Any
 ) -> dict[str, Any]:
     """Reads from stdin, prints answers, returns the messages. target: a folder, a file or a URL. first: asked before
-    anything is read. chat_template: a file with one, instead of the model's own."""
+    anything is read. options: of open_talker, for a model here."""
     remote = target.startswith(("http://", "https://"))
-    if remote and chat_template is not None:
-        raise UserError("--chat-template is for a model here; a server has its own")
+    if remote and (given := [name for name, value in options.items() if value]):
+        raise UserError(f"--{given[0].replace('_', '-')} is for a model here; a server has its own")
     if model is not None and not remote:
         raise UserError("--model names one of a server's models; here the folder is the model")
-    other: Local | Remote = Remote(target, model) if remote else Local(target, chat_template)
+    other: Local | Remote = Remote(target, model) if remote else Local(target, **options)
     c = Conversation(settings={k: v for k, v in settings.items() if v is not None})
     if other.base:
         say("This model was only pretrained, or has no chat template: it goes on with your text.")

@@ -5,6 +5,7 @@ Format: github.com/ggml-org/ggml/blob/master/docs/gguf.md, versions 2 and 3, lit
 """
 
 import mmap
+import re
 import struct
 from dataclasses import dataclass
 from functools import cached_property
@@ -80,7 +81,27 @@ class _Header:
 
 
 def open_gguf(path: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
-    """Settings and tensors of a file by name. UserError if it is damaged."""
+    """Settings and tensors of a file by name; of all its parts, if it is the first of several. UserError if it is
+    damaged, or a part is missing."""
+    fields, tensors = _open_one(path)
+    parts = fields.get("split.count", 1)
+    if parts <= 1:
+        return fields, tensors
+    named = re.fullmatch(rf"(.+)-(\d{{5}})-of-{parts:05d}\.gguf", path.name)
+    if named is None:
+        problem = f"it is one of {parts} parts, and their names must end in -00001-of-{parts:05d}.gguf and so on"
+        raise UserError(f"{path}: {problem}")
+    if int(named[2]) != 1:
+        raise UserError(f"{path}: give the first of the {parts} parts, {named[1]}-00001-of-{parts:05d}.gguf")
+    for number in range(2, parts + 1):
+        _, more = _open_one(path.with_name(f"{named[1]}-{number:05d}-of-{parts:05d}.gguf"))
+        tensors |= more
+    if (wanted := fields.get("split.tensors.count", len(tensors))) != len(tensors):
+        raise UserError(f"{path}: its parts hold {len(tensors)} tensors, and should {wanted}")
+    return fields, tensors
+
+
+def _open_one(path: Path) -> tuple[dict[str, Any], dict[str, Stored]]:
     try:
         with open(path, "rb") as f:
             if f.read(4) != b"GGUF":
