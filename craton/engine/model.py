@@ -74,9 +74,8 @@ def load_model(path: str, device: str = "cpu", adapter: str | None = None, **eng
 def _single_file(path: Path) -> Path:
     """The GGUF file of a folder that holds one instead of config.json; else the path itself."""
     files = [] if (path / "config.json").exists() else sorted(path.glob("*.gguf"))
-    files = [
-        f for f in files if not re.search(r"-(?!00001)\d{5}-of-\d{5}\.gguf$", f.name)
-    ]  # its first part stands for it
+    later = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf$")  # parts, for all of which the first stands
+    files = [f for f in files if not later.search(f.name)]
     if len(files) > 1:
         raise UserError(f"{path}: holds {len(files)} GGUF files; name one, such as {files[0]}")
     return files[0] if files else path
