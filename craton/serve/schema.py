@@ -53,7 +53,7 @@ class ImageUrl(Strict):
 
 
 class ImagePart(Strict):
-    """As a data: URL; addresses are not fetched. A model that cannot see is told so in the image's place."""
+    """As a data: URL; addresses are not fetched. Refused where the model cannot see."""
 
     type: Literal["image_url"]
     image_url: ImageUrl
@@ -227,6 +227,7 @@ class ChatRequest(Sampled):
     continue_final_message: bool | None = None  # the answer goes on with the last message, the assistant's
     add_generation_prompt: bool | None = None  # true unless the last message is continued
     modalities: list[Literal["text"]] | None = None
+    verbosity: Literal["low", "medium", "high"] | None = None  # no effect: a hint that these models do not know
     service_tier: Literal["auto", "default"] | None = None
     store: OnlyFalse | None = None
     metadata: Metadata | None = None  # no effect

@@ -103,7 +103,7 @@ class TextFormatSchema(Strict):
 
 class ResponseText(Strict):
     format: Annotated[FormatText | FormatObject | TextFormatSchema, Field(discriminator="type")] | None = None
-    verbosity: Literal["medium"] | None = None
+    verbosity: Literal["low", "medium", "high"] | None = None  # no effect: a hint that these models do not know
 
 
 class ResponseStreamOptions(Strict):
@@ -142,5 +142,6 @@ class ResponsesRequest(Strict):
     service_tier: Literal["auto", "default"] | None = None
     metadata: Metadata | None = None
     user: Text | None = None  # no effect
+    client_metadata: dict[str, str] | None = None  # no effect
     safety_identifier: Text | None = None
     prompt_cache_key: Text | None = None

@@ -56,16 +56,12 @@ def picture(url: str) -> dict[str, Any]:
 
 
 def text_of(content: Content) -> str:
-    """All parts as text, for a template that knows no others: a picture becomes a note."""
+    """All parts as text, for a model that knows no others. UserError for a picture."""
     if isinstance(content, str):
         return content
-    return "\n".join(part["text"] if part["type"] == "text" else _note(part["url"]) for part in content)
-
-
-def _note(url: str) -> str:
-    with _opened(url) as image:
-        size = f"{image.width}x{image.height}"
-        return f"[An image was attached here ({image.format}, {size}). This model cannot see images.]"
+    if any(part["type"] == "image" for part in content):
+        raise UserError("messages: this model cannot see pictures; leave them out", field="messages")
+    return "\n".join(part["text"] for part in content)
 
 
 def _opened(url: str) -> Any:

@@ -51,10 +51,12 @@ def test_beside_transformers(path):
     with torch.no_grad():
         want, got = theirs(ids).logits, ours.network(ids)
     assert float((got - want).norm() / want.norm()) < 1e-4
-    # The engine rounds activations to 8 bits.
     exact = float(torch.log_softmax(want[0, :-1], -1).gather(1, ids[0, 1:, None]).sum())
-    own = ours.engine.loglikelihood([(ids[0, :1].tolist(), ids[0, 1:].tolist())])[0][0]
-    assert abs(own / exact - 1) < 0.02
+    pairs = [(ids[0, :1].tolist(), ids[0, 1:].tolist())]
+    assert abs(ours.engine.loglikelihood(pairs)[0][0] / exact - 1) < 1e-4
+    rounded = ours.engine.loglikelihood(pairs, exact=False)[0][0]
+    assert 1e-6 < abs(rounded / exact - 1) < 0.02  # where the engine rounds activations to 8 bits
+    assert ours.engine.loglikelihood(pairs)[0][0] == ours.engine.loglikelihood(pairs)[0][0]
 
 
 def test_a_chat_that_ends(path):
