@@ -17,6 +17,7 @@ from craton.engine.structured import Matcher
 from craton.text import dialogue
 from craton.text.calls import Parser, Part
 from craton.text.dialogue import Dialogue
+from craton.text.fields import unenforced
 from craton.text.harmony import FINAL, HarmonyParser
 from craton.text.messages import text_of
 from craton.text.tokenizer import Tokenizer
@@ -148,6 +149,7 @@ def _render(talker: Talker, ask: Ask, values: dict[str, Any], prepared: Prepared
     tools = bool(ask.tools) and ask.choice != "none"
     shown = ask.tools if tools else []
     text, prepared.opened = d.render(ask.messages, shown, ask.thinking, ask.effort, ask.prefix, ask.template)
+    _check_length(talker, text)
     prepared.ids = d.tokenizer.encode_rendered(text)
     if ask.prefix and any(values.get(k) for k in _FORMS):
         raise UserError("a schema and a begun answer exclude each other; leave out the last message or the schema")
@@ -168,6 +170,13 @@ def _render(talker: Talker, ask: Ask, values: dict[str, Any], prepared: Prepared
         values["show_special"] = d.show_special(tools)
 
 
+def _check_length(talker: Talker, text: str) -> None:
+    """UserError at once for a text that cannot fit, whatever its tokens; encoding it would take seconds."""
+    least = len(text) // talker.tokenizer.longest_token
+    if least > talker.engine.context:
+        raise too_long(least, talker.engine.context, "", "messages")
+
+
 def _continue(talker: Talker, ask: Ask, values: dict[str, Any], prepared: Prepared) -> None:
     """A model that was only pretrained goes on with what was said, as one text."""
     asked = {"tools": ask.tools and ask.choice != "none", "response_format": values.get("json_schema")}
@@ -176,7 +185,9 @@ def _continue(talker: Talker, ask: Ask, values: dict[str, Any], prepared: Prepar
             why = f"the model {talker.name!r} was only pretrained: it goes on with text, and knows no {name}"
             raise UserError(f"{name}: {why}; leave it out, or use a chat model", field=name)
     texts = [text_of(m.get("content") or "") for m in ask.messages]
-    prepared.ids = talker.tokenizer.encode("\n\n".join(t for t in (*texts, ask.prefix) if t))
+    text = "\n\n".join(t for t in (*texts, ask.prefix) if t)
+    _check_length(talker, text)
+    prepared.ids = talker.tokenizer.encode(text)
 
 
 def _constrain_to_tools(talker: Talker, d: Dialogue, ask: Ask, values: dict[str, Any]) -> dict[str, dict[str, Any]]:
@@ -194,7 +205,11 @@ def _constrain_to_tools(talker: Talker, d: Dialogue, ask: Ask, values: dict[str,
     grammars, schemas = talker.engine.grammars(), dict[str, dict[str, Any]]()
     for tool in (t["function"] for t in ask.tools):
         strict = bool(tool.get("strict"))
-        schemas[tool["name"]] = grammars.tool_schema(tool["name"], tool.get("parameters") or {}, strict)
+        written = tool.get("parameters") or {}
+        if strict and d.calls.fields and not d.calls.fields.quoted and (path := unenforced(written)):
+            problem = f"tools: {path} of {tool['name']!r} cannot be enforced in this model's format"
+            raise UserError(f"{problem}; leave it out, or strict", field="tools")
+        schemas[tool["name"]] = grammars.tool_schema(tool["name"], written, strict)
     values["grammar"] = d.grammar(schemas, ask.choice, ask.parallel, schema if ask.choice == "auto" else None)
     return schemas
 

@@ -43,7 +43,8 @@ class Grammars:
     def tool_schema(self, name: str, schema: dict[str, Any], strict: bool) -> dict[str, Any]:
         """The schema that a tool's arguments are held to: an object's, without what cannot be enforced. UserError for
         arguments that are no object and, where strict, for what cannot be enforced."""
-        kind = schema.get("type", "object")
+        kind = schema.get("type") or "object"
+        kind = kind.lower() if isinstance(kind, str) else kind  # as Gemini's clients write it
         if kind != "object" and not (isinstance(kind, list) and "object" in kind):
             problem = f"tools: the arguments of {name!r} are of type {kind!r}; a tool takes an object"
             raise UserError(problem, field="tools")
@@ -110,7 +111,9 @@ class Grammars:
 
 
 def _first_line(error: Any) -> str:
-    return str(error).strip().splitlines()[0][:300]
+    lines = [line.strip() for line in str(error).strip().splitlines()] or [""]
+    cause = [line for line in lines[1:] if line.startswith("error:")][:1]  # of a regular expression
+    return " ".join([lines[0], *cause])[:300]
 
 
 class Matcher:
@@ -168,13 +171,14 @@ class Matcher:
             way = self._look(left)
             if way is not None and len(way) > left:
                 token = self._close_instead(token, left)
-        return token, bool(self.matcher.is_stopped() or (left == 0 and self.matcher.is_accepting()))
+        closed = self.closing is not None and not self.closing and self.matcher.is_accepting()
+        return token, bool(self.matcher.is_stopped() or (left == 0 and closed))
 
     def _look(self, left: int) -> list[int] | None:
         """The way out from here, which is taken if it is as long as what is left; sets when to look again."""
         way = self._way_out(left + _SPARE)
         need = len(way) if way is not None else 0
-        if way is not None and need == left:
+        if way and need == left:
             self.closing = way
         self.longest = max(self.longest, need)
         self.check_at = left - 1 if way is not None and left <= 2 * self.longest + 32 else left - 8

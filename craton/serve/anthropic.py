@@ -55,7 +55,7 @@ def messages_of(body: CountTokensRequest) -> list[Json]:
                 message.setdefault("tool_calls", []).append(call)
             elif block.type == "thinking":
                 message["reasoning_content"] = message.get("reasoning_content", "") + block.thinking
-            else:
+            elif block.type != "redacted_thinking":
                 parts.append(block.model_dump())
         if parts or len(message) > 1 or not m.content:
             out.append({**message, "content": parts_of(parts)})

@@ -113,7 +113,9 @@ def _document(app: FastAPI, state: State) -> None:
 
 def explain(errors: Any) -> tuple[str, str | None]:
     """One line about what is wrong with a body, and the field; never with what was in it."""
-    deepest = max(errors, key=lambda e: (e["type"] == "extra_forbidden", len(e["loc"])))
+    nearest = _of_nearest(errors)
+    other = [e for e in nearest if e["type"] == "literal_error" and e["loc"][-1] in ("type", "role")]
+    deepest = max(other or nearest, key=lambda e: (e["type"] == "extra_forbidden", len(e["loc"])))
     path = [str(p) for p in deepest["loc"][1:]]
     # Branches of a union are named in the path; the field is what the client wrote.
     written = deepest["type"] in ("extra_forbidden", "missing")
@@ -125,6 +127,22 @@ def explain(errors: Any) -> tuple[str, str | None]:
         return "the body is not JSON", None
     text = deepest["msg"].removeprefix("Value error, ")
     return f"{name or 'body'}: {text}"[:500], name or None
+
+
+def _of_nearest(errors: Any) -> Any:
+    """The errors of the branch of a union that is most nearly what was written: whose kind fits, with the fewest."""
+    at = next((i for e in errors for i, p in enumerate(e["loc"]) if i and _is_branch(str(p))), None)
+    if at is None:
+        return errors
+    branches: dict[Any, list[Any]] = {}
+    for error in errors:
+        branches.setdefault(error["loc"][: at + 1], []).append(error)
+
+    def far(found: list[Any]) -> tuple[bool, int]:
+        other = ("literal_error", "string_type", "list_type", "model_type", "model_attributes_type", "dict_type")
+        return any(e["type"] in other and len(e["loc"]) <= at + 2 for e in found), len(found)
+
+    return min(branches.values(), key=far)
 
 
 def _is_branch(word: str) -> bool:

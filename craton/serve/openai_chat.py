@@ -58,7 +58,7 @@ def ask_of(body: ChatRequest) -> Ask:
         else:
             allowed = choice.allowed_tools
             choice = [t.function.name for t in allowed.tools], allowed.mode
-    listed = [t.model_dump(exclude_none=True) for t in body.tools or ()]
+    listed = [t.model_dump(exclude_none=True, exclude={"cache_control"}) for t in body.tools or ()]
     tools = dialect.choose_tools(listed, choice, body.parallel_tool_calls is not False)
     sampling, messages = _sampling(body), messages_of([m.model_dump() for m in body.messages])
     effort = body.reasoning_effort or (body.reasoning.effort if body.reasoning else None)

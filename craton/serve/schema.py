@@ -21,6 +21,7 @@ Temperature = Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)]
 TopP = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Penalty = Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False)]
 Stop = Annotated[str, Field(min_length=1, max_length=1000)]
+CallId = Annotated[str, Field(min_length=1, max_length=100_000)]  # some makers put signatures there
 Count = Annotated[int, Field(ge=1, le=2**30)]
 Schema = dict[str, JsonValue]
 Hint = dict[str, JsonValue]  # about caches and transport; no effect: equal beginnings are always shared
@@ -65,7 +66,7 @@ class CalledFunction(Strict):
 
 
 class ToolCall(Strict):
-    id: Annotated[str, Field(min_length=1, max_length=64)]
+    id: CallId
     type: Literal["function"] = "function"
     function: CalledFunction
     index: int | None = None
@@ -90,7 +91,7 @@ class AssistantMessage(Strict):
     reasoning: Text | None = None
     tool_calls: list[ToolCall] | None = None
     name: Text | None = None
-    refusal: None = None
+    refusal: Text | None = None  # no effect: what was said instead is in content
     audio: None = None
     function_call: None = None
     annotations: list[Any] | None = None
@@ -98,8 +99,8 @@ class AssistantMessage(Strict):
 
 class ToolMessage(Strict):
     role: Literal["tool"]
-    content: Text | list[TextPart]
-    tool_call_id: Annotated[str, Field(min_length=1, max_length=64)]
+    content: Text | list[TextPart] | None = None
+    tool_call_id: CallId
     name: Text | None = None
 
 
@@ -116,6 +117,7 @@ class Function(Strict):
 class Tool(Strict):
     type: Literal["function"]
     function: Function
+    cache_control: Hint | None = None
 
 
 class NamedFunction(Strict):

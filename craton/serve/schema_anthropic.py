@@ -4,7 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, JsonValue
 
-from craton.serve.schema import Count, Hint, Model, Name, Schema, Stop, Strict, Text, Thinking, TopP
+from craton.serve.schema import CallId, Count, Hint, Model, Name, Schema, Stop, Strict, Text, Thinking, TopP
 
 
 class AnthropicText(Strict):
@@ -29,7 +29,14 @@ class AnthropicImage(Strict):
 class AnthropicThinking(Strict):
     type: Literal["thinking"]
     thinking: Text
-    signature: Text
+    signature: Text | None = None  # no effect: thinking is as it was written
+
+
+class AnthropicRedacted(Strict):
+    """Of another maker's model; left out."""
+
+    type: Literal["redacted_thinking"]
+    data: Text
 
 
 class DirectCaller(Strict):
@@ -38,7 +45,7 @@ class DirectCaller(Strict):
 
 class AnthropicToolUse(Strict):
     type: Literal["tool_use"]
-    id: Annotated[str, Field(min_length=1, max_length=64)]
+    id: CallId
     name: Name
     input: dict[str, JsonValue]
     cache_control: Hint | None = None
@@ -48,7 +55,7 @@ class AnthropicToolUse(Strict):
 
 class AnthropicToolResult(Strict):
     type: Literal["tool_result"]
-    tool_use_id: Annotated[str, Field(min_length=1, max_length=64)]
+    tool_use_id: CallId
     content: Text | list[Annotated[AnthropicText | AnthropicImage, Field(discriminator="type")]] | None = None
     is_error: bool | None = None
     cache_control: Hint | None = None
@@ -59,9 +66,12 @@ class AnthropicUser(Strict):
     content: Text | list[Annotated[AnthropicText | AnthropicImage | AnthropicToolResult, Field(discriminator="type")]]
 
 
+_Said = AnthropicText | AnthropicThinking | AnthropicRedacted | AnthropicToolUse
+
+
 class AnthropicAssistant(Strict):
     role: Literal["assistant"]
-    content: Text | list[Annotated[AnthropicText | AnthropicThinking | AnthropicToolUse, Field(discriminator="type")]]
+    content: Text | list[Annotated[_Said, Field(discriminator="type")]]
 
 
 AnthropicMessage = Annotated[AnthropicUser | AnthropicAssistant, Field(discriminator="role")]
@@ -73,6 +83,7 @@ class AnthropicTool(Strict):
     description: Text | None = None
     input_schema: Schema
     strict: bool | None = None
+    defer_loading: bool | None = None  # no effect: every tool is shown
     eager_input_streaming: bool | None = None  # no effect: arguments always come as they are made
     cache_control: Hint | None = None
 

@@ -5,6 +5,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from craton.serve.schema import (
+    CallId,
     Count,
     FormatObject,
     FormatText,
@@ -46,7 +47,7 @@ class ItemMessage(Strict):
 class ItemCall(Strict):
     type: Literal["function_call"]
     id: Text | None = None
-    call_id: Annotated[str, Field(min_length=1, max_length=64)]
+    call_id: CallId
     name: Name
     arguments: Text
     status: Literal["in_progress", "completed", "incomplete"] | None = None
@@ -55,7 +56,7 @@ class ItemCall(Strict):
 class ItemOutput(Strict):
     type: Literal["function_call_output"]
     id: Text | None = None
-    call_id: Annotated[str, Field(min_length=1, max_length=64)]
+    call_id: CallId
     output: Text | list[TextPart]
     status: Literal["in_progress", "completed", "incomplete"] | None = None
 
@@ -70,7 +71,7 @@ class ItemReasoning(Strict):
     id: Text | None = None
     summary: list[ReasoningPart]
     content: list[ReasoningPart] | None = None
-    encrypted_content: None = None
+    encrypted_content: Text | None = None  # of another maker's model; left out
     status: Literal["in_progress", "completed", "incomplete"] | None = None
 
 

@@ -4,11 +4,11 @@ import json
 import re
 import secrets
 import string
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from craton.text.fields import Fields, find_first, json_of, literal_end, may_begin
+from craton.text.fields import Fields, find_first, json_of, literal_end, may_begin, properties_of
 
 ID, ID_LENGTH = "\0", 9  # stands for a call's id, nine letters and digits as Mistral's models want
 _TELLING = 3  # characters of a marker that tell it from text
@@ -28,6 +28,12 @@ class CallFormat:
     as_text: bool = False  # it wants arguments as JSON text, not as an object
     no_content: bool = False  # it wants a message that calls to have no content
     fields: Fields | None = None  # arguments are not JSON; middle is "" then
+
+    def openings(self, names: Iterable[str]) -> tuple[str, ...]:
+        """What tells a call from text: the opening or, where that is as good as any text, it and a function's name."""
+        if self.fields is None or not self.fields.quoted:
+            return (self.opening,)
+        return tuple(self.opening + name + self.fields.begin for name in names)
 
     def ends(self, last: str) -> tuple[str, ...]:
         """How a call may end whose arguments end with `last`."""
@@ -67,6 +73,7 @@ class Parser:
         self.depth, self.quoted, self.escaped = 0, False, False
         self.name, self.key, self.fields = "", "", 0  # of a call whose arguments are not JSON
         self.cut = False
+        self.openings = calls.openings(self.schemas) if calls else ()
 
     def feed(self, text: str, last: bool = False, cut: bool = False) -> Iterator[Part]:
         """The parts that more text makes certain. last: no more comes. cut: because no more was allowed."""
@@ -94,7 +101,7 @@ class Parser:
 
     def _think(self, last: bool) -> Iterator[Part]:
         assert self.markers
-        yield from self._until(self.markers[1], last, "reasoning", "gap")
+        yield from self._until((self.markers[1],), last, "reasoning", "gap")
 
     def _gap(self, last: bool, then: str = "content") -> Iterator[Part]:
         """White space between thinking and answer belongs to neither."""
@@ -110,20 +117,24 @@ class Parser:
                 yield Part("content", self.buffer)
             self.buffer = ""
         else:
-            yield from self._until(self.calls.opening, last, "content", "name")
+            named = self.calls.opening if self.calls.fields else ""  # the function's name is still to be read
+            yield from self._until(self.openings, last, "content", "name", named)
 
-    def _until(self, marker: str, last: bool, kind: str, then: str) -> Iterator[Part]:
-        """Everything before the marker is of a kind; white space just before it is dropped, as templates do."""
-        found = _pattern(marker).search(self.buffer)
+    def _until(self, markers: tuple[str, ...], last: bool, kind: str, then: str, opening: str = "") -> Iterator[Part]:
+        """Everything before the first of the markers is of a kind; white space just before it is dropped, as templates
+        do. opening: of the marker no more than this is done with."""
+        found = min((m for m in (_pattern(k).search(self.buffer) for k in markers) if m), key=_start, default=None)
         if found:
-            text, self.buffer, self.state = self.buffer[: found.start()].rstrip(), self.buffer[found.end() :], then
+            end = found.start() + len(opening) if opening else found.end()
+            text, self.buffer, self.state = self.buffer[: found.start()].rstrip(), self.buffer[end:], then
         else:
             end = len(self.buffer)
-            begun = _may_begin(self.buffer, marker) if self.cut and kind == "content" else 0
+            kept = max((_may_begin(self.buffer, m) for m in markers), default=0)
+            begun = kept if self.cut and kind == "content" else 0
             if begun >= _TELLING:  # a call that was cut off in its opening
                 end = len(self.buffer[: end - begun].rstrip())
             if not last:  # what may begin the marker is kept, and the white space before it
-                end = len(self.buffer[: end - _may_begin(self.buffer, marker)].rstrip())
+                end = len(self.buffer[: end - kept].rstrip())
             text, self.buffer = self.buffer[:end], self.buffer[end:]
         if text:
             yield Part(kind, text)
@@ -180,7 +191,7 @@ class Parser:
             self.buffer = "" if last else self.buffer
             return
         at, option = found
-        schema = (self.schemas.get(self.name, {}).get("properties") or {}).get(self.key)
+        schema = properties_of(self.schemas.get(self.name, {}))[0].get(self.key)
         value = json_of(self.buffer[:at], f.quoted, schema)
         start = "{" if not self.fields else ", "
         self.fields += 1
@@ -223,6 +234,10 @@ class Parser:
 def new_id() -> str:
     """An id for a call."""
     return "".join(secrets.choice(string.ascii_letters + string.digits) for _ in range(ID_LENGTH))
+
+
+def _start(match: re.Match[str]) -> int:
+    return match.start()
 
 
 def _pattern(literal: str) -> re.Pattern[str]:

@@ -17,7 +17,7 @@ def forms(messages: Messages) -> Iterator[Messages]:
     """A conversation as it is, then each form that differs from those before it."""
     shown = [messages]
     yield messages
-    steps = (_short_ids, _one_call_each, _merged, _late_system_as_user, _system_as_user)
+    steps = (_short_ids, _one_call_each, _merged, _late_system_as_user, _system_as_user, _answered)
     for step in steps:
         changed = step(shown[-1])
         if changed != shown[-1]:
@@ -25,10 +25,23 @@ def forms(messages: Messages) -> Iterator[Messages]:
             yield changed
 
 
-def system_texts(messages: Messages) -> list[str]:
-    """What a prompt must hold of the system messages: a template may leave them out without a word."""
+def must_show(messages: Messages) -> list[str]:
+    """What a prompt must hold, since a template may leave it out without a word: what the system says, and each of
+    several calls."""
     texts = [str(m.get("content") or "").strip() for m in messages if m["role"] == "system"]
-    return [text.splitlines()[0][:200].strip() for text in texts if text]
+    shown = [text.splitlines()[0][:200].strip() for text in texts if text]
+    for m in messages:
+        calls = m.get("tool_calls") or ()
+        for call in calls if len(calls) > 1 else ():
+            shown += [text for text in _leaves(call["function"]["arguments"]) if text.strip()]
+    return shown
+
+
+def _leaves(value: Any) -> list[str]:
+    """Texts and numbers in the arguments of a call."""
+    if isinstance(value, dict | list):
+        return [leaf for v in (value.values() if isinstance(value, dict) else value) for leaf in _leaves(v)]
+    return [str(value)[:200]] if isinstance(value, str | int) and not isinstance(value, bool) else []
 
 
 def _short_ids(messages: Messages) -> Messages:
@@ -78,8 +91,10 @@ def _merged(messages: Messages) -> Messages:
     """Neighbours of the same role as one message."""
     out: Messages = []
     for m in messages:
-        plain = set(m) <= {"role", "content", "tool_calls", "reasoning_content"} and m["role"] != "tool"
-        if plain and out and out[-1]["role"] == m["role"]:
+        plain = set(m) <= {"role", "content", "tool_calls", "reasoning_content", "thinking", "name"}
+        if name := m.get("name") if plain and m["role"] == "user" else None:
+            m = {"role": "user", "content": f"{name}: {m.get('content') or ''}"}
+        if plain and m["role"] != "tool" and out and out[-1]["role"] == m["role"]:
             before = out[-1]
             texts = [t for t in (before.get("content"), m.get("content")) if t]
             calls = [*(before.get("tool_calls") or ()), *(m.get("tool_calls") or ())]
@@ -97,3 +112,26 @@ def _late_system_as_user(messages: Messages) -> Messages:
 
 def _system_as_user(messages: Messages) -> Messages:
     return _merged([{**m, "role": "user"} if m["role"] == "system" else m for m in messages])
+
+
+def _answered(messages: Messages) -> Messages:
+    """Every call has a result, every result a call, and what the user says after a result goes with it."""
+    out: Messages = []
+    waiting: list[str] = []  # calls without a result
+    for m in messages:
+        role = m["role"]
+        if role != "tool":
+            out += [{"role": "tool", "tool_call_id": i, "content": "(no result)"} for i in waiting]
+            waiting = [c["id"] for c in m.get("tool_calls") or () if "id" in c]
+        elif m.get("tool_call_id") in waiting:
+            waiting.remove(m["tool_call_id"])
+        elif not out or out[-1]["role"] != "tool":  # of no call
+            role, m = "user", {"role": "user", "content": m.get("content") or ""}
+        if role == "assistant" and all(o["role"] == "system" for o in out):
+            out.append({"role": "user", "content": ""})
+        if role == "user" and out and out[-1]["role"] == "tool":
+            out[-1] = {**out[-1], "content": f"{out[-1].get('content') or ''}\n\n{m.get('content') or ''}"}
+        else:
+            out.append(m)
+    out += [{"role": "tool", "tool_call_id": i, "content": "(no result)"} for i in waiting]
+    return _merged(out)

@@ -9,13 +9,13 @@ format.
 import json
 import os.path
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from craton.base import UserError
 from craton.text import fields, harmony
 from craton.text.calls import HERMES, ID, ID_PATTERN, CallFormat, Parser
-from craton.text.conform import forms, system_texts
+from craton.text.conform import forms, must_show
 from craton.text.harmony import ANALYSIS, END, FINAL, MARKS, HarmonyParser, is_harmony
 from craton.text.messages import text_of
 from craton.text.tokenizer import Tokenizer
@@ -92,14 +92,14 @@ class Dialogue:
         """The prompt, of the first form of the conversation that the template takes and shows whole. UserError of the
         first, if it takes none."""
         made, problem = None, None
-        texts = system_texts(messages)
+        texts = must_show(messages)
         for form in forms(messages):
             try:
                 prompt = self.tokenizer.render_chat(form, tools, True, **more)
             except UserError as error:
                 problem = problem or error
                 continue
-            if all(text in prompt for text in texts):
+            if all(text in prompt or json.dumps(text, ensure_ascii=False)[1:-1] in prompt for text in texts):
                 return prompt
             made = made or prompt
         if made is None:
@@ -190,8 +190,10 @@ class Dialogue:
             lines.append(f"start: /\\n?/ {self._lark(f.opening)} {tail}")
         elif schema is not None:
             lines += [f"start: answer | {self._lark(f.opening)} {tail}", f"answer: %json {_exact(schema)}"]
+        elif f.fields and f.fields.quoted:
+            lines += self._called_by_name(tools, f, f"{more} {self._lark(f.closing)}")
         else:  # the opening as text, or as the tokens that text cannot contain
-            trigger = "".join(c if c.isalnum() or ord(c) > 127 else f"\\x{ord(c):02X}" for c in opening)
+            trigger = _as_regex(opening)
             tokens = f" | TEXT? {self._lark(f.opening)} {tail}" if self._added(opening) else ""
             lines += [
                 f"start: TEXT | pre {self._lark(f.opening[len(opening) :])} {tail}{tokens}",
@@ -199,6 +201,19 @@ class Dialogue:
                 f"pre[lazy]: /(?s:.*){trigger}/",
             ]
         return "\n".join(lines)
+
+    def _called_by_name(self, tools: dict[str, dict[str, Any]], f: CallFormat, tail: str) -> list[str]:
+        """Rules of text or calls where only a function's name tells them apart."""
+        assert f.fields
+        begin, starts, lines = f.fields.begin, list[str](), list[str]()
+        rest = replace(f.fields, first=f.fields.first[len(begin) :], empty=f.fields.empty[len(begin) :])
+        for i, (name, parameters) in enumerate(tools.items()):
+            arguments, own = fields.rules(len(tools) + i, parameters, rest, self._lark)
+            starts.append(f"pre{i} {arguments} {tail}")
+            lines += [*own, f"pre{i}[lazy]: /(?s:.*){_as_regex(f.opening + name + begin)}/"]
+        triggers = "|".join(_as_regex(opening) for opening in f.openings(tools))
+        lines.append(f"TEXT: /(?s:.*)/ & ~/(?s:.*)({triggers})(?s:.*)/")
+        return [f"start: TEXT | {' | '.join(starts)}", *lines]
 
     def _added(self, text: str) -> dict[str, int]:
         """Added tokens whose names are in a text."""
@@ -215,17 +230,23 @@ class Dialogue:
         return " ".join(out)
 
 
+def _as_regex(text: str) -> str:
+    """A literal text in a regular expression of Lark's."""
+    return "".join(c if c.isalnum() or ord(c) > 127 else f"\\x{ord(c):02X}" for c in text)
+
+
 def _exact(schema: str) -> str:
     """A JSON schema for a grammar, without spaces that it does not ask for."""
     return json.dumps({**json.loads(schema), "x-guidance": {"whitespace_flexible": False}})
 
 
 def _object(call: dict[str, Any]) -> Any:
+    """A call's arguments for a template: what is no JSON, such as a call that was cut off, in an object of its own."""
+    written = call["function"]["arguments"] or "{}"
     try:
-        return json.loads(call["function"]["arguments"] or "{}")
+        return json.loads(written)
     except json.JSONDecodeError:
-        message = f"messages: the arguments of tool call {call.get('id')!r} are not JSON"
-        raise UserError(message, field="messages") from None
+        return {"invalid_json": written}
 
 
 # ---- learning the format from the template ----------------------------------------------------------------------

@@ -43,9 +43,9 @@ class HarmonyParser:
 
     def _header(self, last: bool) -> Iterator[Part]:
         """Who speaks to whom in which channel, until the message begins."""
-        text = self.buffer.removeprefix(START).removeprefix("assistant")
-        starts = (CHANNEL, " to=", START + "assistant")
-        if not any(text.startswith(s) or s.startswith(text) or s.startswith(self.buffer) for s in starts):
+        if not any(
+            self.buffer.startswith(s) or s.startswith(self.buffer) for s in (START, CHANNEL, " to=", "assistant")
+        ):
             self.state = "content"  # a model that does not keep to the format
             return
         head, found, rest = self.buffer.partition(MESSAGE)

@@ -97,15 +97,16 @@ class Tokenizer:
 
     def encode(self, text: str) -> list[int]:
         """Ids as the published tokenizer gives them, with the special tokens it adds at the start."""
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise UserError("the text holds bytes that are not UTF-8") from None
         return self._ids(text, True)
 
     def decode(self, ids: list[int]) -> str:
         """Text of ids, special tokens left out."""
         return self.backend.decode(ids, skip_special_tokens=True)
+
+    @cached_property
+    def longest_token(self) -> int:
+        """Characters of text that a token stands for, at most."""
+        return max(map(len, self.backend.get_vocab(with_added_tokens=True)))
 
     @cached_property
     def special_ids(self) -> frozenset[int]:
@@ -118,6 +119,10 @@ class Tokenizer:
 
     def _ids(self, text: str, add_special: bool) -> list[int]:
         """Long texts by the call that lets other threads run meanwhile, which is slower for short ones."""
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise UserError("the text holds halves of characters (lone surrogates); leave them out") from None
         if len(text) < _LONG:
             return self.backend.encode(text, add_special_tokens=add_special).ids
         return self.backend.encode_batch([text], add_special_tokens=add_special)[0].ids

@@ -49,7 +49,7 @@ def test_packed_linear(bits, rows, cols, tokens):
     for t in range(tokens):
         assert torch.equal(rounding(layer, x[t : t + 1])[0], y[t])
     exact = layer(x)
-    torch.testing.assert_close(exact, x @ unpacked(values, scales, bits).t(), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(exact, x @ unpacked(values, scales, bits).t(), atol=5e-5, rtol=1e-4)
 
 
 @settings(deadline=None, max_examples=40)

@@ -137,8 +137,8 @@ def test_llm_comply(server, form):
     )
     results = json.loads(done.stdout)
     rows = results["results"] if isinstance(results, dict) else results
-    failed = [r for r in rows if r["status"] == "failed"]
-    assert len(rows) >= 9 and all("cannot see pictures" in json.dumps(r) for r in failed) and len(failed) < 2, failed
+    failed = [r["id"] for r in rows if r["status"] == "failed"]
+    assert len(rows) >= 9 and [f for f in failed if not f.endswith("image-input")] == [], failed
 
 
 # ---- what once went wrong ---------------------------------------------------------------------------------------
@@ -300,3 +300,40 @@ def test_cached_tokens_from_the_start(server):
         first["cache_read_input_tokens"] == last["cache_read_input_tokens"] > 16
         and first["input_tokens"] == last["input_tokens"]
     )
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "field"),
+    [
+        (
+            "chat/completions",
+            {"tool_choice": {"type": "function", "function": {"name": "a b"}}},
+            "tool_choice.function.name",
+        ),
+        ("responses", {"input": []}, "input"),
+        ("responses", {"input": "x", "tools": [{"type": "custom", "name": "p", "format": {}}]}, "tools.0.type"),
+        (
+            "messages",
+            {"max_tokens": 3, "tools": [{"type": "web_search_20250305", "name": "w", "max_uses": 5}]},
+            "tools.0.type",
+        ),
+    ],
+)
+def test_the_field_at_fault_is_named(server, path, body, field):
+    messages = {} if path == "responses" else {"messages": [{"role": "user", "content": "x"}]}
+    got = server.post(f"/v1/{path}", json={"model": "chat", **messages, **body})
+    assert got.status_code == 400 and field in got.json()["error"]["message"], got.text
+
+
+def test_text_with_tools_that_is_cut_says_so(server):
+    """Half an answer must not look like a whole one, whether or not it could have called."""
+    tool = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
+    talk = [{"role": "user", "content": "Say hello."}]
+    for more in ({}, {"tools": [tool]}):
+        body = {"model": "wild", "messages": talk, "max_tokens": 5, "logit_bias": {}, **more}
+        got = server.post("/v1/chat/completions", json={**body, "temperature": 0}).json()
+        if got["usage"]["completion_tokens"] == 5:
+            assert got["choices"][0]["finish_reason"] == "length"
+    half = {"role": "assistant", "tool_calls": [{"id": "a", "function": {"name": "f", "arguments": '{"a":"\\ud83d"}'}}]}
+    got = server.post("/v1/chat/completions", json={"model": "chat", "messages": [*talk, half], "max_tokens": 2})
+    assert got.status_code == 400 and "surrogates" in got.json()["error"]["message"]
