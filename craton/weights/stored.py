@@ -1,7 +1,8 @@
 """Weights as they lie in a folder: plain, or in one of the published compressed forms.
 
-DeepSeek V3's FP8 blocks and gpt-oss's MXFP4 are turned into bf16 on loading. The integer form that `craton quantize`
-writes is the pack-quantized layout of compressed-tensors, which vLLM and transformers read too; it stays packed.
+FP8 (DeepSeek V3's blocks, compressed-tensors by tensors or rows) and gpt-oss's MXFP4 are turned into bf16 on loading.
+The integer form that `craton quantize` writes is the pack-quantized layout of compressed-tensors, which vLLM and
+transformers read too; it stays packed, whatever columns share a scale.
 """
 
 from collections.abc import Iterable
@@ -20,7 +21,8 @@ from craton.model.packed import GROUP, OF_BITS, PackedLinear, PackedMatrix, bloc
 @dataclass(frozen=True)
 class Scheme:
     kind: str  # "plain", "fp8", "mxfp4" or "packed"
-    block: tuple[int, int] = (128, 128)  # rows and columns that share a scale (fp8)
+    block: tuple[int, int] | None = (128, 128)  # rows and columns that share a scale (fp8); None: all, or all of a row
+    scale: str = "_scale_inv"  # what a scale's name ends with (fp8)
 
 
 def scheme(raw: Any, path: Path) -> Scheme:
@@ -33,6 +35,8 @@ def scheme(raw: Any, path: Path) -> Scheme:
     method = raw.get("quant_method")
     if method == "fp8":
         block = raw.get("weight_block_size")
+        if block is None:
+            return Scheme("fp8", None)
         if not (isinstance(block, list) and len(block) == 2 and all(isinstance(b, int) and b > 0 for b in block)):
             raise UserError(f"{where}.weight_block_size is {block!r}; only blocks of two sizes are supported")
         return Scheme("fp8", (block[0], block[1]))
@@ -40,16 +44,17 @@ def scheme(raw: Any, path: Path) -> Scheme:
         return Scheme("mxfp4")
     if method == "compressed-tensors":
         groups: Any = raw.get("config_groups")
-        wrong = raw.get("format") != "pack-quantized" or not isinstance(groups, dict) or not groups
-        if wrong or not all(_understood(group) for group in groups.values()):
-            raise UserError(
-                f"{where}: of compressed-tensors only symmetric pack-quantized weights of 4 or 8 bits in groups of 32 "
-                "are supported"
-            )
-        return Scheme("packed")
+        own = list(groups.values()) if isinstance(groups, dict) else []
+        if own and raw.get("format") == "pack-quantized" and all(_packs(group) for group in own):
+            return Scheme("packed")
+        if own and raw.get("format") == "float-quantized" and all(_is_fp8(group) for group in own):
+            return Scheme("fp8", None, "_scale")
+        raise UserError(
+            f"{where}: of compressed-tensors only symmetric pack-quantized weights of 4 or 8 bits, in groups of 32 or "
+            "a multiple or by rows, and float-quantized ones of 8 bits, by tensors or rows, are supported"
+        )
     raise UserError(
-        f"{where}.quant_method {method!r} is not supported; supported: 'fp8' in blocks, 'mxfp4', "
-        "'compressed-tensors' with 4 or 8 bits in groups of 32"
+        f"{where}.quant_method {method!r} is not supported; supported: 'fp8', 'mxfp4' and 'compressed-tensors'"
     )
 
 
@@ -58,16 +63,24 @@ _METHOD = dict(quant_method="compressed-tensors", format="pack-quantized", quant
 _PARTS = ("weight_packed", "weight_scale", "weight_shape")  # of a packed projection
 
 
-def _understood(group: Any) -> bool:
+def _packs(group: Any) -> bool:
     """Whether a group of compressed-tensors is symmetric weights of 4 or 8 bits in the order of their columns."""
     weights = group.get("weights") if isinstance(group, dict) else None
-    return (
-        isinstance(weights, dict)
-        and all(weights.get(k) == v for k, v in _WEIGHTS.items())
-        and weights.get("num_bits") in (4, 8)
-        and weights.get("actorder") not in ("group", "dynamic")
-        and not group.get("input_activations")
-    )
+    if not isinstance(weights, dict) or weights.get("num_bits") not in (4, 8) or weights.get("type") != "int":
+        return False
+    size = weights.get("group_size")
+    grouped = weights.get("strategy") == "group" and isinstance(size, int) and size > 0 and size % GROUP == 0
+    ordered = weights.get("actorder") not in ("group", "dynamic")
+    whole = grouped or weights.get("strategy") == "channel"
+    return bool(whole and weights.get("symmetric") and ordered and not group.get("input_activations"))
+
+
+def _is_fp8(group: Any) -> bool:
+    """Whether a group of compressed-tensors is weights of 8-bit floats; what it rounds activations to is left out."""
+    weights = group.get("weights") if isinstance(group, dict) else None
+    if not isinstance(weights, dict) or weights.get("num_bits") != 8 or weights.get("type") != "float":
+        return False
+    return bool(weights.get("symmetric")) and weights.get("strategy") in ("tensor", "channel")
 
 
 def describe(bits: dict[str, int], ignored: list[str]) -> dict[str, Any]:
@@ -95,17 +108,21 @@ def read_packed(tensors: Any, name: str) -> tuple[Tensor, Tensor, int]:
             raise UserError(f"{tensors.folder}: tensor {name}.{part} is missing")
     words, scales = tensors.get(f"{name}.weight_packed"), tensors.get(f"{name}.weight_scale")
     shape = tensors.get(f"{name}.weight_shape").tolist()
-    bits = words.shape[1] // max(1, scales.shape[1]) if words.ndim == scales.ndim == 2 else 0
+    fits = words.dtype == torch.int32 and words.ndim == scales.ndim == 2 and len(shape) == 2 and shape[1] > 0
+    bits = words.shape[1] * 32 // shape[1] if fits else 0
+    each = shape[1] // max(1, scales.shape[1]) if fits else 0  # columns that share a scale
     if (
-        words.dtype != torch.int32
+        not fits
         or bits not in (4, 8)
-        or shape != [words.shape[0], scales.shape[1] * GROUP]
-        or tuple(words.shape) != (scales.shape[0], bits * scales.shape[1])
+        or each % GROUP
+        or tuple(words.shape) != (shape[0], bits * shape[1] // 32)
+        or tuple(scales.shape) != (shape[0], shape[1] // max(1, each))
     ):
         raise UserError(
-            f"{tensors.folder}: {name} is not packed in 4 or 8 bits in groups of {GROUP}: {tuple(words.shape)} "
-            f"values, {tuple(scales.shape)} scales"
+            f"{tensors.folder}: {name} is not packed in 4 or 8 bits in groups of {GROUP} or a multiple: "
+            f"{tuple(words.shape)} values, {tuple(scales.shape)} scales"
         )
+    scales = scales.repeat_interleave(each // GROUP, 1)
     if not scales.half().isfinite().all():
         scale = f"{name}.weight_scale"
         raise UserError(f"{tensors.folder}: {scale} holds NaN or values that fp16 cannot hold; the file is damaged")
@@ -146,7 +163,7 @@ def prepare(scheme: Scheme, network: Decoder, shapes: dict[str, tuple[int, ...]]
         read |= {f"{name}.{part}" for name in packed_names(shapes) for part in _PARTS}
         return {n: s for n, s in shapes.items() if n not in read}
     if scheme.kind == "fp8":
-        return {n: s for n, s in shapes.items() if not n.endswith("_scale_inv")}
+        return {n: s for n, s in shapes.items() if not n.endswith((scheme.scale, "input_scale"))}
     out = dict(shapes)
     if scheme.kind == "mxfp4":
         for name, shape in shapes.items():
@@ -171,14 +188,19 @@ def get(scheme: Scheme, tensors: Any, name: str) -> Tensor:
         return from_mxfp4(tensors.get(name + "_blocks"), tensors.get(name + "_scales"))
     tensor: Tensor = tensors.get(name)
     if tensor.dtype == torch.float8_e4m3fn:
-        if name + "_scale_inv" not in tensors.files:
-            raise UserError(f"{tensors.folder}: tensor {name} is FP8 but {name}_scale_inv is missing")
-        return from_fp8(tensor, tensors.get(name + "_scale_inv"), scheme.block)
+        if name + scheme.scale not in tensors.files:
+            raise UserError(f"{tensors.folder}: tensor {name} is FP8 but {name}{scheme.scale} is missing")
+        return from_fp8(tensor, tensors.get(name + scheme.scale), scheme.block)
     return tensor
 
 
-def from_fp8(weight: Tensor, scale: Tensor, block: tuple[int, int]) -> Tensor:
-    """weight (rows, columns) in e4m3, scale (rows / block, columns / block) -> bf16. arXiv 2412.19437 section 3.3."""
+def from_fp8(weight: Tensor, scale: Tensor, block: tuple[int, int] | None) -> Tensor:
+    """weight (rows, columns) in e4m3, scale (rows / block, columns / block) -> bf16. arXiv 2412.19437 section 3.3.
+    block None: scale () or (1,), or (rows, 1)."""
+    if block is None:
+        if scale.numel() not in (1, weight.shape[0]):
+            raise UserError(f"an FP8 weight of shape {tuple(weight.shape)} has scales of shape {tuple(scale.shape)}")
+        return (weight.float() * scale.float().reshape(-1, 1)).bfloat16()
     wide = scale.float().repeat_interleave(block[0], 0)[: weight.shape[0]]
     wide = wide.repeat_interleave(block[1], 1)[:, : weight.shape[1]]
     if wide.shape != weight.shape:
