@@ -2,6 +2,8 @@
 
 import contextlib
 import copy
+import ctypes
+import sys
 from collections.abc import Iterator
 
 import torch
@@ -29,6 +31,13 @@ def free_memory() -> int:
         return 8 << 30
 
 
+def _give_back() -> None:
+    """What loading needed for a moment goes back to the system; glibc keeps it otherwise."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
+    if trim is not None:
+        trim(0)
+
+
 class Runner:
     """A network with its cache. On a CPU with the engine's kernels whole steps run in one call where the family
     allows it, else module by module; on a GPU, PyTorch. An answer's bits do not depend on its neighbours on a CPU."""
@@ -54,6 +63,7 @@ class Runner:
         if on_cpu and narrow and (self.fused is None or self.packed):
             shared: dict[int, object] = {id(m): m for m in network.modules() if isinstance(m, PackedMatrix)}
             self.network = copy.deepcopy(network, shared).float()
+        _give_back()
 
     @contextlib.contextmanager
     def exactly(self) -> Iterator[None]:

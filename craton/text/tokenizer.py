@@ -130,7 +130,7 @@ class Tokenizer:
     @cached_property
     def drops_first_space(self) -> bool:
         """Whether `decode` leaves out a space that the first token begins with, as SentencePiece does."""
-        decoder = json.dumps(json.loads(self.backend.to_str())["decoder"])
+        decoder = _written(self.backend.decoder)
         return '"Strip"' in decoder or '"Metaspace"' in decoder
 
     @cached_property
@@ -183,8 +183,7 @@ class Tokenizer:
     @cached_property
     def _stand_ins(self) -> dict[str, int]:
         """The bytes that characters in the names of byte-level tokens stand for; {} where tokens are not of bytes."""
-        state = json.loads(self.backend.to_str())
-        level = "ByteLevel" in json.dumps([state["pre_tokenizer"], state["decoder"]])
+        level = "ByteLevel" in _written(self.backend.pre_tokenizer) + _written(self.backend.decoder)
         return {c: b for b, c in formats.byte_to_unicode().items()} if level else {}
 
     def _named(self, name: str) -> bytes:
@@ -253,6 +252,11 @@ class Tokenizer:
             return self.backend.encode(text, add_special_tokens=False).ids
         finally:  # others use this tokenizer too
             self.backend.encode_special_tokens = before
+
+
+def _written(part: Any) -> str:
+    """A part of a tokenizer in JSON; the whole would be a hundred megabytes for a large vocabulary."""
+    return "" if part is None else part.__getstate__().decode()
 
 
 def _template_files(folder: Path) -> list[dict[str, str]]:
