@@ -11,7 +11,7 @@ from typing import Any
 
 from craton.base import UserError, read_json, read_text
 from craton.engine.engine import Engine, too_long
-from craton.engine.model import load_model
+from craton.engine.model import load_model, single_file
 from craton.engine.request import Completion, EngineEvent, Reasoning, Sampling, TokenLogprob
 from craton.engine.structured import Matcher
 from craton.text import dialogue
@@ -25,6 +25,8 @@ from craton.text.tokenizer import Tokenizer
 # Tokens of thinking that OpenAI's efforts allow. None: as long as the model wants.
 EFFORT: dict[str, int | None] = {"minimal": 256, "low": 1024, "medium": 4096, "high": None, "xhigh": None, "max": None}
 NEUTRAL = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+# GGUF files say nothing of sampling: as llama.cpp, which they are made for.
+_OF_GGUF = {"temperature": 0.8, "top_k": 40, "top_p": 0.95, "min_p": 0.05}
 _FORMS = ("json_schema", "regex", "choice", "grammar")
 
 
@@ -46,13 +48,15 @@ def open_talker(name: str, path: str, chat_template: Path | None = None, **optio
     options: of load_model. UserError as load_model raises it."""
     if not Path(path).exists() and "+" in path:
         path, _, options["adapter"] = path.partition("+")
-    model, folder = load_model(path, **options), Path(path)
+    model, folder = load_model(path, **options), single_file(Path(path))
     found, defaults, pretrained = None, dict[str, float](), False
     if chat_template is not None:
         model.tokenizer.config["chat_template"] = read_text(chat_template)
     if model.tokenizer.chat_template is not None:
         found = dialogue.learn(model.tokenizer, model.network.config.eos_token_ids)
-    if folder.is_dir():
+    if folder.suffix == ".gguf":
+        defaults = dict(_OF_GGUF)
+    elif folder.is_dir():
         defaults = _defaults(folder / "generation_config.json")
         record = folder / "record.json"
         pretrained = record.is_file() and read_json(record).get("objective") == "pretraining"

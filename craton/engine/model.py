@@ -51,7 +51,7 @@ class Model:
 def load_model(path: str, device: str = "cpu", adapter: str | None = None, **engine_options: Any) -> Model:
     """Open a model folder or a GGUF file. Raises UserError naming what is missing or damaged. adapter: a folder with a
     LoRA adapter, merged into the weights. engine_options: see Engine."""
-    folder = _single_file(Path(path))
+    folder = single_file(Path(path))
     if folder.suffix == ".gguf":
         from craton.weights import gguf  # its package takes half a second to import
 
@@ -71,7 +71,7 @@ def load_model(path: str, device: str = "cpu", adapter: str | None = None, **eng
     return Model(network, tokenizer, engine_options)
 
 
-def _single_file(path: Path) -> Path:
+def single_file(path: Path) -> Path:
     """The GGUF file of a folder that holds one instead of config.json; else the path itself."""
     files = [] if (path / "config.json").exists() else sorted(path.glob("*.gguf"))
     later = re.compile(r"-(?!00001)\d{5}-of-\d{5}\.gguf$")  # parts, for all of which the first stands
