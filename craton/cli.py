@@ -290,7 +290,9 @@ def pull(
 
 @app.command()
 def inspect(
-    model: Annotated[Path, Argument(metavar="MODEL", help="A model folder; config.json is enough without --prompt.")],
+    model: Annotated[
+        Path, Argument(metavar="MODEL", help="A folder or GGUF file; config.json is enough without --prompt.")
+    ],
     context: Annotated[int | None, Option(help="Tokens a sequence, for the memory; at most 4096 if left out.")] = None,
     batch: Annotated[int, Option(help="Sequences at once, for the memory.")] = 1,
     prompt: Annotated[str | None, Option(help="Write a page on what the model computes for this text.")] = None,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from craton.base import UserError, count, say, write_text
-from craton.engine.model import Model
+from craton.engine.model import Model, single_file
 from craton.model import modes
 from craton.model.cache import bytes_per_token
 from craton.model.config import ModelConfig
@@ -76,16 +76,26 @@ def meaning(config: ModelConfig) -> list[str]:
     return out
 
 
+def _described(folder: Path) -> tuple[ModelConfig, int]:
+    """The configuration of a folder or a GGUF file, and the bytes of its weights."""
+    path = single_file(folder)
+    if path.suffix == ".gguf":
+        from craton.weights import gguf  # its package takes half a second to import
+
+        return gguf.config_of(path)
+    return read_config(folder), sum(p.stat().st_size for p in folder.glob("*.safetensors"))
+
+
 def inspect(folder: Path, context: int | None, batch: int) -> dict[str, Any]:
-    """Prints and returns the facts; needs config.json alone. UserError for a context or batch that makes no sense."""
-    config = read_config(folder)
+    """Prints and returns the facts; needs a GGUF file or config.json alone. UserError for a context or batch that makes
+    no sense."""
+    config, stored = _described(folder)
     most = config.max_position_embeddings
     context = min(most, 4096) if context is None else context
     if not 1 <= context <= most or batch < 1:
         raise UserError(f"--context is {context} and --batch {batch}; the model's context is {most}")
     by_part, each = parts(config), bytes_per_token(config)
     total = sum(by_part.values())
-    stored = sum(p.stat().st_size for p in folder.glob("*.safetensors"))
     weights = {"fp32": 4 * total, "bf16": 2 * total, "8 bits": total * 17 // 16, "4 bits": total * 9 // 16}
     cache = each * context * batch
     active = config.matrix_parameters

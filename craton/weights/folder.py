@@ -31,9 +31,12 @@ def read_config(folder: Path) -> ModelConfig:
 
 
 def _read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
+    path = folder / "config.json"
+    if folder.suffix == ".gguf" or (not path.is_file() and any(folder.glob("*.gguf"))):
+        problem = "a GGUF file, which inspect, generate, chat and serve take; this needs the folder it was made from"
+        raise UserError(f"{folder}: {problem}")
     if not folder.is_dir():
         raise UserError(f"{folder}: no such model folder")
-    path = folder / "config.json"
     if path.is_file() and path.stat().st_size > 10 << 20:
         raise UserError(f"{path}: {count(path.stat().st_size)}B is no model configuration")
     raw = read_json(path)

@@ -5,6 +5,7 @@ its tensors are; Gemma's norms have their 1 added there. gguf_write.py is the ot
 """
 
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -13,6 +14,7 @@ from gguf import GGMLQuantizationType as Type
 from torch import Tensor, nn
 
 from craton.base import Progress, UserError, count, say
+from craton.model.config import ModelConfig
 from craton.model.decoder import Decoder, Experts, Linear
 from craton.model.packed import PackedEmbedding, PackedLinear, PackedMatrix, can_pack, replace
 from craton.text.tokenizer import Tokenizer
@@ -26,16 +28,27 @@ _PLAIN = {Type.F32: torch.float32, Type.F16: torch.float16, Type.BF16: torch.bfl
 
 def read(path: Path) -> tuple[Decoder, Tokenizer]:
     """Network and tokenizer of a GGUF file. UserError if it is damaged, or of a kind that is not read here."""
-    fields, tensors = open_gguf(path)
-    freqs = None
-    if (held := tensors.get("rope_freqs.weight")) is not None:
-        freqs = _plain(held.data, held.tensor_type, held.shape, path).float()
-    config = read_config(path, fields, {name: t.shape for name, t in tensors.items()}, freqs)
+    config, fields, tensors = _opened(path)
     tokenizer = read_tokenizer(path, fields)
     with torch.device("meta"):
         network = Decoder(config)
     _Filling(path, network, fields["general.architecture"], tensors).run()
     return network.eval(), tokenizer
+
+
+def config_of(path: Path) -> tuple[ModelConfig, int]:
+    """What a file says of its model, and the bytes of its weights. UserError as `read`."""
+    config, _, tensors = _opened(path)
+    return config, sum(t.n_bytes for t in tensors.values())
+
+
+def _opened(path: Path) -> tuple[ModelConfig, dict[str, Any], dict[str, Stored]]:
+    fields, tensors = open_gguf(path)
+    freqs = None
+    if (held := tensors.get("rope_freqs.weight")) is not None:
+        freqs = _plain(held.data, held.tensor_type, held.shape, path).float()
+    config = read_config(path, fields, {name: t.shape for name, t in tensors.items()}, freqs)
+    return config, fields, tensors
 
 
 class _Filling:

@@ -446,3 +446,15 @@ def test_pre_tokenizers(llama_cpp, tmp_path):
         ours = read_tokenizer(path, open_gguf(path)[0])
         for line in HARD_LINES:
             assert ours.encode(line) == theirs.tokenize(line.encode(), add_bos=False, special=False), (name, line)
+
+
+def test_what_other_commands_say_of_a_gguf_file(folder, tmp_path):
+    from craton.report.inspect import inspect
+
+    export_gguf(folder, tmp_path / "m.gguf", "f32")
+    facts, whole = inspect(tmp_path / "m.gguf", 64, 1), inspect(folder, 64, 1)
+    assert facts["parameters"] == whole["parameters"] and facts["cache_bytes"] == whole["cache_bytes"]
+    assert abs(facts["stored_bytes"] / (4 * facts["parameters"]) - 1) < 0.01
+    for source in (tmp_path / "m.gguf", tmp_path):
+        with pytest.raises(UserError, match="this needs the folder it was made from"):
+            quantise_folder(source, tmp_path / "out", 4)
