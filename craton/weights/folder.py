@@ -149,8 +149,11 @@ TOKENIZER_FILES = (
 
 
 def copy_tokenizer(source: Path, target: Path) -> None:
-    for name in TOKENIZER_FILES:
+    """A folder's tokenizer and templates."""
+    templates = (source / "additional_chat_templates").glob("*.jinja")
+    for name in (*TOKENIZER_FILES, *(f"{path.parent.name}/{path.name}" for path in templates)):
         if (source / name).is_file():
+            (target / name).parent.mkdir(exist_ok=True)
             with publish(target / name) as temporary:
                 temporary.write_bytes((source / name).read_bytes())
 

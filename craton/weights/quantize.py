@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from craton.base import Progress, UserError, claim, count, remove_inside, say
+from craton.base import Progress, UserError, claim, count, publish, remove_inside, say
 from craton.model.decoder import Decoder, Linear
 from craton.model.packed import GROUP, OF_BITS, PackedLinear, PackedMatrix, blocks_of, can_pack, replace, unpacked
 from craton.weights import stored
@@ -125,6 +125,10 @@ def _quantise_into(network: Decoder, source: Path, out: Path, bits: int) -> dict
     progress.clear()
     copy_tokenizer(source, out)
     write_config(out, config, "bfloat16", stored.describe(widths, left_out))
+    for name in ("generation_config.json", "record.json"):  # settings of sampling; a base model stays one
+        if (source / name).is_file():
+            with publish(out / name) as temporary:
+                temporary.write_bytes((source / name).read_bytes())
     after = sum(p.stat().st_size for p in out.glob("*.safetensors"))
     error = (squares[0] / max(squares[1], 1e-30)) ** 0.5
     smaller = f"{count(before)}B to {count(after)}B"

@@ -103,3 +103,23 @@ def test_forms_without_a_comparison_are_refused_by_name(method, tmp_path):
     (tmp_path / "m" / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=f"quant_method '{method}' is not supported"):
         load_network(tmp_path / "m")
+
+
+def test_a_quantised_folder_keeps_what_stands_beside_the_weights(model_folder, tmp_path):
+    """Templates by name, settings of sampling, and that a base model is one."""
+    import shutil
+
+    from craton.engine.converse import open_talker
+    from craton.weights.quantize import quantise_folder
+
+    source = tmp_path / "m"
+    shutil.copytree(model_folder, source)
+    (source / "generation_config.json").write_text('{"temperature": 0.3}')
+    (source / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    (source / "additional_chat_templates").mkdir()
+    (source / "additional_chat_templates" / "tool_use.jinja").write_text("tools")
+    quantise_folder(source, tmp_path / "q", 8)
+    before, after = (open_talker("m", str(folder)) for folder in (source, tmp_path / "q"))
+    assert after.pretrained_only and before.pretrained_only
+    assert after.defaults == before.defaults == {"temperature": 0.3}
+    assert set(after.tokenizer.chat_templates) == {"default", "tool_use"}
