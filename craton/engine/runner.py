@@ -49,35 +49,48 @@ class Runner:
         self.source, self.device, self.context = network, network.model.norm.weight.device, context
         self.cache = PagedCache(network.config, blocks, cache_dtype(network), self.device)
         self.weights_changed()
+        if self.exact:
+            self._write_out()
+        _give_back()
 
     def weights_changed(self) -> None:
         """Take the network's weights as they are now. Matrices are read in place, but vectors and weights of another
         type than the cache's are held as copies."""
         network = self.source
         self.fused: FusedStep | None = None
-        self.network = network
-        on_cpu = self.device.type == "cpu"
-        narrow = any(p.dtype != torch.float32 for p in network.parameters())
-        if on_cpu and kernels.engine_kernels() is not None and fits(network.config):
+        if self.device.type == "cpu" and kernels.engine_kernels() is not None and fits(network.config):
             self.fused = FusedStep(network, self.cache, self.context)
-        if on_cpu and narrow and (self.fused is None or self.packed):
-            shared: dict[int, object] = {id(m): m for m in network.modules() if isinstance(m, PackedMatrix)}
-            self.network = copy.deepcopy(network, shared).float()
-        _give_back()
+        self.wide: Decoder | None = None
+
+    def _modules(self) -> Decoder:
+        """The network as it runs module by module: on a CPU in fp32, packed matrices shared."""
+        if self.wide is None:
+            self.wide = network = self.source
+            if self.device.type == "cpu" and any(p.dtype != torch.float32 for p in network.parameters()):
+                shared: dict[int, object] = {id(m): m for m in network.modules() if isinstance(m, PackedMatrix)}
+                self.wide = copy.deepcopy(network, shared).float()
+        return self.wide
+
+    def _write_out(self) -> list[PackedMatrix]:
+        """Packed weights in fp32 too, if memory allows; returns those that were."""
+        matrices = [m for m in self.source.modules() if isinstance(m, PackedMatrix) and m.written is None]
+        if 4 * sum(m.rows * m.cols for m in matrices) > free_memory() // 2:
+            return []
+        for matrix in matrices:
+            matrix.write_out()
+        return matrices
 
     @contextlib.contextmanager
     def exactly(self) -> Iterator[None]:
         """Inside, activations are not rounded. Packed weights are written out for as long, if memory allows."""
         before, self.exact = self.exact, self.packed
-        matrices = {m for m in self.network.modules() if isinstance(m, PackedMatrix)}
-        if 4 * sum(m.rows * m.cols for m in matrices) <= free_memory() // 2:
-            for matrix in matrices:
-                matrix.write_out()
+        written = list[PackedMatrix]()
         try:
+            written = self._write_out()
             yield
         finally:
             self.exact = before
-            for matrix in matrices:
+            for matrix in written:
                 matrix.written = None
 
     @torch.inference_mode()
@@ -89,7 +102,8 @@ class Runner:
         if self.fused is not None and not self.exact:
             return self.fused.run(ids, batch, rows, want_logits)
         with modes.batch_invariant(), modes.exact_activations() if self.exact else contextlib.nullcontext():
-            hidden = self.network.model(ids.long()[None], past=batch)
+            network = self._modules()
+            hidden = network.model(ids.long()[None], past=batch)
             hidden = hidden[0, rows.long()]
-            logits = self.network.head(hidden).float().cpu() if want_logits else None
+            logits = network.head(hidden).float().cpu() if want_logits else None
         return logits, hidden.float().cpu()

@@ -50,11 +50,12 @@ class Grammars:
             raise UserError(problem, field="tools")
         schema = {k: v for k, v in {**schema, "type": "object"}.items() if k not in _NO_MATTER}
         key = json.dumps(schema)
-        if key not in self.tool_schemas:
+        known = self.tool_schemas.get(key)
+        if known is None:
             if len(self.tool_schemas) >= _TOOLS_KEPT:
                 self.tool_schemas.clear()
-            self.tool_schemas[key] = loosened(schema, self._problem)
-        found, dropped = self.tool_schemas[key]
+            known = self.tool_schemas[key] = loosened(schema, self._problem)
+        found, dropped = known
         if strict and dropped:
             problem = f"tools: {dropped[0]} of {name!r} cannot be enforced; leave it out, or strict"
             raise UserError(problem, field="tools")

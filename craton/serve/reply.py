@@ -1,6 +1,7 @@
 """How answers go out: streamed as events or whole, ended with their readers, errors in the path's dialect."""
 
 import asyncio
+import contextlib
 import json
 import logging
 import time
@@ -69,7 +70,7 @@ class State:
                 elif now - reply.began > self.settings.timeout:
                     reply.end("late")
                 elif reply.streamed and not reply.sending and now - reply.written > PING:
-                    await reply.ping()
+                    reply.pinging = asyncio.create_task(reply.ping())  # which waits for its reader
 
 
 def event(value: Any) -> bytes:
@@ -99,6 +100,7 @@ class Reply(Response):
         self.reason = ""  # why it was ended
         self.started = False  # something has been sent
         self.task: asyncio.Task[Any] | None = None
+        self.pinging: asyncio.Task[None] | None = None
         self.abort: Callable[[], None] = lambda: None
 
     def end(self, reason: str) -> None:
@@ -131,7 +133,8 @@ class Reply(Response):
     async def ping(self) -> None:
         """An event that means nothing, so that nobody on the way takes the stream for dead."""
         messages = self.scope["path"].startswith("/v1/messages")
-        await self._write(named_event("ping", {"type": "ping"}) if messages else b": ping\n\n", True)
+        with contextlib.suppress(OSError):  # the reader has gone, which is noticed elsewhere
+            await self._write(named_event("ping", {"type": "ping"}) if messages else b": ping\n\n", True)
 
     async def _listen(self, receive: Any) -> None:
         while (await receive())["type"] != "http.disconnect":

@@ -171,7 +171,7 @@ def test_neighbours_are_free(engine):
     alone = [engine.generate([[40, 41]], s)[0][0].token_ids for s in (free, bound)]
     both = [a[0].token_ids for a in engine.generate([[40, 41], [40, 41]], [free, bound])]
     assert both == alone and json.loads(engine.tokenizer.decode(both[1]))["a"] is not None
-    lookup = Engine(engine.runner.network, engine.tokenizer, speculate="lookup")
+    lookup = Engine(engine.runner.source, engine.tokenizer, speculate="lookup")
     assert [a[0].token_ids for a in lookup.generate([[40, 41], [40, 41]], [free, bound])] == alone
 
 

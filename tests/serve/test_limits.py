@@ -129,6 +129,24 @@ def test_a_reader_that_takes_nothing_is_cut_off(start):
     c.close()
 
 
+@pytest.mark.parametrize("path", ["chat/completions", "messages"])
+def test_a_stream_says_that_it_lives(start, path):
+    """Where nothing was sent for a while; clients pass over it."""
+    s = start(constants={"PING": 0.0})
+    body = {**HI, "ignore_eos": True, "max_tokens": 3000, "stream": True}
+    if path == "messages":
+        body = {"model": HI["model"], "messages": HI["messages"], "max_tokens": 3000, "stream": True, "temperature": 1}
+    seen = ""
+    for _ in range(20):  # an answer of Anthropic's may end at once
+        got = s.client.post(f"/v1/{path}", json=body)
+        assert got.status_code == 200
+        seen += got.text
+        if "ping" in seen:
+            break
+    assert ('event: ping\ndata: {"type":"ping"}' if path == "messages" else ": ping\n\n") in seen
+    assert s.idle(5)
+
+
 def test_a_reader_that_takes_nothing_until_time_is_up(start):
     """The limit on the answer's time strikes first, and must not wait for the reader either."""
     s = start(Settings(timeout=0.6), constants={"SLOW_READER": 30.0})
