@@ -152,7 +152,8 @@ def _render(talker: Talker, ask: Ask, values: dict[str, Any], prepared: Prepared
         return
     tools = bool(ask.tools) and ask.choice != "none"
     shown = ask.tools if tools else []
-    text, prepared.opened = d.render(ask.messages, shown, ask.thinking, ask.effort, ask.prefix, ask.template)
+    effort = ask.effort or (_effort_of(ask.budget) if d.harmony else None)
+    text, prepared.opened = d.render(ask.messages, shown, ask.thinking, effort, ask.prefix, ask.template)
     _check_length(talker, text)
     prepared.ids = d.tokenizer.encode_rendered(text)
     if ask.prefix and any(values.get(k) for k in _FORMS):
@@ -174,11 +175,17 @@ def _render(talker: Talker, ask: Ask, values: dict[str, Any], prepared: Prepared
         values["show_special"] = d.show_special(tools)
 
 
+def _effort_of(budget: int | None) -> str | None:
+    """The nearest that a model can be told whose thinking is one of its channels."""
+    known = (name for name in ("low", "medium") if (most := EFFORT[name]) is None or (budget or 0) <= most)
+    return None if budget is None else next(known, "high")
+
+
 def _check_length(talker: Talker, text: str) -> None:
     """UserError at once for a text that cannot fit, whatever its tokens; encoding it would take seconds."""
     least = len(text) // talker.tokenizer.longest_token
     if least > talker.engine.context:
-        raise too_long(least, talker.engine.context, "", "messages")
+        raise too_long(f"at least {least}", talker.engine.context, "", "messages")
 
 
 def _continue(talker: Talker, ask: Ask, values: dict[str, Any], prepared: Prepared) -> None:

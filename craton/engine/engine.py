@@ -395,7 +395,7 @@ class Engine:
         return torch.tensor([c.embedding for (c,) in self._run(numbers)])
 
 
-def too_long(tokens: int, context: int, why: str, field: str = "prompt") -> UserError:
+def too_long(tokens: int | str, context: int, why: str, field: str = "prompt") -> UserError:
     """The error of a prompt of so many tokens. why: more about the context."""
     message = f"the prompt has {tokens} tokens, the context is {context}{why}; shorten it"
     return UserError(message, field=field, code="context_length_exceeded")

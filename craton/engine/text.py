@@ -3,6 +3,7 @@
 from tokenizers.decoders import DecodeStream
 
 from craton.engine.request import Sampling
+from craton.text.fields import may_begin
 from craton.text.tokenizer import Tokenizer
 
 
@@ -34,7 +35,7 @@ class TextStream:
         if found is not None:
             text, self.held = text[: found[0]], ""
         else:
-            keep = 0 if last else _may_begin(text, searched)
+            keep = 0 if last else max((may_begin(text, stop) for stop in searched), default=0)
             text, self.held = text[: len(text) - keep], text[len(text) - keep :]
         self.text += text
         return text, found[1] if found else None
@@ -68,9 +69,3 @@ class TextStream:
         if (s.stop_before and s.stop_before in whole) or s.stop_after not in whole:
             return ()
         return s.stop
-
-
-def _may_begin(text: str, stops: tuple[str, ...]) -> int:
-    """Characters at the end of text that may be the beginning of a stop text."""
-    lengths = (n for s in stops for n in range(min(len(s) - 1, len(text)), 0, -1) if text.endswith(s[:n]))
-    return max(lengths, default=0)

@@ -2,7 +2,9 @@
 
 import contextlib
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from contextvars import ContextVar
+from typing import Any
 
 from torch import Tensor
 
@@ -12,14 +14,18 @@ _OBSERVER: ContextVar[Callable[[Tensor], None] | None] = ContextVar("observer", 
 
 
 @contextlib.contextmanager
-def batch_invariant() -> Iterator[None]:
-    """Inside, a row's fp32 result on a CPU does not depend, to the bit, on the rows beside it. Library products are
-    faster for many rows, but sum in an order that depends on how many there are."""
-    token = _BATCH_INVARIANT.set(True)
+def _held(variable: ContextVar[Any], value: Any) -> Iterator[None]:
+    token = variable.set(value)
     try:
         yield
     finally:
-        _BATCH_INVARIANT.reset(token)
+        variable.reset(token)
+
+
+def batch_invariant() -> AbstractContextManager[None]:
+    """Inside, a row's fp32 result on a CPU does not depend, to the bit, on the rows beside it. Library products are
+    faster for many rows, but sum in an order that depends on how many there are."""
+    return _held(_BATCH_INVARIANT, True)
 
 
 def is_batch_invariant() -> bool:
@@ -27,14 +33,9 @@ def is_batch_invariant() -> bool:
     return _BATCH_INVARIANT.get()
 
 
-@contextlib.contextmanager
-def exact_activations() -> Iterator[None]:
+def exact_activations() -> AbstractContextManager[None]:
     """Inside, what is multiplied with packed weights is not rounded to 8 bits; much slower for few rows."""
-    token = _EXACT.set(True)
-    try:
-        yield
-    finally:
-        _EXACT.reset(token)
+    return _held(_EXACT, True)
 
 
 def rounds_activations() -> bool:
@@ -42,14 +43,9 @@ def rounds_activations() -> bool:
     return _BATCH_INVARIANT.get() and not _EXACT.get()
 
 
-@contextlib.contextmanager
-def observing(observer: Callable[[Tensor], None]) -> Iterator[None]:
+def observing(observer: Callable[[Tensor], None]) -> AbstractContextManager[None]:
     """Inside, observer is called with each attention's probabilities (batch, heads, time, keys), layer by layer."""
-    token = _OBSERVER.set(observer)
-    try:
-        yield
-    finally:
-        _OBSERVER.reset(token)
+    return _held(_OBSERVER, observer)
 
 
 def observer() -> Callable[[Tensor], None] | None:

@@ -9,6 +9,8 @@ import string
 from collections.abc import Iterator
 from typing import Any
 
+from craton.text.calls import ID_LENGTH
+
 Messages = list[dict[str, Any]]
 _LETTERS = string.ascii_letters + string.digits
 
@@ -48,10 +50,10 @@ def _short_ids(messages: Messages) -> Messages:
     """Calls' ids of nine letters and digits, as Mistral's templates want."""
 
     def short(own: str) -> str:
-        if len(own) == 9 and own.isalnum():
+        if len(own) == ID_LENGTH and own.isalnum():
             return own
         number = int.from_bytes(hashlib.sha256(own.encode()).digest()[:8], "little")
-        return "".join(_LETTERS[number // len(_LETTERS) ** i % len(_LETTERS)] for i in range(9))
+        return "".join(_LETTERS[number // len(_LETTERS) ** i % len(_LETTERS)] for i in range(ID_LENGTH))
 
     out = []
     for m in messages:

@@ -83,7 +83,7 @@ def grammar(lark: Any, tools: dict[str, dict[str, Any]], required: bool, answer:
     ending = ["call"] if required else ["final", *(["call"] if calls else [])]
     lines = [
         f"start: (think | preamble)* ({' | '.join(ending)})",
-        f"think: {lark(CHANNEL + 'analysis' + MESSAGE)} TEXT {after}",
+        f"think: {lark(ANALYSIS)} TEXT {after}",
         f"preamble: {lark(CHANNEL + 'commentary' + MESSAGE)} TEXT {after}",
         "TEXT: /(?s:.*)/",
     ]

@@ -80,9 +80,7 @@ _PATTERNS: dict[str, tuple[str, ...]] = {
 }
 # Words that are tokens are taken whole, whatever merges would make of them.
 _WHOLE_WORDS = "llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2 glm4 glm5 tekken".split()
-_BEGIN = (
-    "llama-bpe llama3 llama-v3 falcon3 falcon-h1 pixtral midm-2.0 lfm2 tekken".split()
-)  # with BOS, if files are silent
+_BEGIN = [name for name in _WHOLE_WORDS if not name.startswith("glm")]  # with BOS, if files are silent
 
 
 def read_tokenizer(path: Path, fields: dict[str, Any]) -> Tokenizer:
