@@ -155,7 +155,7 @@ def train(
         _emit(json_, result)
 
 
-EXACT = "Round no activations to 8 bits where weights have few; several times slower."
+EXACT = "Round no activations to 8 bits where weights have few; several times slower, and fp32 weights in memory."
 
 
 @app.command()
