@@ -117,6 +117,7 @@ class Prepared:
     matcher: Matcher | None
     opened: bool = False  # the prompt leaves the model thinking
     may_think: bool = False
+    channels: bool = False  # it is written in channels (harmony.py)
     tools: dict[str, dict[str, Any]] | None = None  # schemas of the arguments of those that may be called
 
 
@@ -158,16 +159,19 @@ def _render(talker: Talker, ask: Ask, values: dict[str, Any], prepared: Prepared
     prepared.ids = d.tokenizer.encode_rendered(text)
     if ask.prefix and any(values.get(k) for k in _FORMS):
         raise UserError("a schema and a begun answer exclude each other; leave out the last message or the schema")
-    prepared.may_think = d.thinking is not None and not ask.prefix and not (ask.thinking is False and not tools)
+    prepared.channels = d.harmony
+    wanted = ask.thinking is not False or (d.harmony and tools)  # calls are in channels beside the answer's
+    prepared.may_think = d.thinking is not None and not ask.prefix and wanted
     if d.harmony:
         values["stop_after"] = FINAL if prepared.may_think else ""
-    elif d.thinking and prepared.may_think and ask.thinking is not False:
+    elif d.thinking and prepared.may_think:
         begin = d.tokenizer.encode_rendered(d.thinking[0])
         if prepared.opened or len(begin) == 1:
             values["reasoning"] = Reasoning(d.thinking[1], None if prepared.opened else begin[0], ask.budget)
-    else:
-        prepared.may_think = False
-    if tools:
+    if tools and d.harmony and ask.prefix:  # it is in the answer's channel already
+        if ask.choice == "required":
+            raise UserError("tools: an answer that is begun cannot call; leave out the last message", field="tools")
+    elif tools:
         prepared.tools = _constrain_to_tools(talker, d, ask, values)
     elif d.harmony and prepared.may_think:
         _constrain_answer(d, values)
@@ -259,7 +263,7 @@ class AnswerParts:
         self.prompt_tokens, self.cached_tokens = len(prepared.ids), 0
         self.completion_tokens = self.reasoning_tokens = 0
         own = talker.dialogue
-        self.plain = not (prepared.may_think or prepared.tools is not None)
+        self.plain = not (prepared.may_think or prepared.channels or prepared.tools is not None)
         self.parsers: list[Parser | HarmonyParser] = []
         for _ in range(self.n):
             if own is None or self.plain:
@@ -295,7 +299,7 @@ class AnswerParts:
             self.reasoning_tokens += done.reasoning_tokens
             if done.finish_reason == "error":
                 raise UserError(str(done.stop_reason))
-        calls = parser.call >= 0 and parser.state not in ("name", "arguments")
+        calls = parser.call >= 0 and parser.state not in ("name", "arguments", "key", "value")
         return AnswerDelta(index, parts, logprobs, done, calls)
 
     def _of_content(self, index: int, new: list[TokenLogprob], was: str, now: str, shown: bool) -> list[TokenLogprob]:
