@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from typer import Argument, Option
 
-from craton.base import UserError, count, say
+from craton.base import UserError, count, say, speak_anywhere
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -43,8 +43,8 @@ def _emit(wanted: bool, value: dict[str, Any]) -> None:
 
 
 SOURCES = (
-    "Files, folders, globs (quoted), or hub datasets (hf://ORG/NAME). "
-    "Text, Markdown, reStructuredText, HTML, source code, .jsonl (also .gz, .xz, .zst), .parquet."
+    "Files, folders, globs (quoted), - for stdin, or hub datasets (hf://ORG/NAME). Text, Markdown, HTML, PDF, Word, "
+    "source code, .jsonl, .json, .csv, .ipynb, .parquet; compressed with gzip, xz, zstd or bzip2 too."
 )
 
 
@@ -54,8 +54,16 @@ def corpus_build(
     out: Annotated[Path, Option(help="Folder to make.")],
     skip: Annotated[
         list[str] | None,
-        Option(help="repair, html, quality, english (what fits English only), exact, near, decontaminate. Repeatable."),
+        Option(help="repair, html, quality, english (rules by language), exact, near, decontaminate. Repeatable."),
     ] = None,
+    rules: Annotated[
+        str | None,
+        Option(help="web: drop what fails the rules for web pages; own: do not. If left out, web for hf:// only."),
+    ] = None,
+    text_field: Annotated[
+        list[str] | None, Option(help="The field of records that is their text; a.b is b within a. Repeatable.")
+    ] = None,
+    encoding: Annotated[str | None, Option(help="Of text files, as windows-1251; told from each if left out.")] = None,
     decontaminate: Annotated[
         list[str] | None,
         Option(help="Evaluation files; documents that share 13 words in a row with one are dropped. Repeatable."),
@@ -72,12 +80,15 @@ def corpus_build(
     """
     from craton.corpus.build import BuildOptions, build
 
-    options = BuildOptions(sources, sorted(skip or []), decontaminate or [], mask_pii, tokenizer, vocab_size, skip_bad)
+    more: dict[str, Any] = dict(rules=rules, text_fields=tuple(text_field or ()), encoding=encoding)
+    given = (decontaminate or [], mask_pii, tokenizer, vocab_size, skip_bad)
+    options = BuildOptions(sources, sorted(skip or []), *given, **more)
     manifest = build(options, out)
     kept = {s: {k: v for k, v in facts.items() if k != "shards"} for s, facts in manifest["splits"].items()}
     dropped = {k: v["documents"] for k, v in manifest["dropped"].items()}
     facts = {k: manifest[k] for k in ("counts", "dropped", "vocab_size", "seconds", "digest")}
-    _emit(json_, {"out": str(out), "splits": kept, **facts, "dropped": dropped})
+    facts |= {"dropped": dropped, "sources": manifest["sources"], "passed_over": manifest["passed_over"]}
+    _emit(json_, {"out": str(out), "splits": kept, **facts})
 
 
 @corpus_app.command("show")
@@ -377,6 +388,7 @@ def demo(
 
 def main() -> None:
     """Run the command; bad input is one line on stderr and exit code 2."""
+    speak_anywhere()
     try:
         app(standalone_mode=True)
     except UserError as error:

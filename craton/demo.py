@@ -36,7 +36,7 @@ def demo(out: Path, budget: str) -> dict[str, Any]:
     corpus = out.parent / f"{out.name}-corpus"
     sources = gather()
     say(f"1. A corpus of the Python library found here ({len(sources)} modules and packages)\n")
-    build(BuildOptions(sources, [], []), corpus)
+    build(BuildOptions(sources, [], [], title="the Python library"), corpus)
     say(f"\n2. A model of it, in {budget}\n")
     recipe = Recipe()
     recipe.run.budget = budget

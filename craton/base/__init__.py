@@ -1,6 +1,6 @@
 """What every floor stands on: errors meant for people, files that are never half-written, words for the terminal."""
 
-from craton.base.console import Progress, count, say, span
+from craton.base.console import Progress, count, say, span, speak_anywhere
 from craton.base.errors import UserError, nearest
 from craton.base.files import (
     as_json,
@@ -15,6 +15,8 @@ from craton.base.files import (
     write_json,
     write_text,
 )
+from craton.base.limits import free_memory, processors
 
-__all__ = ["Progress", "UserError", "as_json", "claim", "count", "digest", "fsync", "nearest", "publish", "read_json"]
-__all__ += ["read_text", "remove_inside", "say", "sha256", "span", "write_json", "write_text"]
+__all__ = ["Progress", "UserError", "as_json", "claim", "count", "digest", "free_memory", "fsync", "nearest"]
+__all__ += ["processors", "publish", "read_json", "read_text", "remove_inside", "say", "sha256", "span"]
+__all__ += ["speak_anywhere", "write_json", "write_text"]

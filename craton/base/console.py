@@ -1,8 +1,10 @@
 """Words and numbers for the person at the terminal."""
 
+import contextlib
 import os
 import sys
 import time
+from typing import Any
 
 
 def count(n: float) -> str:
@@ -21,9 +23,28 @@ def span(seconds: float) -> str:
     return f"{s // 60}m{s % 60:02d}s" if s < 3600 else f"{s // 3600}h{s % 3600 // 60:02d}m"
 
 
+def speak_anywhere() -> None:
+    """Let output show what it can: characters that the terminal's encoding lacks are escaped, not fatal."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def say(text: str = "") -> None:
-    """A line for the reader, on stdout."""
-    print(text, flush=True)
+    """A line for the reader, on stdout. Work goes on where nobody listens any more."""
+    try:
+        try:
+            print(text, flush=True)
+        except UnicodeEncodeError:
+            print(text.encode("ascii", "backslashreplace").decode(), flush=True)
+    except OSError:  # a closed pipe or terminal, a full disk behind it
+        _silence(sys.stdout)
+
+
+def _silence(stream: Any) -> None:
+    """What is said there from now on is lost."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 class Progress:
@@ -41,12 +62,15 @@ class Progress:
         if now - self.last < self.every:
             return
         self.last = now
-        if self.live:
-            width = os.get_terminal_size(2).columns
-            print("\r\x1b[2K" + text[: width - 1], end="", file=sys.stderr, flush=True)
-            self.open = True
-        else:
-            print(text, file=sys.stderr, flush=True)
+        try:
+            if self.live:
+                width = os.get_terminal_size(2).columns
+                print("\r\x1b[2K" + text[: width - 1], end="", file=sys.stderr, flush=True)
+                self.open = True
+            else:
+                print(text, file=sys.stderr, flush=True)
+        except OSError:
+            _silence(sys.stderr)
 
     def clear(self) -> None:
         """Take the line away, so that ordinary output can follow."""

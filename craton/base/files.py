@@ -1,6 +1,7 @@
 """Files that are never half-written, hashes, and folders that one command at a time makes."""
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import json
@@ -10,7 +11,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from craton.base.console import say
 from craton.base.errors import UserError
+
+# What file systems answer that cannot do a thing (network shares, FUSE, some containers).
+_NOT_HERE = {errno.EINVAL, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOTTY, errno.EBADF}
+_UMASK = os.umask(0)
+os.umask(_UMASK)
 
 
 def fsync(path: Path) -> None:
@@ -18,12 +25,11 @@ def fsync(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in _NOT_HERE:
+            raise
     finally:
         os.close(handle)
-
-
-_UMASK = os.umask(0)
-os.umask(_UMASK)
 
 
 @contextlib.contextmanager
@@ -32,7 +38,8 @@ def publish(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
-        os.chmod(temporary, 0o666 & ~_UMASK)  # some libraries write files that only their owner can read
+        with contextlib.suppress(PermissionError):  # a file system without modes
+            os.chmod(temporary, 0o666 & ~_UMASK)  # some libraries write files that only their owner can read
         fsync(temporary)
         os.replace(temporary, path)
     except BaseException:
@@ -44,12 +51,14 @@ def publish(path: Path) -> Iterator[Path]:
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8 text, whole or not at all."""
     with publish(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        temporary.write_text(text, encoding="utf-8", errors="replace")
 
 
 def as_json(value: Any) -> str:
-    """The one text that write_json gives a value, so that a file with another text was altered."""
-    return json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    """The one text that write_json gives a value, so that a file with another text was altered. Halves of characters
+    (in file names) are escaped."""
+    text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -83,12 +92,16 @@ def sha256(path: Path) -> str:
 
 def digest(value: Any) -> str:
     """SHA-256 of a JSON value in canonical form."""
-    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps(value, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    ).hexdigest()
 
 
 @contextlib.contextmanager
-def claim(out: Path, work: str | None = None, *, resume: bool = False, hint: str = "") -> Iterator[None]:
-    """Make the folder `out` one's own for the time of a command.
+def claim(out: Path, work: str | None = None, *, resume: bool = False, hint: str = "") -> Iterator[int | None]:
+    """Make the folder `out` one's own for the time of a command. Yields the lock's descriptor, which processes that are
+    forked meanwhile have to close, since it is held for as long as one of them has it; None where the file system has
+    no locks.
 
     work: a folder inside for unfinished work, whose presence makes `out` resumable. resume: a folder with unfinished
     work in it is taken up; any other that is not empty is refused, with the hint. Two commands cannot hold the same
@@ -105,14 +118,12 @@ def claim(out: Path, work: str | None = None, *, resume: bool = False, hint: str
     inside.mkdir(parents=True, exist_ok=True)
     lock = open(inside / ".lock", "w")  # noqa: SIM115 (held until the end)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.fstat(lock.fileno()).st_ino != os.stat(inside / ".lock").st_ino:
-            raise OSError("the lock was removed by the one who held it, as this call opened it")
+        locked = _lock(lock, inside / ".lock")
     except OSError:
         lock.close()
         raise UserError(f"{out}: folder in use: another process is writing it", field="out", code="in_use") from None
     try:
-        yield
+        yield lock.fileno() if locked else None
     finally:
         (inside / ".lock").unlink(missing_ok=True)
         lock.close()
@@ -121,6 +132,20 @@ def claim(out: Path, work: str | None = None, *, resume: bool = False, hint: str
         for folder in made:  # innermost first
             if folder.is_dir() and not any(folder.iterdir()):
                 folder.rmdir()
+
+
+def _lock(lock: Any, path: Path) -> bool:
+    """Whether the file is locked now; not on a file system without locks. OSError if another process holds it."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in _NOT_HERE and error.errno != errno.ENOLCK:
+            raise
+        say(f"{path.parent}: its file system has no locks; see that no other command writes there meanwhile")
+        return False
+    if os.fstat(lock.fileno()).st_ino != os.stat(path).st_ino:
+        raise OSError("the lock was removed by the one who held it, as this call opened it")
+    return True
 
 
 def remove_inside(folder: Path, kept: set[str]) -> None:

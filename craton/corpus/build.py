@@ -10,24 +10,42 @@ import json
 import multiprocessing
 import os
 import shutil
+import signal
+import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from dataclasses import asdict, dataclass
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, replace
 from functools import cache
+from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from craton import __version__
-from craton.base.console import Progress, count, say, span
-from craton.base.errors import UserError, nearest
-from craton.base.files import claim, digest, read_json, remove_inside, sha256, write_json
-from craton.corpus import sources
-from craton.corpus.clean import INDEX, STEPS, Dropped, Evaluation, clean, evaluation_grams, read_batch
+from craton.base import (
+    Progress,
+    UserError,
+    claim,
+    count,
+    digest,
+    nearest,
+    processors,
+    read_json,
+    remove_inside,
+    say,
+    sha256,
+    span,
+    write_json,
+)
+from craton.corpus import account, sources
+from craton.corpus.clean import INDEX, STEPS, Cleaning, Dropped, clean, example, read_batch, split_part
+from craton.corpus.decode import known
 from craton.corpus.dedup import exact_copies, near_copies
+from craton.corpus.evaluation import Evaluation, read_evaluation
 from craton.corpus.shards import Shards
 from craton.corpus.store import manifest_digest
 from craton.text.tokenizer import Tokenizer, choose_vocab_size, train_tokenizer
@@ -35,6 +53,8 @@ from craton.text.tokenizer import Tokenizer, choose_vocab_size, train_tokenizer
 BATCH_CHARACTERS = 1 << 20
 TOKENIZER_SAMPLE = 48 << 20  # characters that a tokenizer is trained on
 HELDOUT_SHARE, HELDOUT_MOST = 0.02, 2 << 20  # of the bytes, and at most
+HELDOUT_LARGEST = 0.1  # of the bytes, that one document may be
+HELDOUT_END = 8 << 10  # bytes of the end of a document, at least, where no whole one can be held out
 
 
 @dataclass(frozen=True)
@@ -48,27 +68,40 @@ class BuildOptions:
     tokenizer: str | None = None  # a tokenizer folder; None trains one
     vocab_size: int | None = None  # None: by corpus size
     skip_bad: bool = False
+    rules: str | None = None  # 'web': judge every document as a page of the web; 'own': none; None: hub datasets only
+    text_fields: tuple[str, ...] = ()  # of records, that are their text
+    encoding: str | None = None  # of text files; None: told from each
+    title: str | None = None  # all sources count as one of this name
 
 
 class _Pool:
-    """Worker processes with a bounded number of batches in flight."""
+    """Worker processes with a bounded number of batches in flight. They end with this process, however it ends."""
 
-    def __init__(self) -> None:
-        self.workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    def __init__(self, lock: int | None) -> None:
+        """lock: a descriptor that workers must not hold."""
+        self.workers = processors()
         method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
-        self.executor = ProcessPoolExecutor(self.workers, multiprocessing.get_context(method))
+        context = multiprocessing.get_context(method)
+        inherited = lock if method == "fork" else None
+        self.executor = ProcessPoolExecutor(self.workers, context, _begin_worker, (inherited,))
         self.pending: set[Future[Any]] = set()
 
     def submit(self, *call: Any) -> None:
         """A call in a worker; waits while enough are on their way. Raises what an earlier one raised."""
         while len(self.pending) >= 2 * self.workers:
             self._collect(FIRST_COMPLETED)
-        self.pending.add(self.executor.submit(*call))
+        try:
+            self.pending.add(self.executor.submit(*call))
+        except BrokenProcessPool:
+            raise _Killed from None
 
     def _collect(self, when: str) -> None:
         done, self.pending = wait(self.pending, return_when=when)
         for future in done:
-            future.result()
+            try:
+                future.result()
+            except BrokenProcessPool:
+                raise _Killed from None
 
     def finish(self) -> None:
         """Wait for all."""
@@ -79,10 +112,33 @@ class _Pool:
         self.executor.shutdown(cancel_futures=True)
 
 
+class _Killed(Exception):
+    """A worker process was killed."""
+
+
+def _begin_worker(lock: int | None) -> None:
+    """In a worker: it does not hold the folder, leaves Ctrl-C to its parent, and ends when that is gone."""
+    if lock is not None:
+        os.close(lock)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
+
+
+def _end_with(sentinel: int) -> None:
+    connection.wait([sentinel])
+    os._exit(1)
+
+
 def _check(options: BuildOptions) -> None:
     for name in options.skip:
         if name not in STEPS:
             raise UserError(f"--skip {name}: no such step{nearest(name, STEPS)}; steps: {', '.join(STEPS)}")
+    if options.rules not in (None, "web", "own"):
+        raise UserError(f"--rules {options.rules}: web (as pages of the web) or own (as documents of one's own)")
+    if options.encoding:
+        known(options.encoding)
     size = options.vocab_size
     if size is not None and options.tokenizer:
         raise UserError("--vocab-size and --tokenizer exclude each other: a given tokenizer has its own size")
@@ -90,43 +146,17 @@ def _check(options: BuildOptions) -> None:
         raise UserError(f"--vocab-size {size}: must be between 300 (256 bytes and the special tokens) and 1000000")
 
 
-def _strings(value: Any) -> Iterator[str]:
-    """Every string in a JSON value."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list):
-        for v in value.values() if isinstance(value, dict) else value:
-            yield from _strings(v)
-
-
-def _evaluation(paths: list[str]) -> Evaluation | None:
-    """Every string in the given evaluation files."""
-    if not paths:
-        return None
-    items: list[str] = []
-    files, _ = sources.find(paths)
-    for file in files:
-        if file.kind == "jsonl":
-            with sources.open_binary(file.path) as f:
-                for number, line in enumerate(f, 1):
-                    try:
-                        items += _strings(json.loads(line) if line.strip() else "")
-                    except ValueError as error:
-                        raise UserError(f"{file.path}:{number}: broken JSON line ({error})") from None
-        else:
-            items += [d.text for d in sources.read([file], False, lambda _: None)]
-    found = evaluation_grams(items)
-    if not found.grams:
-        raise UserError(f"{paths[0]}: no evaluation item of 8 words or more to look for")
-    return found
-
-
 def _fingerprint(options: BuildOptions, files: list[sources.SourceFile]) -> str:
     """Changes when the same command would not give the same corpus."""
-    facts = [
-        (str(f.path), f.kind, (s := f.path.stat()).st_size, s.st_mtime_ns) if f.kind != "hub" else str(f.path)
-        for f in files
-    ]
+    facts: list[Any] = []
+    for f in files:
+        if f.kind == "hub":
+            facts.append(str(f.path))
+        elif str(f.path) == "-":
+            facts.append(time.time_ns())  # cannot be read again
+        else:
+            stat = f.path.stat()
+            facts.append((str(f.path), f.kind, stat.st_size, stat.st_mtime_ns))
     checks = [sha256(Path(p)) if Path(p).is_file() else p for p in options.decontaminate]
     return digest([__version__, asdict(options), facts, checks])
 
@@ -136,7 +166,7 @@ def _batches(documents: Iterator[sources.Document]) -> Iterator[list[sources.Doc
     size = 0
     for document in documents:
         batch.append(document)
-        size += len(document.text)
+        size += BATCH_CHARACTERS // 8 if document.path else len(document.text)
         if size >= BATCH_CHARACTERS or len(batch) >= 4096:
             yield batch
             batch, size = [], 0
@@ -170,20 +200,22 @@ def _tokenizer(folder: Path) -> Tokenizer:
 def heldout_documents(index: np.ndarray, keep: np.ndarray) -> np.ndarray:
     """(n,) True for the parts of held-out documents: whole documents, in order of their hash, up to HELDOUT_SHARE of
     the bytes. Parts of a document lie together in the index; a document of which a part were trained on would not be
-    held out."""
+    held out. None where every document is too large a part of all."""
     chosen, kept = np.zeros(len(index), bool), np.flatnonzero(keep)
     if not len(kept):
         return chosen
     first = np.concatenate([[0], np.flatnonzero(np.diff(index["name"][kept])) + 1])  # of each document, in kept
     parts = np.split(kept, first[1:])
     size = np.add.reduceat(index["bytes"][kept].astype(np.int64), first)
-    room = min(HELDOUT_MOST, HELDOUT_SHARE * int(size.sum()))
+    whole = int(size.sum())
+    room = min(HELDOUT_MOST, HELDOUT_SHARE * whole)
     for document in np.argsort(index["exact"][kept[first], 0], kind="stable"):
         if size[document] <= room:
             chosen[parts[document]] = True
             room -= int(size[document])
-    if not chosen.any() and len(parts) > 1:
-        chosen[parts[int(np.argmin(size))]] = True
+    smallest = int(np.argmin(size))
+    if not chosen.any() and len(parts) > 1 and size[smallest] <= HELDOUT_LARGEST * whole:
+        chosen[parts[smallest]] = True
     return chosen
 
 
@@ -192,7 +224,9 @@ def build(options: BuildOptions, out: Path) -> dict[str, Any]:
     before a full disk or a kill is taken up by the next call."""
     _check(options)
     files, passed = sources.find(options.sources)
-    evaluation = None if "decontaminate" in options.skip else _evaluation(options.decontaminate)
+    if options.title:
+        files = [replace(f, source=0) for f in files]
+    evaluation = None if "decontaminate" in options.skip else read_evaluation(options.decontaminate)
     given = None
     if options.tokenizer:
         given = Tokenizer.open(Path(options.tokenizer))
@@ -204,13 +238,13 @@ def build(options: BuildOptions, out: Path) -> dict[str, Any]:
             say(f"{out} is already built from these sources with these options; nothing to do")
             return manifest
         raise UserError(f"{out}: already holds another corpus; give another --out, or remove it first", field="out")
-    with claim(out, ".work", resume=True):
+    with claim(out, ".work", resume=True) as lock:
         work = out / ".work"
         state = work / "fingerprint"
         if state.exists() and state.read_text() != mark:
             remove_inside(work, {".lock"})
         state.write_text(mark)
-        job = _Build(options, out, files, passed, evaluation, given, mark)
+        job = _Build(options, out, files, passed, evaluation, given, mark, lock)
         try:
             return job.run()
         except UserError:  # what is wrong is the input: nothing of this is of use
@@ -220,6 +254,9 @@ def build(options: BuildOptions, out: Path) -> dict[str, Any]:
         except OSError as error:
             problem = f"{out}: cannot write ({error.strerror}); mend it and run the same command again, it will go on"
             raise UserError(problem, code="cannot_write") from None
+        except _Killed:
+            problem = "a worker process was killed, as systems do that run out of memory"
+            raise UserError(f"{out}: {problem}; run the same command again, it will go on", code="killed") from None
         finally:
             job.pool.close()
 
@@ -231,25 +268,26 @@ class _Build:
     options: BuildOptions
     out: Path
     files: list[sources.SourceFile]
-    passed: list[Path]
+    passed: list[str]
     evaluation: Evaluation | None
     given: Tokenizer | None
     mark: str
+    lock: int | None
 
     def __post_init__(self) -> None:
+        o = self.options
         self.work = self.out / ".work"
-        self.began, self.progress, self.pool = time.monotonic(), Progress(), _Pool()
+        self.began, self.progress, self.pool = time.monotonic(), Progress(), _Pool(self.lock)
+        self.reading = sources.Reading(o.skip_bad, list(o.text_fields), o.encoding, o.rules, passed=self.passed)
         self.counts: Counter[str] = Counter()
+        self.read_bytes: Counter[str] = Counter()  # by number of the source, after markup was taken away
         self.dropped: dict[str, Dropped] = {}
-        self.bad: list[str] = []
         self.batches: list[Path] = []
-        self.cleaned: list[np.ndarray] = []  # INDEX rows of each batch
 
     def run(self) -> dict[str, Any]:
         """All stages; returns the manifest."""
         self.clean()
-        self.index = np.concatenate(self.cleaned) if self.cleaned else np.empty(0, INDEX)
-        self.offsets = np.cumsum([0] + [len(c) for c in self.cleaned])
+        self._load_index()
         size, seconds = count(self.counts["bytes"]), span(time.monotonic() - self.began)
         say(f"clean    {self.counts['documents']} documents, {size}B in {seconds}; {len(self.index)} parts left")
         self.dedup()
@@ -257,12 +295,20 @@ class _Build:
         self.encode()
         return self.publish()
 
+    def _load_index(self) -> None:
+        """What is known of the parts that are left, batch after batch."""
+        cleaned = [np.load(path.with_suffix(".npy"), allow_pickle=False) for path in self.batches]
+        self.index = np.concatenate(cleaned) if cleaned else np.empty(0, INDEX)
+        self.offsets = np.cumsum([0] + [len(c) for c in cleaned])
+
     # ---- 1 ----
 
     def clean(self) -> None:
         """Every document through the per-document steps, in batches."""
         size = found_before = 0
-        documents = sources.read(self.files, self.options.skip_bad, self.bad.append)
+        documents = sources.read(self.files, self.reading)
+        options = self.options
+        cleaning = Cleaning(frozenset(options.skip), options.mask_personal, self.evaluation, options.skip_bad)
         for number, batch in enumerate(_batches(documents)):
             path = self.work / f"clean-{number:06d}"
             self.batches.append(path)
@@ -270,8 +316,7 @@ class _Build:
             if path.with_suffix(".json").exists():
                 found_before += 1
             else:
-                skip, personal = frozenset(self.options.skip), self.options.mask_personal
-                self.pool.submit(clean, batch, skip, personal, self.evaluation, path)
+                self.pool.submit(clean, batch, cleaning, path)
             speed = size / 1e6 / (time.monotonic() - self.began)
             self.progress.show(f"clean    {count(size)}B read, {speed:.1f} MB/s, {batch[-1].name}")
         self.pool.finish()
@@ -281,9 +326,10 @@ class _Build:
         for path in self.batches:
             part = read_json(path.with_suffix(".json"))
             self.counts.update(part["counts"])
+            self.read_bytes.update(part["sources"])
+            self.reading.bad += part["bad"]
             for why, facts in part["dropped"].items():
                 self.dropped.setdefault(why, Dropped()).merge(Dropped(**facts))
-            self.cleaned.append(np.load(path.with_suffix(".npy"), allow_pickle=False))
 
     # ---- 2 ----
 
@@ -297,18 +343,39 @@ class _Build:
         copies = {"exact_duplicate": copy, "near_duplicate": near}
         for why, which in copies.items():
             if which.any():
-                self.dropped[why] = Dropped(int(which.sum()), int(index["bytes"][which].sum()))
+                self.dropped[why] = dropped = Dropped(int(which.sum()), int(index["bytes"][which].sum()))
+                for source in np.unique(index["source"][which]).tolist():
+                    dropped.sources[str(source)] = int(index["bytes"][which & (index["source"] == source)].sum())
         self._show_copies(copies)
         if not self.keep.any():
-            most = sorted(self.dropped.items(), key=lambda x: -x[1].documents)[:4]
-            reasons = ", ".join(f"{why} {d.documents}" for why, d in most) or "no text"
-            where = self.options.sources[0]
-            raise UserError(f"{where}: no document is left after the filters ({reasons}); --skip quality keeps them")
+            raise UserError(
+                f"{self.options.sources[0]}: no document is left{account.why_none(self.dropped, self.reading)}"
+            )
         self.held = heldout_documents(index, self.keep)
+        if not self.held.any():
+            self._hold_out_an_end()
         kept, held = self.keep.sum(), self.held.sum()
         say(f"dedup    {copy.sum()} exact and {near.sum()} near duplicates dropped, {kept} kept, {held} held out")
-        if not self.held.any():
-            say("dedup    nothing is held out, since there is one document only: give several to have a held-out loss")
+
+    def _hold_out_an_end(self) -> None:
+        """Every document is a large part of all: the end of the largest is held out, cut off where need be."""
+        index, kept = self.index, np.flatnonzero(self.keep)
+        names, inverse = np.unique(index["name"][kept], return_inverse=True)
+        size = np.bincount(inverse, index["bytes"][kept].astype(np.float64))
+        last = int(kept[np.flatnonzero(inverse == int(size.argmax()))[-1]])
+        whole = int(index["bytes"][kept].sum())
+        wanted = int(min(HELDOUT_MOST, max(HELDOUT_SHARE * whole, min(HELDOUT_END, HELDOUT_LARGEST * whole))))
+        if index["bytes"][last] > 2 * wanted:
+            number = int(np.searchsorted(self.offsets, last, "right")) - 1
+            if not split_part(self.batches[number], last - int(self.offsets[number]), wanted):
+                say("dedup    nothing is held out: the one document is too short to be cut")
+                return
+            self._load_index()
+            self.keep = np.insert(self.keep, last, True)
+            last += 1
+        self.held = np.zeros(len(self.index), bool)
+        self.held[last] = True
+        say(f"dedup    held out is the end of the largest document, {count(int(self.index['bytes'][last]))}B")
 
     def _show_copies(self, copies: dict[str, np.ndarray]) -> None:
         """A few examples of what was dropped."""
@@ -316,8 +383,7 @@ class _Build:
             for at in np.flatnonzero(which)[:3]:
                 number = int(np.searchsorted(self.offsets, at, "right")) - 1
                 document = read_batch(self.batches[number])[at - self.offsets[number]]
-                text = " ".join(document["text"][:400].split())[:160]
-                self.dropped[why].examples.append({"document": document["name"], "text": text})
+                self.dropped[why].examples.append(example(document["name"], document["text"]))
 
     # ---- 3 ----
 
@@ -378,26 +444,25 @@ class _Build:
         manifest["digest"] = manifest_digest(manifest)
         write_json(self.out / "manifest.json", manifest)
         shutil.rmtree(self.work)
+        account.say_summary(manifest)
         size = self.counts["bytes"]
         say(f"{self.out}: {count(size)}B in {span(seconds)} ({size / 1e6 / seconds:.1f} MB/s)")
         return manifest
 
     def _facts(self, licenses: dict[int, set[str]], seconds: float) -> dict[str, Any]:
         """The manifest's account of what was done."""
-        each = []
-        for i, name in enumerate(self.options.sources):
-            kept = self.keep & (self.index["source"] == i)
-            facts = {"documents": int(kept.sum()), "bytes": int(self.index["bytes"][kept].sum())}
-            each.append({"name": name, **facts, "license": sorted(licenses.get(i, set()))})
-        looked, types = self.evaluation, Counter(p.suffix or "(none)" for p in self.passed)
-        passed = dict(files=len(self.passed), types=types, bad=len(self.bad), examples=self.bad[:5])
+        looked = self.evaluation
+        names = [self.options.title] if self.options.title else self.options.sources
+        each = account.by_source(names, self.index[self.keep], self.dropped, self.read_bytes)
+        for i, facts in enumerate(each):
+            facts["license"] = sorted(licenses.get(i, set()))
         return {
             "fingerprint": self.mark,
             "craton": __version__,
             "options": asdict(self.options),
             "counts": {**self.counts, "kept": int(self.keep.sum()), "kept_bytes": self.kept_bytes},
             "dropped": {why: asdict(d) for why, d in sorted(self.dropped.items())},
-            "passed_over": passed,
+            "passed_over": account.passed_over(self.reading),
             "evaluation": {"items": looked.items, "too_short": looked.too_short} if looked else None,
             "sources": each,
             "seconds": round(seconds, 2),

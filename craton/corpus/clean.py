@@ -2,8 +2,9 @@
 
 import hashlib
 import json
+import os
 from collections import Counter, defaultdict
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,15 +12,28 @@ import numpy as np
 import rensa
 import zstandard
 
+from craton.base import UserError
 from craton.corpus import quality
-from craton.corpus.sources import Document
+from craton.corpus.evaluation import Evaluation
+from craton.corpus.pages import html_text
+from craton.corpus.papers import docx_text, pdf_pages
+from craton.corpus.sources import PAPERS, Document, parts
 from craton.corpus.words import Words, mix, ngrams
 
 STEPS = ("repair", "html", "quality", "english", "exact", "near", "decontaminate")
 BANDS, ROWS, SHINGLE, SEED = 14, 8, 5, 1  # FineWeb's MinHash: 112 hashes of word 5-grams, match likely above 0.72
 
 INDEX = np.dtype(
-    [("name", "u8"), ("part", "u4"), ("source", "u4"), ("bytes", "u8"), ("exact", "u8", 2), ("bands", "u8", BANDS)]
+    [
+        ("name", "u8"),
+        ("part", "u4"),
+        ("source", "u4"),
+        ("start", "u8"),  # characters of the document before the part
+        ("page", "u4"),  # on which it begins; 0 where there are none
+        ("bytes", "u8"),
+        ("exact", "u8", 2),
+        ("bands", "u8", BANDS),
+    ]
 )
 
 
@@ -30,46 +44,30 @@ class Dropped:
     documents: int = 0
     bytes: int = 0
     examples: list[dict[str, str]] = field(default_factory=list)
+    sources: dict[str, int] = field(default_factory=dict)  # bytes by number of the source
 
-    def add(self, name: str, text: str) -> None:
+    def add(self, document: Document, text: str, measured: str = "") -> None:
+        """text: as it would have been kept. measured: the value and the limit."""
+        size = len(text.encode("utf-8", "surrogatepass"))
         self.documents += 1
-        self.bytes += len(text.encode("utf-8", "surrogatepass"))
+        self.bytes += size
+        self.sources[str(document.source)] = self.sources.get(str(document.source), 0) + size
         if len(self.examples) < 3:
-            self.examples.append({"document": name, "text": " ".join(text[:400].split())[:160]})
+            self.examples.append(example(document.name, text, measured))
 
     def merge(self, other: "Dropped") -> None:
+        """What another batch dropped by the same rule."""
         self.documents += other.documents
         self.bytes += other.bytes
         self.examples = (self.examples + other.examples)[:3]
+        for source, size in other.sources.items():
+            self.sources[source] = self.sources.get(source, 0) + size
 
 
-@dataclass
-class Evaluation:
-    """Word n-grams of evaluation items, sorted: {n: hashes}, and how many items were too short to look for."""
-
-    grams: dict[int, np.ndarray]
-    items: int
-    too_short: int
-
-    def found_in(self, words: Words) -> bool:
-        return any(np.isin(ngrams(words.folded, n), g).any() for n, g in self.grams.items())
-
-
-EVALUATION_NGRAM, EVALUATION_SHORTEST = 13, 8
-
-
-def evaluation_grams(items: list[str]) -> Evaluation:
-    """13-grams of each item (GPT-3, arXiv 2005.14165 app. C); an item of 8 to 12 words counts whole."""
-    grams: dict[int, list[np.ndarray]] = defaultdict(list)
-    short = 0
-    for item in items:
-        words = Words(item).folded
-        n = min(EVALUATION_NGRAM, len(words))
-        if n < EVALUATION_SHORTEST:
-            short += 1
-            continue
-        grams[n].append(ngrams(words, n))
-    return Evaluation({n: np.unique(np.concatenate(g)) for n, g in grams.items()}, len(items) - short, short)
+def example(name: str, text: str, measured: str = "") -> dict[str, str]:
+    """A dropped document to look at."""
+    out = {"document": name, "text": " ".join(text[:400].split())[:160]}
+    return out | {"measured": measured} if measured else out
 
 
 def bands_of(words: Words, fallback: np.ndarray) -> np.ndarray:
@@ -85,57 +83,123 @@ def bands_of(words: Words, fallback: np.ndarray) -> np.ndarray:
     return key
 
 
-def _html_text(text: str) -> str:
-    import trafilatura
+def _keys(text: str, words: Words | None) -> tuple[np.ndarray, np.ndarray]:
+    """What equal texts and near duplicates share. words: of the text; None where near duplicates do not matter."""
+    exact = np.frombuffer(hashlib.blake2b(" ".join(text.split()).encode(), digest_size=16).digest(), np.uint64)
+    return exact, np.zeros(BANDS, np.uint64) if words is None else bands_of(words, exact)
 
-    found = trafilatura.extract(text, favor_precision=True, include_comments=False, deduplicate=False)
-    return quality.strip_html_lines(found or "")
+
+@dataclass(frozen=True)
+class Cleaning:
+    """What is done to each document."""
+
+    skip: frozenset[str]
+    mask_personal: bool
+    evaluation: Evaluation | None
+    skip_bad: bool = False
 
 
-def clean(batch: list[Document], skip: frozenset[str], mask: bool, evaluation: Evaluation | None, out: Path) -> None:
-    """Write out.zst (a JSON line a kept document), out.npy (INDEX rows) and last out.json (counts)."""
-    dropped: dict[str, Dropped] = defaultdict(Dropped)
-    counts: Counter[str] = Counter()
-    rows, lines = [], []
-    for document in batch:
+class _Batch:
+    """The documents of a batch on their way through the steps."""
+
+    def __init__(self, cleaning: Cleaning):
+        self.cleaning = cleaning
+        self.dropped: dict[str, Dropped] = defaultdict(Dropped)
+        self.counts: Counter[str] = Counter()
+        self.source_bytes: Counter[str] = Counter()  # read, by number of the source
+        self.bad: list[str] = []
+        self.rows: list[tuple[Any, ...]] = []
+        self.lines: list[str] = []
+
+    def add(self, document: Document) -> None:
+        """A document as it was read."""
+        skip, counts = self.cleaning.skip, self.counts
+        pages: list[int] = []
+        if document.kind in PAPERS and not self._opened(document, pages):
+            return
         text, kind = document.text, document.kind
         counts["documents"] += document.part == 0
-        counts["parts"] += 1
-        counts["bytes"] += len(text.encode("utf-8", "surrogatepass"))
-        if "repair" not in skip:
-            fixed = quality.repair(text)
-            counts["repaired"] += fixed != text
-            text = fixed
+        size = len(text.encode("utf-8", "surrogatepass"))
+        counts["bytes"] += size
+        whole = kind == "html" or kind in PAPERS
         if kind == "html" and "html" not in skip:
-            text = _html_text(text)
-        if mask:
-            text, masked = quality.mask_personal(text)
-            counts["personal_masked"] += masked
-        if not text.strip():
-            dropped["empty"].add(document.name, document.text)
-            continue
-        words = Words(text)
-        if "quality" not in skip:
-            code = kind == "code" or (kind == "unknown" and quality.kind_of(text) == "code")
-            counts["code" if code else "prose"] += 1
-            if code:
-                why = quality.reject_code(text)
+            text = html_text(text, document.web)
+            if not text.strip():
+                counts["parts"] += 1
+                self.source_bytes[str(document.source)] += size
+                self.dropped["html_without_text"].add(document, document.text)
+                return
+        for number, (start, piece) in enumerate(parts([text]) if whole else [(document.start, text)]):
+            page = int(np.searchsorted(pages, start, "right")) if pages else 0
+            self._part(replace(document, part=document.part + number, start=start, page=page, text=""), piece)
+
+    def _opened(self, document: Document, pages: list[int]) -> bool:
+        """The text of a paper; pages: where each begins."""
+        try:
+            if document.kind == "pdf":
+                texts = pdf_pages(Path(document.path), document.name)
+                pages += [0, *np.cumsum([len(t) + 2 for t in texts])[:-1].tolist()]
+                document.text = "\n\n".join(texts)
             else:
-                why = quality.reject_prose(text, words, kind == "html", "english" not in skip)
-            if why and not (document.part and why.startswith("gopher_under")):
-                dropped[why].add(document.name, text)
-                continue
-        if evaluation and evaluation.found_in(words):
-            dropped["contaminated"].add(document.name, text)
-            continue
-        data = text.encode("utf-8", "surrogatepass").decode("utf-8", "replace")
-        exact = np.frombuffer(hashlib.blake2b(" ".join(data.split()).encode(), digest_size=16).digest(), np.uint64)
-        near = bands_of(words, exact) if "near" not in skip else np.zeros(BANDS, np.uint64)
-        name_bytes = document.name.encode("utf-8", "surrogatepass")
-        name = int.from_bytes(hashlib.blake2b(name_bytes, digest_size=8).digest(), "little")
-        rows.append((name, document.part, document.source, len(data.encode()), exact, near))
-        lines.append(json.dumps({"name": document.name, "text": data, "license": document.license}))
-    _write(out, lines, rows, {"counts": counts, "dropped": {k: asdict(v) for k, v in dropped.items()}})
+                document.text = docx_text(Path(document.path), document.name)
+        except UserError as error:
+            if document.named and not self.cleaning.skip_bad:
+                raise
+            self.bad.append(str(error))
+            return False
+        return True
+
+    def _part(self, document: Document, text: str) -> None:
+        """One part through what is left of the steps."""
+        cleaning = self.cleaning
+        self.counts["parts"] += 1
+        self.source_bytes[str(document.source)] += len(text.encode("utf-8", "surrogatepass"))
+        if "repair" not in cleaning.skip:
+            fixed = quality.repair(text)
+            self.counts["repaired"] += fixed != text
+            text = fixed
+        if cleaning.mask_personal:
+            text, masked = quality.mask_personal(text)
+            self.counts["personal_masked"] += masked
+        if not text.strip():
+            self.dropped["empty"].add(document, text)
+            return
+        words = Words(text)
+        if document.web and "quality" not in cleaning.skip and (why := self._rejected(document, text, words)):
+            self.dropped[why.rule].add(document, text, why.measured)
+            return
+        if cleaning.evaluation and cleaning.evaluation.found_in(words):
+            self.dropped["contaminated"].add(document, text)
+            return
+        self._keep(document, text, words)
+
+    def _rejected(self, document: Document, text: str, words: Words) -> quality.Rejected | None:
+        """The rule for pages of the web that a text fails."""
+        code = document.kind == "code" or (document.kind == "unknown" and quality.kind_of(text) == "code")
+        self.counts["code" if code else "prose"] += 1
+        if code:
+            why = quality.reject_code(text)
+        else:
+            language = quality.language_of(text) if "english" not in self.cleaning.skip else ""
+            why = quality.reject_prose(text, words, document.kind == "html", language)
+        return None if why and document.part and why.rule.startswith("gopher_under") else why
+
+    def _keep(self, document: Document, text: str, words: Words) -> None:
+        data = text.encode("utf-8", "replace").decode()
+        exact, near = _keys(data, words if "near" not in self.cleaning.skip else None)
+        name = int.from_bytes(hashlib.blake2b(document.name.encode(), digest_size=8).digest(), "little")
+        place = (name, document.part, document.source, document.start, document.page)
+        self.rows.append((*place, len(data.encode()), exact, near))
+        self.lines.append(json.dumps({"name": document.name, "text": data, "license": document.license}))
+
+
+def clean(batch: list[Document], cleaning: Cleaning, out: Path) -> None:
+    """Write out.zst (a JSON line a kept part), out.npy (INDEX rows) and last out.json (counts)."""
+    done = _Batch(cleaning)
+    for document in batch:
+        done.add(document)
+    facts = {"counts": done.counts, "bad": done.bad, "sources": done.source_bytes}
+    _write(out, done.lines, done.rows, facts | {"dropped": {k: asdict(v) for k, v in done.dropped.items()}})
 
 
 def _write(out: Path, lines: list[str], rows: list[tuple[Any, ...]], facts: dict[str, Any]) -> None:
@@ -143,7 +207,7 @@ def _write(out: Path, lines: list[str], rows: list[tuple[Any, ...]], facts: dict
     out.with_suffix(".zst").write_bytes(zstandard.ZstdCompressor(1).compress("\n".join(lines).encode()))
     with open(out.with_suffix(".npy"), "wb") as f:
         np.save(f, np.array(rows, INDEX))
-    temporary = out.with_suffix(".tmp")
+    temporary = out.with_suffix(f".{os.getpid()}.tmp")
     temporary.write_text(json.dumps(facts))
     temporary.rename(out.with_suffix(".json"))
 
@@ -151,3 +215,26 @@ def _write(out: Path, lines: list[str], rows: list[tuple[Any, ...]], facts: dict
 def read_batch(path: Path) -> list[dict[str, str]]:
     data = zstandard.ZstdDecompressor().decompress(path.with_suffix(".zst").read_bytes())
     return [json.loads(line) for line in data.split(b"\n") if line]
+
+
+def split_part(path: Path, row: int, size: int) -> bool:
+    """Cut about `size` bytes off the end of a part of a cleaned batch, which become a part of their own. Returns
+    whether that was possible. A build that is killed meanwhile cleans the batch again."""
+    documents, index = read_batch(path), np.load(path.with_suffix(".npy"), allow_pickle=False)
+    facts = json.loads(path.with_suffix(".json").read_text())
+    text, whole = documents[row]["text"], index[row]
+    wanted = len(text) - max(1, round(len(text) * size / int(whole["bytes"])))
+    cuts = (text.rfind(mark, len(text) // 2, wanted + 1) + len(mark) for mark in ("\n\n", "\n", " "))
+    cut = next((c for c in cuts if c > len(text) // 2), 0)
+    if not cut or not text[cut:].strip():
+        return False
+    pieces = np.repeat(index[row : row + 1], 2)
+    for i, piece in enumerate((text[:cut], text[cut:])):
+        exact, bands = _keys(piece, Words(piece) if whole["bands"].any() else None)
+        pieces[i]["exact"], pieces[i]["bands"], pieces[i]["bytes"] = exact, bands, len(piece.encode())
+    pieces[1]["part"], pieces[1]["start"] = whole["part"] + 1, whole["start"] + cut
+    lines = [json.dumps(d) for d in documents]
+    lines[row : row + 1] = [json.dumps({**documents[row], "text": t}) for t in (text[:cut], text[cut:])]
+    path.with_suffix(".json").unlink()
+    _write(path, lines, [tuple(r) for r in np.concatenate([index[:row], pieces, index[row + 1 :]]).tolist()], facts)
+    return True

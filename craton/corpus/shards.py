@@ -51,7 +51,7 @@ class Shards:
         self._shard(split).write(ids.tobytes())
         label = document["name"].encode("utf-8", "replace")[:65_535]
         place = (SPLITS.index(split), follows, facts["source"], self.length[split], len(ids), facts["bytes"])
-        self.rows.append((*place, names.tell(), len(label), facts["exact"]))
+        self.rows.append((*place, names.tell(), len(label), facts["exact"], facts["start"], facts["page"]))
         names.write(label)
         self.length[split] += len(ids)
         if document["license"]:

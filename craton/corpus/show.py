@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 from craton.base import count, say, span
-from craton.corpus.quality import ENGLISH_ONLY
+from craton.corpus import account
+from craton.corpus.quality import LANGUAGE_RULES
 from craton.corpus.store import Corpus
 
 
@@ -20,12 +21,18 @@ def show(folder: Path, examples: int) -> dict[str, Any]:
     origin = "given" if options["tokenizer"] else "trained here"
     say(f"  tokenizer {m['vocab_size']} ids, {origin}; stored as {m['dtype']}")
     say("\nsources")
-    for s in m["sources"]:
+    for s in m["sources"][:20]:
         licence = ", ".join(s["license"]) or "not stated"
-        say(f"  {s['name']}: {s['documents']} kept, {count(s['bytes'])}B, licence {licence}")
+        read = f" of {count(s['read_bytes'])}B" if "read_bytes" in s else ""
+        say(f"  {s['name']}: {s['documents']} documents kept, {count(s['bytes'])}B{read}, licence {licence}")
+    if len(m["sources"]) > 20:
+        say(f"  and {len(m['sources']) - 20} more")
     say("\nsteps")
-    repaired, prose, code = (counts.get(k, 0) for k in ("repaired", "prose", "code"))
-    say(f"  repaired encoding or characters of {repaired}; told {prose} prose and {code} code apart")
+    say(f"  repaired encoding or characters of {counts.get('repaired', 0)} parts")
+    if judged := counts.get("prose", 0) + counts.get("code", 0):
+        say(f"  judged {judged} parts by the rules for web pages, {counts.get('code', 0)} of them as code")
+    else:
+        say("  judged nothing by rules for web pages (--rules web does)")
     if options["mask_personal"]:
         say(f"  masked {counts.get('personal_masked', 0)} e-mail addresses, IP addresses and phone numbers")
     if e := m["evaluation"]:
@@ -34,18 +41,14 @@ def show(folder: Path, examples: int) -> dict[str, Any]:
         say("  no evaluation files were given, so nothing was decontaminated (--decontaminate FILE)")
     if options["skip"]:
         say(f"  left out: {', '.join(options['skip'])}")
-    passed = m["passed_over"]
-    if passed["files"]:
-        types = ", ".join(f"{n} {t}" for t, n in passed["types"].items())
-        say(f"  passed over {passed['files']} files that are not text: {types}")
-    if passed["bad"]:
-        say(f"  passed over {passed['bad']} unreadable files or lines, such as {passed['examples'][0]}")
+    for line in filter(None, [account.encodings(m), *account.warnings(m)]):
+        say(f"  {line}")
     say("\ndropped")
     for why, d in sorted(m["dropped"].items(), key=lambda x: -x[1]["bytes"]):
-        note = " (fits English only)" if why in ENGLISH_ONLY else ""
+        note = " (by language)" if why in LANGUAGE_RULES else ""
         say(f"  {why.replace('_', ' ')}{note}: {d['documents']}, {count(d['bytes'])}B")
         for e in d["examples"][: min(examples, 3)]:
-            say(f"      {e['document']}: {e['text'][:100]}")
+            say(f"      {e['document']}: {e.get('measured', '')}{': ' if 'measured' in e else ''}{e['text'][:100]}")
     if not m["dropped"]:
         say("  nothing")
     keys = ("counts", "splits", "sources", "vocab_size", "digest", "passed_over", "seconds")

@@ -1,34 +1,50 @@
-"""Where documents come from: files, folders, globs and hub datasets, read as a stream of `Document`."""
+"""Where documents come from: files, folders, globs, stdin and hub datasets, read as a stream of `Document`."""
 
-import codecs
+import bz2
 import glob
 import gzip
 import io
-import json
 import lzma
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+import os
+import sys
+import zipfile
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import zstandard
 
 from craton.base import UserError
+from craton.corpus import records
+from craton.corpus.decode import Decoder
+from craton.corpus.records import Text
 
-PROSE = {".txt", ".md", ".rst", ".tex", ".org", ".adoc"}
+PROSE = {".txt", ".text", ".md", ".markdown", ".rst", ".tex", ".org", ".adoc"}
 HTML = {".html", ".htm", ".xhtml"}
 CODE = set(
     """.py .pyi .c .h .cc .cpp .hpp .cu .rs .go .java .kt .scala .js .mjs .ts .tsx .jsx .rb .php .swift .cs .sh
     .pl .lua .r .jl .sql .hs .ml .toml .yaml .yml .css""".split()
 )
-KINDS = {"prose": PROSE, "html": HTML, "code": CODE, "jsonl": {".jsonl", ".ndjson"}, "parquet": {".parquet"}}
-COMPRESSED = {".gz", ".xz", ".zst"}
+KINDS = {
+    "prose": PROSE, "html": HTML, "code": CODE, "jsonl": {".jsonl", ".ndjson", ".jsonlines"}, "json": {".json"},
+    "table": {".csv", ".tsv"}, "notebook": {".ipynb"}, "parquet": {".parquet"}, "pdf": {".pdf"}, "docx": {".docx"},
+}  # fmt: skip
+READ = "text, Markdown, HTML, PDF, Word, source code, .jsonl, .json, .csv, .ipynb, .parquet"
+RECORDS: dict[str, Any] = {
+    "jsonl": records.json_lines, "json": records.json_file, "table": records.table, "notebook": records.notebook
+}  # fmt: skip
+PAPERS = ("pdf", "docx")  # taken out of their files in the workers
+COMPRESSED = {".gz", ".xz", ".zst", ".bz2"}
 PART_CHARACTERS = 128 << 10  # a longer document is cut at a paragraph into parts, so that memory stays bounded
+MOST_HTML = 256 << 20  # characters of a page, which is taken apart whole
 
 
 @dataclass
 class Document:
-    """One text. name: where it came from (file, file:line); kind: 'prose', 'html', 'code' or 'unknown'."""
+    """One text. name: where it came from (file, file:line); kind: 'prose', 'html', 'code', 'unknown', or 'pdf' or
+    'docx', whose text is still in the file."""
 
     name: str
     text: str
@@ -36,13 +52,45 @@ class Document:
     kind: str
     license: str = ""
     part: int = 0  # 0: the start of a document; 1...: its continuation
+    start: int = 0  # characters of the document before this text
+    web: bool = False  # of the web, to be judged by its rules
+    page: int = 0  # on which the text begins, from 1; 0 where there are none
+    path: str = ""  # of a paper
+    named: bool = False  # a paper that was named by hand, not found in a folder
 
 
 @dataclass(frozen=True)
 class SourceFile:
     path: Path
     source: int
-    kind: str  # 'prose', 'html', 'code', 'jsonl', 'parquet' or 'hub'
+    kind: str  # of KINDS; 'hub'; '' where the content has to tell
+    named: bool = False  # by hand, not found in a folder
+
+
+@dataclass
+class Reading:
+    """How files are read, and what was noticed meanwhile."""
+
+    skip_bad: bool = False
+    fields: list[str] = field(default_factory=list)  # of records, that are their text
+    encoding: str | None = None
+    rules: str | None = None  # 'web' or 'own'; None: by where the documents come from
+    bad: list[str] = field(default_factory=list)  # what could not be read
+    passed: list[str] = field(default_factory=list)  # files of a folder that hold no text, and why
+    encodings: Counter[str] = field(default_factory=Counter)  # files by encoding, of those that are not UTF-8
+    replaced: Counter[str] = field(default_factory=Counter)  # characters that stand for bytes that are none, by file
+    empty: list[str] = field(default_factory=list)
+
+    def note(self, decoder: Decoder) -> None:
+        """What reading a file has shown."""
+        self.encodings.update(decoder.encodings - {"utf-8"})
+        if decoder.replaced:
+            self.replaced[decoder.name] += decoder.replaced
+
+
+def shown(path: Path | str) -> str:
+    """A file's name as text, whatever its bytes."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def _kind(path: Path) -> str | None:
@@ -52,45 +100,73 @@ def _kind(path: Path) -> str | None:
     return next((kind for kind, known in KINDS.items() if suffix in known), None)
 
 
-def find(sources: list[str]) -> tuple[list[SourceFile], list[Path]]:
-    """Files to read, in order, and those passed over for their type. UserError for a source that gives none."""
+def find(sources: list[str]) -> tuple[list[SourceFile], list[str]]:
+    """Files to read, in order, and those passed over, with the reason. UserError for a source that gives none."""
     found: list[SourceFile] = []
-    passed: list[Path] = []
+    passed: list[str] = []
     for number, source in enumerate(sources):
         path, before = Path(source), len(found)
-        if path.is_dir():
-            # No hidden folders, no caches: what a person sees when listing the folder.
-            inside = sorted(
-                p
-                for p in path.rglob("*")
-                if p.is_file() and not any(x.startswith(".") or x == "__pycache__" for x in p.relative_to(path).parts)
-            )
-            for p in inside:
-                if (kind := _kind(p)) is None:
-                    passed.append(p)
-                else:
-                    found.append(SourceFile(p, number, kind))
+        if source == "-":
+            found.append(SourceFile(path, number, "", named=True))
+        elif path.is_dir():
+            others = _walk(path, number, found, passed)
             if len(found) == before:
-                what = "is empty"
-                if inside:
-                    what = f"holds no text file ({len(inside)} files of other types, such as {inside[0].name})"
-                raise UserError(f"{source}: the folder {what}; give .txt, .md, .html, source code, .jsonl or .parquet")
-        elif named := [path] if path.is_file() else [Path(p) for p in sorted(glob.glob(source, recursive=True))]:
-            # Named by hand, a file of unknown type is text: its content decides.
-            found += [SourceFile(p, number, _kind(p) or "prose") for p in named if p.is_file()]
+                what = (
+                    f"holds no text file ({len(others)} of other types, such as {others[0]})" if others else "is empty"
+                )
+                raise UserError(f"{shown(source)}: the folder {what}; read are {READ}")
+        elif named := [path] if path.exists() else [Path(p) for p in sorted(glob.glob(source, recursive=True))]:
+            for p in named:
+                if p.is_dir():
+                    _walk(p, number, found, passed)
+                elif not p.is_file() and not p.is_fifo():
+                    passed.append(f"{shown(p)}: not a file")
+                else:  # named by hand: where the name does not tell what it is, the content does
+                    found.append(SourceFile(p, number, _kind(p) or "", named=True))
+            if len(found) == before:
+                raise UserError(f"{shown(source)}: no file with text there; read are {READ}")
         elif source.startswith("hf://") or (source.count("/") == 1 and source[0] not in "./~" and not path.suffix):
-            found.append(SourceFile(Path(source.removeprefix("hf://")), number, "hub"))
+            found.append(SourceFile(Path(source.removeprefix("hf://")), number, "hub", named=True))
         else:
-            raise UserError(f"{source}: no such file, folder or pattern")
+            raise UserError(f"{shown(source)}: no such file, folder or pattern")
     return found, passed
+
+
+def _walk(folder: Path, number: int, found: list[SourceFile], passed: list[str]) -> list[str]:
+    """Files of a folder and those below, links followed; without hidden ones and caches: what a person sees when
+    listing it. Returns the names of files that are passed over for their type."""
+    others, files, seen = [], [], {os.path.realpath(folder)}
+
+    def unreadable(error: OSError) -> None:
+        passed.append(f"{shown(error.filename)}: cannot be listed ({error.strerror})")
+
+    for root, folders, names in os.walk(folder, followlinks=True, onerror=unreadable):
+        kept = []
+        for name in sorted(folders):
+            real = os.path.realpath(os.path.join(root, name))
+            if not name.startswith(".") and name != "__pycache__" and real not in seen:
+                seen.add(real)
+                kept.append(name)
+        folders[:] = kept
+        files += [Path(root, name) for name in names if not name.startswith(".")]
+    for p in sorted(files):
+        kind = _kind(p)
+        if not p.is_file():
+            passed.append(f"{shown(p)}: a link to nothing" if p.is_symlink() else f"{shown(p)}: not a file")
+        elif kind is None:
+            others.append(shown(p))
+            passed.append(f"{shown(p)}: {p.suffix.lower() or 'no suffix'}")
+        else:
+            found.append(SourceFile(p, number, kind))
+    return others
 
 
 class _Zstd(io.RawIOBase):
     """Decompressed bytes of all frames of a .zst file. EOFError if the last one is cut short, which zstandard's own
     stream reader takes for the end of the data. Archives are often many frames (pzstd) or made with --long=31."""
 
-    def __init__(self, path: Path):
-        self.file = open(path, "rb")  # noqa: SIM115 (closed by close)
+    def __init__(self, file: Any):
+        self.file = file
         self.decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
         self.frame: Any = None
         self.compressed = self.ready = b""
@@ -120,167 +196,125 @@ class _Zstd(io.RawIOBase):
 
 
 def open_binary(path: Path) -> Any:
-    if path.suffix == ".zst":
-        return io.BufferedReader(_Zstd(path), 1 << 20)
-    openers: dict[str, Any] = {".gz": gzip.open, ".xz": lzma.open}
-    return openers.get(path.suffix, open)(path, "rb")
+    """A file's bytes, decompressed where it is compressed, whatever its name; '-' is stdin."""
+    raw: Any = sys.stdin.buffer if str(path) == "-" else open(path, "rb")  # noqa: SIM115 (closed by the caller)
+    magic = raw.peek(6)[:6]
+    if magic.startswith(b"\x28\xb5\x2f\xfd"):
+        return io.BufferedReader(_Zstd(raw), 1 << 20)
+    if magic.startswith(b"\x1f\x8b"):
+        return gzip.open(raw)
+    if magic.startswith(b"\xfd7zXZ"):
+        return lzma.open(raw)
+    return bz2.open(raw) if magic.startswith(b"BZh") else raw
 
 
-def _decode(data: bytes, path: Path) -> str:
-    """UTF-8, else UTF-16 by its mark, else Windows-1252 if that is plausible text. UserError for binary data."""
-    if data[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        return data.decode("utf-16", errors="replace")
-    if b"\0" not in data:
-        try:
-            return data.decode("utf-8-sig")
-        except UnicodeDecodeError:
-            control = sum(data.count(bytes([c])) for c in (*range(1, 9), *range(14, 27), *range(28, 32)))
-            if control <= len(data) / 1000:
-                return data.decode("cp1252", errors="replace")
-    raise UserError(f"{path}: binary file, not text; leave it out, or pass --skip-bad to pass over such files")
+def _told(f: Any, path: Path) -> str:
+    """The kind of a file whose name does not tell it."""
+    head = f.peek(1 << 16)[: 1 << 16]
+    if head.startswith(b"%PDF-"):
+        return "pdf"
+    if head.startswith(b"PAR1"):
+        return "parquet"
+    if head.startswith(b"PK\x03\x04") and zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            return "docx" if "word/document.xml" in archive.namelist() else "prose"
+    start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    if start.startswith((b"<!doctype html", b"<html")):
+        return "html"
+    if start.startswith(b"{") and b'"cells"' in start and b'"nbformat' in start:
+        return "notebook"
+    return "json" if start.startswith((b'{"', b"{\n", b"{\r", b"{ ", b"[{", b"[\n", b"[ {", b'["')) else "prose"
 
 
-def _parts(text: str) -> Iterator[str]:
-    """Pieces of at most PART_CHARACTERS characters, cut after a paragraph or else after a line."""
-    at = 0
-    while len(text) - at > PART_CHARACTERS:
-        half, end = at + PART_CHARACTERS // 2, at + PART_CHARACTERS
-        cut = text.rfind("\n\n", half, end) + 2
-        if cut == 1:
-            cut = text.rfind("\n", half, end) + 1
-        cut = cut or end
-        yield text[at:cut]
-        at = cut
-    yield text[at:]
+def parts(pieces: Iterable[str]) -> Iterator[tuple[int, str]]:
+    """A text that comes in pieces, in parts of at most PART_CHARACTERS characters, cut after a paragraph, else after a
+    line or a word; each with the characters before it."""
+    buffer, at, start = "", 0, 0
+    for piece in pieces:
+        buffer, at = buffer[at:] + piece, 0
+        while len(buffer) - at > PART_CHARACTERS:
+            half, end = at + PART_CHARACTERS // 2, at + PART_CHARACTERS
+            cuts = (
+                buffer.rfind(mark, half, end) + len(mark) for mark in ("\n\n", "\n", " ") if mark in buffer[half:end]
+            )
+            cut = next(cuts, end)
+            yield start, buffer[at:cut]
+            start, at = start + cut - at, cut
+    yield start, buffer[at:]
 
 
-_PIECE = 16 << 20  # bytes of a text file that are decoded at a time
-
-
-def _whole(file: SourceFile) -> Iterator[tuple[str, str, str]]:
-    """A text file as one document, read in pieces so that its size does not matter."""
+def _documents(file: SourceFile, reading: Reading) -> Iterator[Document | UserError]:
+    """The documents of a file, cut into parts."""
+    name = shown(file.path)
+    web = reading.rules == "web" or (reading.rules is None and file.kind == "hub")
+    if file.kind == "hub":
+        yield from _rows(records.hub(str(file.path), reading.fields), file, web)
+        return
     with open_binary(file.path) as f:
-        piece = f.read(_PIECE)
-        if piece[:2] in (b"\xff\xfe", b"\xfe\xff"):
-            yield from _utf16(file, f, piece)
-            return
-        rest = b""
-        while piece:
-            data, more = rest + piece, f.read(_PIECE)
-            cut = (data.rfind(b"\n") + 1 if more else len(data)) or len(data)
-            yield str(file.path), _decode(data[:cut], file.path), ""
-            rest, piece = data[cut:], more
-
-
-def _utf16(file: SourceFile, f: Any, piece: bytes) -> Iterator[tuple[str, str, str]]:
-    """The byte order is said at the start only, and a line's end may lie across two pieces."""
-    decoder, rest = codecs.getincrementaldecoder("utf-16")("replace"), ""
-    while piece:
-        more = f.read(_PIECE)
-        text = rest + decoder.decode(piece, not more)
-        cut = (text.rfind("\n") + 1 if more else len(text)) or len(text)
-        yield str(file.path), text[:cut], ""
-        rest, piece = text[cut:], more
-
-
-TEXT_FIELDS = ("text", "content", "markdown", "code")
-_NAMES = ", ".join(TEXT_FIELDS)
-# Records of questions and answers: the fields that are text, the first and the last of which must be there.
-PAIRS = (("prompt", "response"), ("prompt", "completion"), ("question", "answer"), ("instruction", "input", "output"))
-
-
-def _text_of(row: Any, where: str) -> tuple[str, str]:
-    """The text and licence of one record. UserError if it has no text."""
-    if isinstance(row, str):
-        return row, ""
-    if isinstance(row, dict):
-        for fields in (*((f,) for f in TEXT_FIELDS), *PAIRS):
-            if all(isinstance(row.get(f), str) for f in (fields[0], fields[-1])):
-                said = [row[f] for f in fields if isinstance(row.get(f), str) and row[f]]
-                return "\n\n".join(said), str(row.get("license") or row.get("licence") or "")
-    raise UserError(f"{where}: no text in this record; expected a field named {_NAMES}; --skip-bad passes over it")
-
-
-def _jsonl(file: SourceFile) -> Iterator[tuple[str, str, str] | UserError]:
-    with open_binary(file.path) as f:
-        for number, line in enumerate(f, 1):
-            where = f"{file.path}:{number}"
-            if not line.strip():
-                continue
-            try:
-                text, license = _text_of(json.loads(line.decode("utf-8")), where)
-            except UserError as error:
-                yield error
-            except (UnicodeDecodeError, json.JSONDecodeError) as error:
-                yield UserError(f"{where}: broken JSON line ({error}); mend it, or pass --skip-bad to pass over it")
+        kind = file.kind or _told(f, file.path)
+        if kind in (*PAPERS, "parquet"):
+            if str(file.path) == "-":
+                raise UserError(f"stdin: a {kind} file cannot be read from there; save it and give its name")
+            if kind == "parquet":
+                yield from _rows(records.parquet(file.path, name, reading.fields), file, web)
             else:
-                yield where, text, license
+                yield Document(name, "", file.source, kind, web=web, path=str(file.path), named=file.named)
+            return
+        decoder = Decoder(name, reading.encoding)
+        if kind in RECORDS:
+            yield from _rows(RECORDS[kind](f, name, decoder, reading.fields), file, web)
+        elif kind == "html":
+            page = "".join(decoder.pieces(f))
+            if len(page) > MOST_HTML:
+                most = f"a page of {len(page)} characters, at most {MOST_HTML}"
+                raise UserError(f"{name}: {most}; --skip-bad passes over it")
+            yield Document(name, page, file.source, kind, web=web)
+        else:
+            for number, (start, text) in enumerate(parts(decoder.pieces(f))):
+                if not text and not number:
+                    reading.empty.append(name)
+                yield Document(name, text, file.source, kind, "", number, start, web)
+        reading.note(decoder)
 
 
-def _parquet(file: SourceFile) -> Iterator[tuple[str, str, str] | UserError]:
-    try:
-        import pyarrow.parquet as parquet
-    except ImportError:
-        raise UserError(f"{file.path}: reading parquet needs pyarrow; pip install 'craton[parquet]'") from None
-    try:
-        table = parquet.ParquetFile(file.path)
-    except Exception as error:
-        raise UserError(f"{file.path}: not a readable parquet file ({str(error).splitlines()[0]})") from None
-    there = table.schema_arrow.names
-    names = [n for n in (*TEXT_FIELDS, "license", "licence") if n in there]
-    if not set(names) & set(TEXT_FIELDS):
-        raise UserError(f"{file.path}: no column named {_NAMES} (it has {', '.join(there)})")
-    number = 0
-    for batch in table.iter_batches(batch_size=64, columns=names):
-        for row in batch.to_pylist():
-            number += 1
-            try:
-                yield (where := f"{file.path}:{number}", *_text_of(row, where))
-            except UserError as error:
-                yield error
+def _rows(rows: Iterable[Text | UserError], file: SourceFile, web: bool) -> Iterator[Document | UserError]:
+    """The documents of records."""
+    for row in rows:
+        if isinstance(row, UserError):
+            yield row
+            continue
+        for number, (start, text) in enumerate(parts([row.text])):
+            yield Document(row.name, text, file.source, "unknown", row.license, number, start, web)
 
 
-def _hub(file: SourceFile) -> Iterator[tuple[str, str, str] | UserError]:
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        problem = "no such file or folder; if it is a hub dataset, reading it needs pip install 'craton[hf]'"
-        raise UserError(f"{file.path}: {problem}") from None
-    try:
-        rows = load_dataset(str(file.path), split="train", streaming=True)
-        for number, row in enumerate(rows):
-            try:
-                yield (where := f"{file.path}:{number}", *_text_of(row, where))
-            except UserError as error:
-                yield error
-    except Exception as error:
-        problem = f"no such path here, and not readable from the hub ({str(error).splitlines()[0]})"
-        raise UserError(f"{file.path}: {problem}") from None
-
-
-def read(files: list[SourceFile], skip_bad: bool, bad: Callable[[str], None]) -> Iterator[Document]:
-    """All documents in order. What cannot be read is a UserError, or with skip_bad is passed to `bad` and left out."""
-    readers = {"jsonl": _jsonl, "parquet": _parquet, "hub": _hub}
+def read(files: list[SourceFile], reading: Reading) -> Iterator[Document]:
+    """All documents in order. What cannot be read is a UserError, or with skip_bad is left out and noted; so is a file
+    of a folder that turns out to be no text."""
     for file in files:
-        kind = "unknown" if file.kind in readers else file.kind
-        rows = readers.get(file.kind, _whole)(file)
-        part = 0
-        while True:
-            try:
-                row = next(rows, None)
-            except UserError as error:
-                row = error
-            except (OSError, EOFError, lzma.LZMAError, zstandard.ZstdError, ValueError) as error:
-                row = UserError(f"{file.path}: cannot be read ({error}); mend it, or pass --skip-bad to pass over it")
-            if row is None:
-                break
-            if isinstance(row, UserError):
-                if not skip_bad:
-                    raise row
-                bad(str(row))
-                continue
-            name, text, license = row
-            part = part if file.kind not in readers else 0  # a text file's pieces continue one document
-            for piece in _parts(text):
-                yield Document(name, piece, file.source, kind, license, part)
-                part += 1
+        documents, gave, first = _documents(file, reading), False, None
+        found_as_data = not file.named and file.kind in ("json", "table", "notebook")
+        while (item := _next(documents, file)) is not None:
+            if isinstance(item, Document):
+                gave = True
+                yield item
+            elif reading.skip_bad or (item.code == "not_text" and not file.named):
+                reading.bad.append(str(item))
+            elif found_as_data:
+                first = first or item
+            else:
+                raise item
+        if first is not None and gave:
+            raise first
+        if first is not None:  # such as settings: nothing that was written to be read
+            reading.passed.append(str(first).partition(";")[0])
+
+
+def _next(documents: Iterator[Document | UserError], file: SourceFile) -> Document | UserError | None:
+    """The next document, or what is wrong with it; None at the end."""
+    try:
+        return next(documents, None)
+    except UserError as error:
+        return error
+    except (OSError, EOFError, lzma.LZMAError, zstandard.ZstdError, ValueError) as error:
+        fix = "mend it, or pass --skip-bad to pass over what is left of it"
+        return UserError(f"{shown(file.path)}: cannot be read ({error}); {fix}")

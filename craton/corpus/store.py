@@ -21,13 +21,15 @@ DOCUMENT = np.dtype(
     [
         ("split", "u1"),  # index into SPLITS
         ("continued", "u1"),  # 1: the next part of the document before it
-        ("source", "u2"),
+        ("source", "u4"),
         ("start", "u8"),  # first token in the split's stream
         ("tokens", "u4"),
         ("bytes", "u4"),  # of UTF-8 text
         ("name", "u8"),  # offset into names.bin
         ("name_bytes", "u2"),
         ("digest", "u8", 2),  # BLAKE2b-128 of the text with spaces folded
+        ("offset", "u8"),  # characters of the document, as it was decoded, before this text
+        ("page", "u4"),  # on which it begins, from 1; 0 where there are no pages
     ]
 )
 SPLITS = ("train", "heldout")

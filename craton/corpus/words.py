@@ -1,6 +1,7 @@
 """A text's words as arrays: where they lie and what they hash to, made in a few passes of numpy over its bytes.
 
-Filters, near-duplicate search and decontamination all work on these arrays; hashes are the same in every process.
+Filters, near-duplicate search and decontamination all work on these arrays; hashes are the same in every process. In
+scripts that are written without spaces each character counts as a word.
 """
 
 from functools import cached_property
@@ -26,15 +27,64 @@ def mix(h: np.ndarray) -> np.ndarray:
     return h ^ (h >> np.uint64(31))
 
 
+# Thai, Lao, Tibetan, Myanmar; Khmer; Tai Le to Tai Tham; Balinese, Javanese; kana, bopomofo; Han; Yi; Han beyond.
+_UNSPACED = (
+    (0x0E01, 0x0FFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x1950, 0x1AAF), (0x1B00, 0x1B7F), (0xA980, 0xA9DF),
+    (0x3040, 0x309F), (0x30A1, 0x30FA), (0x30FC, 0x312F), (0x31F0, 0x31FF), (0x3400, 0x4DBF), (0x4E00, 0x9FFF),
+    (0xA000, 0xA4CF), (0xF900, 0xFAFF), (0xFF66, 0xFF9F), (0x20000, 0x3FFFF),
+)  # fmt: skip
+_EAST = (
+    (0x3040, 0x309F), (0x30A1, 0x30FA), (0x30FC, 0x312F), (0x31F0, 0x31FF), (0x3400, 0x9FFF), (0xF900, 0xFAFF),
+    (0xFF66, 0xFF9F), (0x20000, 0x3FFFF),
+)  # fmt: skip
+_PUNCTUATION = (
+    (0x3000, 0x303F), (0x30A0, 0x30A0), (0x30FB, 0x30FB), (0xFF00, 0xFF0F), (0xFF1A, 0xFF20), (0xFF3B, 0xFF40),
+    (0xFF5B, 0xFF65),
+)  # fmt: skip
+
+
+def _within(points: np.ndarray, ranges: tuple[tuple[int, int], ...]) -> np.ndarray:
+    """(n,) True for code points in one of the ranges, ends included."""
+    found = np.zeros(len(points), bool)
+    for low, high in ranges:
+        found |= (points >= low) & (points <= high)
+    return found
+
+
 class Words:
-    """Whitespace-separated words of a text."""
+    """Words of a text: separated by white space, or single characters of scripts without spaces.
+
+    unspaced: the share of such characters among the words. east: whether most of them are Han or kana.
+    """
 
     def __init__(self, text: str):
         self.bytes = np.frombuffer(text.encode("utf-8", "surrogatepass"), np.uint8)
         inside = ~_SPACE[self.bytes]
+        self.unspaced, self.east = 0.0, False
+        if (self.bytes >= 0xE0).any():
+            points = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32)
+            alone = _within(points, _UNSPACED)
+            if alone.any():
+                self._characters(points, alone, inside)
+                return
         edge = np.diff(inside.view(np.int8), prepend=0, append=0)
         self.start = np.flatnonzero(edge == 1)
         self.end = np.flatnonzero(edge == -1)
+
+    def _characters(self, points: np.ndarray, alone: np.ndarray, inside: np.ndarray) -> None:
+        """Each character that stands alone is a word; punctuation of the East separates as spaces do."""
+        sizes = 1 + (points >= 0x80) + (points >= 0x800).astype(np.int64) + (points >= 0x10000)
+        ends = np.cumsum(sizes)
+        for at in np.flatnonzero(_within(points, _PUNCTUATION)).tolist():
+            inside[ends[at] - sizes[at] : ends[at]] = False
+        fresh = np.zeros(len(inside) + 1, bool)  # bytes at which a word begins, whatever is before them
+        fresh[(ends - sizes)[alone]] = fresh[ends[alone]] = True
+        padded = np.concatenate([[False], inside, [False]])
+        begins = padded[1:] & (~padded[:-1] | fresh)
+        self.start = np.flatnonzero(begins)
+        self.end = np.flatnonzero(padded[:-1] & (~padded[1:] | begins))
+        self.unspaced = int(alone.sum()) / max(1, len(self.start))
+        self.east = 2 * int(_within(points, _EAST).sum()) > int(alone.sum())
 
     def __len__(self) -> int:
         return len(self.start)

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from craton.base import UserError
+from craton.base import UserError, free_memory
 from craton.engine.answer import Answer
 from craton.engine.batch import Assembled, assemble
 from craton.engine.choose import choose
@@ -22,7 +22,7 @@ from craton.engine.draft import PromptLookup
 from craton.engine.draft_model import DraftModel
 from craton.engine.generation import Generation, Slice
 from craton.engine.request import Completion, Counters, EngineEvent, Sampling, TokenLogprob
-from craton.engine.runner import Runner, cache_dtype, free_memory
+from craton.engine.runner import Runner, cache_dtype
 from craton.engine.scheduler import Scheduler
 from craton.engine.structured import Grammars, Matcher
 from craton.engine.text import TextStream

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from craton.base import free_memory
 from craton.model import kernels, modes
 from craton.model.cache import PagedCache, TokenBatch
 from craton.model.decoder import Decoder
@@ -20,15 +21,6 @@ def cache_dtype(network: Decoder) -> torch.dtype:
     """Of keys and values: fp32 on a CPU, the weights' elsewhere."""
     weight = network.model.norm.weight
     return torch.float32 if weight.device.type == "cpu" else weight.dtype
-
-
-def free_memory() -> int:
-    """Bytes that programs can have; a guess where the system does not say."""
-    try:
-        with open("/proc/meminfo") as f:
-            return next(int(line.split()[1]) << 10 for line in f if line.startswith("MemAvailable"))
-    except (OSError, StopIteration):
-        return 8 << 30
 
 
 def _give_back() -> None:

@@ -17,7 +17,7 @@ import numpy as np
 from tokenizers import Tokenizer as Backend
 from tokenizers import models, pre_tokenizers, trainers
 
-from craton.base import UserError, publish, read_json, read_text, write_json
+from craton.base import UserError, read_json, read_text, write_json, write_text
 from craton.text import formats
 from craton.text.template import ChatTemplate
 
@@ -38,6 +38,15 @@ CHAT_TEMPLATE = (
 _LONG = 4096  # characters
 
 
+def _read(path: Path) -> Backend:
+    """The library takes names in UTF-8 only."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return Backend.from_str(read_text(path))
+    return Backend.from_file(str(path))
+
+
 class Tokenizer:
     """A tokenizer folder: `tokenizer.json` with `tokenizer_config.json`."""
 
@@ -54,7 +63,7 @@ class Tokenizer:
         config: dict[str, Any] = {}
         if path.is_file():
             try:
-                backend = Backend.from_file(str(path))
+                backend = _read(path)
             except Exception as error:  # the library raises bare Exception
                 raise UserError(f"{path}: not a tokenizer file ({str(error).splitlines()[0]})") from None
         else:
@@ -72,8 +81,7 @@ class Tokenizer:
         return cls(backend, config)
 
     def save(self, folder: Path) -> None:
-        with publish(folder / "tokenizer.json") as temporary:
-            self.backend.save(str(temporary))
+        write_text(folder / "tokenizer.json", self.backend.to_str(pretty=True))
         write_json(folder / "tokenizer_config.json", self.config)
 
     def _special(self, name: str) -> int | None:

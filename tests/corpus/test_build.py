@@ -1,6 +1,7 @@
 """Building corpora: planted copies and evaluation items are found, formats are read, faults are told, kills
 survived."""
 
+import errno
 import gzip
 import json
 import lzma
@@ -14,7 +15,7 @@ import time
 import pytest
 
 from craton.base import UserError
-from craton.corpus import clean, sources
+from craton.corpus import clean, decode, records
 from craton.corpus.build import BuildOptions, build
 from craton.corpus.store import Corpus
 from tests.conftest import WORDS, craton, prose
@@ -121,7 +122,7 @@ def test_formats_and_round_trip(tmp_path):
     }
     assert all(found[name] == texts[key] for key, name in names.items())
     assert found["c.html"].split() == texts["html"].split() and "code.py" in found
-    assert manifest["passed_over"]["files"] == 1 and manifest["counts"]["code"] == 1
+    assert manifest["passed_over"]["files"] == 1
 
 
 @pytest.mark.parametrize("suffix", ["gz", "xz", "zst"])
@@ -189,6 +190,74 @@ def test_killed_builds_go_on_and_end_the_same(tmp_path):
     assert not (out / ".work").exists()
 
 
+def _built(source, out, *more):
+    command = [
+        sys.executable,
+        "-m",
+        "craton",
+        "corpus",
+        "build",
+        source,
+        "--out",
+        str(out),
+        "--vocab-size",
+        "400",
+        *more,
+    ]
+    return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+
+def _workers(process, wanted=1):
+    """Its worker processes, once there are so many."""
+    for _ in range(400):
+        found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+        if len(found) >= wanted:
+            return [int(p) for p in found]
+        time.sleep(0.02)
+    raise AssertionError("no workers")
+
+
+def test_workers_end_with_the_build_and_do_not_hold_its_folder(tmp_path):
+    source = write(tmp_path / "a.jsonl", [prose(i, 60) for i in range(3000)])
+    first = _built(source, tmp_path / "c")
+    workers = _workers(first)
+    time.sleep(0.3)
+    first.kill()  # it alone
+    first.communicate()
+    again = _built(source, tmp_path / "c")
+    assert again.communicate()[1].count("error") == 0 and again.returncode == 0
+    assert not any(os.path.exists(f"/proc/{p}") for p in workers)
+
+
+def test_a_killed_worker_is_one_line_and_the_next_call_goes_on(tmp_path):
+    source = write(tmp_path / "a.jsonl", [prose(i, 60) for i in range(4000)])
+    whole = build(options(source), tmp_path / "whole")
+    process = _built(source, tmp_path / "c")
+    os.kill(_workers(process)[0], signal.SIGKILL)
+    said = process.communicate()[1]
+    assert process.returncode == 2 and "a worker process was killed" in said and "Traceback" not in said
+    again = _built(source, tmp_path / "c")
+    assert again.communicate() and again.returncode == 0
+    assert Corpus(tmp_path / "c").manifest["files"] == whole["files"]
+
+
+def test_file_systems_without_locks_and_flushed_folders(tmp_path, monkeypatch, capsys):
+    from craton.base import files
+
+    def missing(*_):
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    def flush(handle, real=os.fsync):
+        if os.path.isdir(f"/proc/self/fd/{handle}"):
+            raise OSError(errno.EINVAL, "Invalid argument")
+        real(handle)
+
+    monkeypatch.setattr(files.fcntl, "flock", missing)
+    monkeypatch.setattr(files.os, "fsync", flush)
+    build(options(write(tmp_path / "a.jsonl", [prose(i) for i in range(20)])), tmp_path / "c")
+    assert "has no locks" in capsys.readouterr().out and Corpus(tmp_path / "c").length("train")
+
+
 BAD = {
     "missing path": lambda p: ([str(p / "absent.txt")], "absent.txt: no such file"),
     "empty folder": lambda p: ([str((p / "empty").mkdir() or p / "empty")], "is empty"),
@@ -200,7 +269,7 @@ BAD = {
         [str(make(p / "t" / "x.jsonl.xz", lzma.compress(b'{"text": "a"}\n' * 999)[:-20]))],
         "x.jsonl.xz",
     ),
-    "nothing left": lambda p: ([str(make(p / "t" / "x.txt", b"too short"))], "no document is left"),
+    "nothing left": lambda p: ([str(make(p / "t" / "x.txt", b" \n "))], "no document is left"),
     "no parquet": lambda p: ([str(make(p / "t" / "x.parquet", b"PAR1"))], "parquet"),
 }
 
@@ -226,7 +295,7 @@ def test_skip_bad_goes_on(tmp_path):
     make(tmp_path / "t" / "x.jsonl", f'{good}\n{{"text": \n{json.dumps({"text": prose(2)})}\n'.encode())
     make(tmp_path / "t" / "y.txt", bytes(range(256)) * 50)
     manifest = build(options(str(tmp_path / "t"), skip_bad=True), tmp_path / "c")
-    assert manifest["passed_over"]["bad"] == 2 and manifest["counts"]["kept"] == 2
+    assert manifest["passed_over"]["bad"] == 2 and manifest["sources"][0]["documents"] == 2
 
 
 def test_folders_in_use(tmp_path):
@@ -292,19 +361,19 @@ def test_questions_and_answers_without_their_ids(tmp_path):
         {"uuid": "x9", "instruction": "Sum." + prose(3), "input": "", "output": prose(4)},
         {"prompt": prose(5), "response": prose(6), "source": "forum"},
     ]
-    texts = [sources._text_of(row, "here")[0] for row in rows]
+    texts = [records.text_of(row, "here", [])[0] for row in rows]
     assert texts[0] == f"{rows[0]['question']}\n\n{rows[0]['answer']}"
     assert texts[1] == f"{rows[1]['instruction']}\n\n{rows[1]['output']}"
     assert texts[2] == f"{rows[2]['prompt']}\n\n{rows[2]['response']}"
     with pytest.raises(UserError, match="no text in this record"):
-        sources._text_of({"id": "a", "url": "b", "note": "c"}, "here")
+        records.text_of({"id": "a", "url": "b", "note": "c"}, "here", [])
 
 
 def test_long_utf_16_is_text(tmp_path):
     """A piece that is not the first has no mark; it was taken for binary once."""
     text = "".join(f"Line {i} of a long text, wide – ☃ 𝔘.\n" for i in range(300_000))
     data = text.encode("utf-16")
-    assert len(data) > 2 * sources._PIECE // 2 and len(data) > 16 << 20
+    assert len(data) > 16 * decode.BLOCK
     make(tmp_path / "t" / "wide.txt", data)
     out = tmp_path / "c"
     build(options(str(tmp_path / "t"), skip=["quality", "exact", "near"]), out)

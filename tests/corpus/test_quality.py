@@ -9,8 +9,9 @@ from craton.corpus.words import Words
 from tests.conftest import STDLIB, prose
 
 
-def why(text, html=False, english=True):
-    return quality.reject_prose(text, Words(text), html, english)
+def why(text, html=False, language="en"):
+    found = quality.reject_prose(text, Words(text), html, language)
+    return found and found.rule
 
 
 def test_ordinary_prose_passes():
@@ -62,7 +63,7 @@ def test_rules_for_web_pages_only():
 
 def test_english_rule_can_be_left_out():
     other = CASES["gopher_stop_words"]
-    assert why(other) == "gopher_stop_words" and why(other, english=False) is None
+    assert why(other) == "gopher_stop_words" and why(other, language="") is None
 
 
 def test_code_and_prose_are_told_apart():
@@ -75,9 +76,9 @@ def test_code_and_prose_are_told_apart():
 
 def test_code_rules():
     assert quality.reject_code("x = 1\n" + "y" * 1001) is not None
-    assert quality.reject_code("a = [" + ", ".join(["0x1f"] * 200) + "]") == "code_mean_line_over_100"
-    assert quality.reject_code("# This file is auto-generated\nx = 1\n") == "code_generated"
-    assert quality.reject_code("+-+-+-\n" * 50) == "code_alphanumeric_under_25_percent"
+    assert quality.reject_code("a = [" + ", ".join(["0x1f"] * 200) + "]").rule == "code_mean_line_over_100"
+    assert quality.reject_code("# This file is auto-generated\nx = 1\n").rule == "code_generated"
+    assert quality.reject_code("+-+-+-\n" * 50).rule == "code_alphanumeric_under_25_percent"
 
 
 def test_repair():

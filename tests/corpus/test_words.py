@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from craton.corpus.words import Words, ngrams
+from craton.corpus.words import _UNSPACED, Words, _within, ngrams
 
 
 @settings(deadline=None, max_examples=200)
@@ -15,7 +15,7 @@ from craton.corpus.words import Words, ngrams
             exclude_characters="\x85\xa0\u1680\u2028\u2029\u202f\u205f\u3000"
             + "".join(map(chr, range(0x2000, 0x200B))),
         )
-    )
+    ).filter(lambda text: not any(_within(np.array([ord(c)]), _UNSPACED)[0] for c in text))
 )
 def test_words_are_those_of_split(text):
     words = Words(text)
@@ -26,6 +26,16 @@ def test_words_are_those_of_split(text):
     by_hash = {}
     for h, w in zip(words.exact.tolist(), expected, strict=True):
         assert by_hash.setdefault(h, w) == w
+
+
+def test_characters_are_words_where_they_are_not_spaced():
+    words = Words("Say 你好，世界。ok ไทย end")
+    found = [bytes(words.bytes[a:b]).decode() for a, b in zip(words.start, words.end, strict=True)]
+    assert found == ["Say", *"你好世界", "ok", *"ไทย", "end"]
+    assert words.unspaced == 0.7 and words.east
+    assert words.characters.tolist() == [len(w) for w in found]
+    assert len(set(words.exact.tolist())) == len(found)
+    assert Words("ไทย").unspaced == 1 and not Words("ไทย").east
 
 
 def test_folding():

@@ -1,0 +1,198 @@
+"""The characters of a text file: by its mark, its declaration, UTF-8, or what a detector finds; else refused by name.
+
+A file is read in blocks, so that its size does not matter. Nothing is decoded all or nothing: a stray byte in UTF-8
+costs one character, and a file whose lines differ in encoding is read line by line.
+"""
+
+import codecs
+import re
+from collections.abc import Iterator
+from typing import Any
+
+from craton.base import UserError
+
+BLOCK = 1 << 20  # bytes that are decoded at a time
+LOST = "\ufffd"  # stands for bytes that are no text
+
+# What people name differs from what they mean (WHATWG Encoding Standard, section 4.2).
+_MEANT = {
+    "iso8859-1": "cp1252", "ascii": "cp1252", "iso8859-9": "cp1254", "iso8859-11": "cp874", "tis-620": "cp874",
+    "gb2312": "gb18030", "gbk": "gb18030", "euc_kr": "cp949", "shift_jis": "cp932",
+}  # fmt: skip
+_MARKS = (
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32-le"),
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
+_DECLARED = (
+    re.compile(rb"<meta[^>]{0,200}?charset\s*=\s*[\"']?\s*([\w.:-]+)", re.I),  # HTML
+    re.compile(rb"\A\s*<\?xml[^>]{0,200}?encoding\s*=\s*[\"']([\w.:-]+)", re.I),
+    re.compile(rb"\A(?:[^\n]*\n)?[ \t\f]*#[^\n]*?coding[:=][ \t]*([-\w.]+)"),  # PEP 263
+)
+_DEFAULT = "cp1252"  # of a text with a few letters that nothing else is known of
+_TYPOGRAPHY = frozenset([0x85, *range(0x91, 0x98), 0xA0, 0xA3, 0xA9, 0xAB, 0xAE, 0xB0, 0xB4, 0xB7, 0xBB])
+_CONTROLS = bytes([*range(1, 9), *range(14, 27), *range(28, 32)])
+
+
+def known(name: str) -> str:
+    """The codec for an encoding's name. UserError if there is none that gives text."""
+    try:
+        b"".decode(name)  # refuses codecs of other things than text
+        found = codecs.lookup(name).name
+    except (LookupError, ValueError):
+        fix = "write it as utf-8, windows-1251, shift_jis, ..."
+        raise UserError(f"--encoding {name}: no such encoding; {fix}", field="encoding") from None
+    return _MEANT.get(found, found)
+
+
+class Decoder:
+    """The text of one file. After it was read, `replaced` says how many characters stand for bytes that were none."""
+
+    def __init__(self, name: str, given: str | None = None):
+        """name: for messages. given: the encoding, whatever the file says."""
+        self.name, self.given = name, known(given) if given else None
+        self.replaced = 0
+        self.encodings: set[str] = set()
+        self.legacy: str | None = None  # of lines that are not UTF-8, once it was told
+
+    def pieces(self, f: Any) -> Iterator[str]:
+        """Text of a binary file, in pieces that end with a line where there are lines. UserError for binary data, and
+        where the encoding cannot be told."""
+        data = f.read(BLOCK)
+        encoding, mark = self._stated(data)
+        if encoding is None and _is_binary(data):
+            fix = "leave it out, or pass --skip-bad to pass over such files"
+            raise UserError(f"{self.name}: binary file, not text; {fix}", code="not_text")
+        data = data[mark:]
+        if encoding is not None and encoding != "utf-8":
+            yield from self._throughout(encoding, data, f)
+            return
+        rest = b""
+        while data:
+            more = f.read(BLOCK)
+            whole = rest + data
+            cut = _boundary(whole) if more else len(whole)
+            rest, data = whole[cut:], more
+            yield self._block(whole[:cut], utf8=encoding is not None)
+
+    def _stated(self, head: bytes) -> tuple[str | None, int]:
+        """The encoding that is given or that the file states, and the length of its mark; None where it states none."""
+        for mark, name in _MARKS:
+            if head.startswith(mark):
+                return name, len(mark)
+        if self.given:
+            return self.given, 0
+        if wide := _wide(head):
+            return wide, 0
+        found = next((m for m in (p.search(head[:16_384]) for p in _DECLARED) if m), None)
+        if found is None:
+            return _seven_bits(head), 0
+        try:
+            name = known(found[1].decode("ascii"))
+        except UserError:
+            return None, 0
+        if name.startswith("utf") or _valid(head):  # saved again as UTF-8 by a program that left the declaration
+            return None, 0
+        return name, 0
+
+    def _throughout(self, encoding: str, data: bytes, f: Any) -> Iterator[str]:
+        """One encoding for all of the file."""
+        self.encodings.add(encoding)
+        decoder, rest = codecs.getincrementaldecoder(encoding)("replace"), ""
+        while data:
+            more = f.read(BLOCK)
+            text = decoder.decode(data, not more)
+            self.replaced += text.count(LOST)
+            text = rest + text
+            cut = (text.rfind("\n") + 1 if more else len(text)) or len(text)
+            yield text[:cut]
+            rest, data = text[cut:], more
+
+    def _block(self, data: bytes, utf8: bool) -> str:
+        """A block that is UTF-8, or mostly, or whose lines are of another encoding. utf8: the file says so."""
+        try:
+            text = data.decode("utf-8")
+            if not data.isascii():
+                self.encodings.add("utf-8")
+            return text
+        except UnicodeDecodeError:
+            text = data.decode("utf-8", "replace")
+        lost = text.count(LOST) - data.count(LOST.encode())
+        sound = len(text) - len(text.encode("ascii", "ignore")) - text.count(LOST)
+        if utf8 or 20 * lost <= sound:
+            self.encodings.add("utf-8")
+            self.replaced += lost
+            return text
+        lines = data.split(b"\n")
+        whole = [_valid(line) or line.isascii() for line in lines]
+        legacy = self._detect(b"\n".join(line for line, ok in zip(lines, whole, strict=True) if not ok))
+        out = [line.decode("utf-8" if ok else legacy, "replace") for line, ok in zip(lines, whole, strict=True)]
+        self.replaced += sum(line.count(LOST) for line, ok in zip(out, whole, strict=True) if not ok)
+        return "\n".join(out)
+
+    def _detect(self, data: bytes) -> str:
+        """The encoding of bytes that are not UTF-8. UserError if nothing fits."""
+        if self.legacy is None:
+            import chardet
+
+            high = bytes(b for b in data[: 1 << 16] if b >= 128)
+            found = chardet.detect(data)
+            name = found["encoding"]
+            weak = (found["confidence"] or 0) < 0.05 and len(high) * 3 < len(data)
+            if name and (weak or set(high) <= _TYPOGRAPHY):
+                name = _DEFAULT
+            if name is None or ((found["confidence"] or 0) < 0.05 and not weak):
+                fix = "say which with --encoding, or pass --skip-bad to pass over such files"
+                raise UserError(f"{self.name}: not UTF-8, and its encoding cannot be told; {fix}", code="not_text")
+            self.legacy = known(name)
+        self.encodings.add(self.legacy)
+        return self.legacy
+
+
+def _valid(data: bytes) -> bool:
+    """Whether there is UTF-8 beyond ASCII, and nothing else (a character may be cut at the end)."""
+    try:
+        text, _ = codecs.utf_8_decode(data, "strict", False)
+    except UnicodeDecodeError:
+        return False
+    return not text.isascii()
+
+
+def _seven_bits(head: bytes) -> str | None:
+    """The encodings of the East that shift between ASCII and their own characters, by their shifts."""
+    if not re.search(rb"\x1b\$[@BAC()]|~\{", head[:16_384]):
+        return None
+    import chardet
+
+    found = str(chardet.detect(head)["encoding"])
+    return known(found) if found.startswith(("ISO-2022", "HZ")) else None
+
+
+def _boundary(data: bytes) -> int:
+    """Where a block can be cut: after its last line, else after a space, else before a character of UTF-8."""
+    for end in (b"\n", b" "):
+        if (cut := data.rfind(end) + 1) > len(data) // 2:
+            return cut
+    cut = len(data)
+    while cut > len(data) - 4 and data[cut - 1] & 0xC0 == 0x80:
+        cut -= 1
+    return cut - 1 if data[cut - 1] >= 0xC0 else cut
+
+
+def _wide(head: bytes) -> str | None:
+    """UTF-16 without a mark, by the NUL that each ASCII character has there."""
+    some = head[:4096]
+    if len(some) < 16 or len(some) % 2 or some.count(0) < len(some) // 4:
+        return None
+    for name, zeros, others in (("utf-16-le", some[1::2], some[::2]), ("utf-16-be", some[::2], some[1::2])):
+        if zeros.count(0) > 0.5 * len(zeros) and others.count(0) == 0:
+            return name
+    return None
+
+
+def _is_binary(head: bytes) -> bool:
+    """More than a stray NUL or control character in a thousand bytes."""
+    controls = len(head) - len(head.translate(None, _CONTROLS))
+    return head.count(0) > 1 + len(head) / 1000 or controls > 1 + len(head) / 1000

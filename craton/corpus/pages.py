@@ -1,0 +1,46 @@
+"""The text of a page of the web (HTML)."""
+
+import re
+
+from craton.corpus import quality
+
+FRAGMENT = (
+    1 << 20
+)  # characters; a longer page is taken apart in pieces of about so many, since a tree needs 80 times that
+_UNSEEN = re.compile(r"<(script|style|svg|noscript|template)\b[^>]*>.*?</\1\s*>|<!--.*?-->", re.I | re.S)
+_DATA = re.compile(r"""(["'(])data:[^"')]{200,}""")
+_END_OF_BLOCK = re.compile(r"</(?:article|section|table|tr|ul|ol|div|p|pre|h[1-6]|body)\s*>", re.I)
+
+
+def html_text(page: str, web: bool) -> str:
+    """The main text of a page; '' if it has none. web: without the lines that C4 takes out; else, where little is found
+    of what a reader would see, all of that."""
+    if len(page) > FRAGMENT:
+        page = _DATA.sub(r"\1data:", _UNSEEN.sub(" ", page))
+    found = "\n".join(text for text in (_main_text(f, web) for f in _fragments(page)) if text)
+    return quality.strip_html_lines(found) if web else found
+
+
+def _main_text(page: str, web: bool) -> str:
+    import trafilatura
+
+    found = trafilatura.extract(
+        page, include_comments=False, deduplicate=False, favor_precision=web, favor_recall=not web
+    )
+    found = found or ""
+    if not web:
+        seen = trafilatura.html2txt(page) or ""
+        if len(found) * 3 < len(seen):
+            return str(seen)
+    return str(found)
+
+
+def _fragments(page: str) -> list[str]:
+    """The page, cut after blocks where it is long."""
+    out, at = [], 0
+    while len(page) - at > 2 * FRAGMENT:
+        end = _END_OF_BLOCK.search(page, at + FRAGMENT)
+        cut = min(end.end() if end else len(page), at + 2 * FRAGMENT)
+        out.append(page[at:cut])
+        at = cut
+    return [*out, page[at:]]

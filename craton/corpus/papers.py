@@ -1,0 +1,47 @@
+"""The text of PDF and Word documents."""
+
+import logging
+from pathlib import Path
+
+from craton.base import UserError
+
+
+def pdf_pages(path: Path, name: str) -> list[str]:
+    """The text of each page. UserError if it cannot be read, or has none, as scanned pages have."""
+    import pypdf
+
+    logging.getLogger("pypdf").setLevel(logging.CRITICAL)  # it complains of many files that it reads well
+    try:
+        reader = pypdf.PdfReader(path)
+        if reader.is_encrypted and not reader.decrypt(""):
+            raise UserError(f"{name}: a PDF with a password; save it without, or pass --skip-bad to pass over it")
+        pages = [page.extract_text() for page in reader.pages]
+    except UserError:
+        raise
+    except Exception as error:  # of many kinds, on files that are damaged in as many ways
+        problem = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(f"{name}: not a readable PDF ({problem}); --skip-bad passes over it") from None
+    if not any(page.strip() for page in pages):
+        fix = "run OCR on it first (ocrmypdf), or pass --skip-bad to pass over it"
+        raise UserError(f"{name}: a PDF of pictures without text ({len(pages)} pages); {fix}")
+    return pages
+
+
+def docx_text(path: Path, name: str) -> str:
+    """Paragraphs and tables, in order. UserError if it cannot be read."""
+    try:
+        import docx
+    except ImportError:
+        raise UserError(f"{name}: reading Word documents needs python-docx; pip install 'craton[docx]'") from None
+    try:
+        document = docx.Document(str(path))
+        out = []
+        for item in document.iter_inner_content():
+            if hasattr(item, "rows"):
+                out.append("\n".join(" | ".join(cell.text.strip() for cell in row.cells) for row in item.rows))
+            else:
+                out.append(item.text)
+    except Exception as error:  # of many kinds, on files that are damaged in as many ways
+        problem = str(error).partition("\n")[0] or type(error).__name__
+        raise UserError(f"{name}: not a readable Word document ({problem}); --skip-bad passes over it") from None
+    return "\n\n".join(text for text in out if text.strip())
