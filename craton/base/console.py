@@ -4,6 +4,7 @@ import contextlib
 import os
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any
 
 
@@ -13,6 +14,14 @@ def count(n: float) -> str:
         if abs(n) >= size:
             return f"{n / size:.3g}{unit}"
     return f"{n:.3g}"
+
+
+def amount(n: float, unit: str) -> str:
+    """1234567, 'B' -> '1.23 MB'."""
+    for size, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(n) >= size:
+            return f"{n / size:.3g} {prefix}{unit}"
+    return f"{n:.3g} {unit}"
 
 
 def span(seconds: float) -> str:
@@ -45,6 +54,19 @@ def _silence(stream: Any) -> None:
     """What is said there from now on is lost."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+@contextlib.contextmanager
+def waiting(what: str) -> Iterator[None]:
+    """On a terminal, a word on stderr for as long as something silent takes."""
+    live = sys.stderr.isatty()
+    if live:
+        print(f"{what} ...", end="", file=sys.stderr, flush=True)
+    try:
+        yield
+    finally:
+        if live:
+            print("\r\x1b[2K", end="", file=sys.stderr, flush=True)
 
 
 class Progress:

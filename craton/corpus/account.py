@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from craton.base import count, say
+from craton.base import amount, count, say
 from craton.corpus.clean import Dropped
 from craton.corpus.sources import Reading
 
@@ -62,7 +62,7 @@ def say_summary(manifest: dict[str, Any]) -> None:
     """How much of each source was kept; loud where much was not."""
     sources = manifest["sources"]
     for source in sorted(sources, key=lambda s: -s["read_bytes"])[:_ROWS]:
-        sizes = f"{count(source['bytes'])}B of {count(source['read_bytes'])}B"
+        sizes = f"{amount(source['bytes'], 'B')} of {amount(source['read_bytes'], 'B')}"
         say(f"kept     {_short(source['name'])}: {sizes}{_rules(source)}")
     if len(sources) > _ROWS:
         rest = sorted(sources, key=lambda s: -s["read_bytes"])[_ROWS:]

@@ -155,12 +155,30 @@ class Batches:
         return out
 
 
-def heldout_rows(corpora: list[Corpus], length: int, most_tokens: int, document_mask: bool) -> list[Batch]:
-    """Fixed rows of the held-out documents, one batch a row, spread over the corpora; empty if nothing is held out."""
+@dataclass
+class HeldoutRow:
+    """A row of held-out text as a batch of one. names: what it is of; source: (time,) which of them each target is of;
+    seen: (time,) how many tokens of its document, in this row, come before it."""
+
+    batch: Batch
+    names: list[str]
+    source: np.ndarray
+    seen: np.ndarray
+
+
+def heldout_rows(corpora: list[Corpus], length: int, most_tokens: int, document_mask: bool) -> list[HeldoutRow]:
+    """Fixed rows of the held-out documents, spread over the corpora; empty if nothing is held out."""
     out = []
     for corpus in corpora:
         stream = _Stream(corpus, "heldout", length, 0, shuffle=False)
+        of_document = corpus.rows("heldout")["source"][stream.first] if len(stream.first) else np.empty(0, int)
+        names = [s["name"] for s in corpus.manifest["sources"]]
         wanted = min(stream.per_epoch, max(1, most_tokens // length // len(corpora)))
         for n in range(wanted):
-            out.append(_batch([stream.row(n * stream.per_epoch // wanted)], document_mask))
+            row = n * stream.per_epoch // wanted
+            batch = _batch([stream.row(row)], document_mask)
+            pieces = stream.pieces(row)
+            source = np.repeat([of_document[d] for d, _, _ in pieces], [take for _, _, take in pieces])
+            seen = np.concatenate([np.arange(take) for _, _, take in pieces])
+            out.append(HeldoutRow(batch, names, source[1:], seen[1:]))
     return out

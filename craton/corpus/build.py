@@ -29,6 +29,7 @@ from craton import __version__
 from craton.base import (
     Progress,
     UserError,
+    amount,
     claim,
     count,
     digest,
@@ -261,6 +262,21 @@ def build(options: BuildOptions, out: Path) -> dict[str, Any]:
             job.pool.close()
 
 
+def remove_corpus(out: Path, options: BuildOptions) -> None:
+    """Make room for a corpus of these options where another one lies, file by file of its own."""
+    path = out / "manifest.json"
+    if not path.exists() or read_json(path).get("fingerprint") == _fingerprint(
+        options, sources.find(options.sources)[0]
+    ):
+        return
+    names = read_json(path)["files"]
+    path.unlink()
+    for name in names:
+        (out / name).unlink(missing_ok=True)
+    if (out / "tokenizer").is_dir() and not any((out / "tokenizer").iterdir()):
+        (out / "tokenizer").rmdir()
+
+
 @dataclass
 class _Build:
     """One build, stage by stage. Each stage leaves its work in .work, and adds to what is known of the parts."""
@@ -318,7 +334,7 @@ class _Build:
             else:
                 self.pool.submit(clean, batch, cleaning, path)
             speed = size / 1e6 / (time.monotonic() - self.began)
-            self.progress.show(f"clean    {count(size)}B read, {speed:.1f} MB/s, {batch[-1].name}")
+            self.progress.show(f"clean    {amount(size, 'B')} read, {speed:.1f} MB/s, {batch[-1].name}")
         self.pool.finish()
         self.progress.clear()
         if found_before:
@@ -375,7 +391,7 @@ class _Build:
             last += 1
         self.held = np.zeros(len(self.index), bool)
         self.held[last] = True
-        say(f"dedup    held out is the end of the largest document, {count(int(self.index['bytes'][last]))}B")
+        say(f"dedup    held out is the end of the largest document, {amount(int(self.index['bytes'][last]), 'B')}")
 
     def _show_copies(self, copies: dict[str, np.ndarray]) -> None:
         """A few examples of what was dropped."""
@@ -446,7 +462,7 @@ class _Build:
         shutil.rmtree(self.work)
         account.say_summary(manifest)
         size = self.counts["bytes"]
-        say(f"{self.out}: {count(size)}B in {span(seconds)} ({size / 1e6 / seconds:.1f} MB/s)")
+        say(f"{self.out}: {amount(size, 'B')} in {span(seconds)} ({size / 1e6 / seconds:.1f} MB/s)")
         return manifest
 
     def _facts(self, licenses: dict[int, set[str]], seconds: float) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from craton.base import count, say, span
+from craton.base import amount, count, say, span
 from craton.corpus import account
 from craton.corpus.quality import LANGUAGE_RULES
 from craton.corpus.store import Corpus
@@ -14,17 +14,17 @@ def show(folder: Path, examples: int) -> dict[str, Any]:
     corpus = Corpus(folder)
     m = corpus.manifest
     counts, options = m["counts"], m["options"]
-    say(f"{folder}: {counts['documents']} documents, {count(counts['bytes'])}B read in {span(m['seconds'])}")
+    say(f"{folder}: {counts['documents']} documents, {amount(counts['bytes'], 'B')} read in {span(m['seconds'])}")
     for split, s in m["splits"].items():
         rate = f", {s['bytes'] / s['tokens']:.2f} bytes a token" if s["tokens"] else ""
-        say(f"  {split:9} {count(s['tokens'])} tokens, {s['documents']} documents, {count(s['bytes'])}B{rate}")
+        say(f"  {split:9} {count(s['tokens'])} tokens, {s['documents']} documents, {amount(s['bytes'], 'B')}{rate}")
     origin = "given" if options["tokenizer"] else "trained here"
     say(f"  tokenizer {m['vocab_size']} ids, {origin}; stored as {m['dtype']}")
     say("\nsources")
     for s in m["sources"][:20]:
         licence = ", ".join(s["license"]) or "not stated"
-        read = f" of {count(s['read_bytes'])}B" if "read_bytes" in s else ""
-        say(f"  {s['name']}: {s['documents']} documents kept, {count(s['bytes'])}B{read}, licence {licence}")
+        read = f" of {amount(s['read_bytes'], 'B')}" if "read_bytes" in s else ""
+        say(f"  {s['name']}: {s['documents']} documents kept, {amount(s['bytes'], 'B')}{read}, licence {licence}")
     if len(m["sources"]) > 20:
         say(f"  and {len(m['sources']) - 20} more")
     say("\nsteps")
@@ -46,7 +46,7 @@ def show(folder: Path, examples: int) -> dict[str, Any]:
     say("\ndropped")
     for why, d in sorted(m["dropped"].items(), key=lambda x: -x[1]["bytes"]):
         note = " (by language)" if why in LANGUAGE_RULES else ""
-        say(f"  {why.replace('_', ' ')}{note}: {d['documents']}, {count(d['bytes'])}B")
+        say(f"  {why.replace('_', ' ')}{note}: {d['documents']}, {amount(d['bytes'], 'B')}")
         for e in d["examples"][: min(examples, 3)]:
             say(f"      {e['document']}: {e.get('measured', '')}{': ' if 'measured' in e else ''}{e['text'][:100]}")
     if not m["dropped"]:

@@ -21,6 +21,7 @@ from craton.text.fields import unenforced
 from craton.text.harmony import FINAL, HarmonyParser
 from craton.text.messages import text_of
 from craton.text.tokenizer import Tokenizer
+from craton.weights.folder import only_pretrained
 
 # Tokens of thinking that OpenAI's efforts allow. None: as long as the model wants.
 EFFORT: dict[str, int | None] = {"minimal": 256, "low": 1024, "medium": 4096, "high": None, "xhigh": None, "max": None}
@@ -40,6 +41,8 @@ class Talker:
     dialogue: Dialogue | None  # None: it has no chat template
     defaults: dict[str, float]  # of sampling, from generation_config.json
     pretrained_only: bool  # it goes on with text rather than answering
+    parameters: int
+    bits: float  # a parameter, as they are stored
     created: int = field(default_factory=lambda: int(time.time()))
 
 
@@ -58,12 +61,14 @@ def open_talker(name: str, path: str, chat_template: Path | None = None, **optio
         defaults = dict(_OF_GGUF)
     elif folder.is_dir():
         defaults = _defaults(folder / "generation_config.json")
-        record = folder / "record.json"
-        pretrained = record.is_file() and read_json(record).get("objective") == "pretraining"
+        pretrained = only_pretrained(folder)
     pretrained = chat_template is None and (pretrained or found is None)
     if found and found.turn_end is not None:
         model.engine_options["end_ids"] = (found.turn_end,)
-    return Talker(name, model.engine, model.tokenizer, found, defaults, pretrained)
+    parameters = model.network.config.parameters
+    files = [folder] if folder.suffix == ".gguf" else list(folder.glob("*.safetensors"))
+    bits = round(8 * sum(f.stat().st_size for f in files) / parameters, 1)
+    return Talker(name, model.engine, model.tokenizer, found, defaults, pretrained, parameters, bits)
 
 
 def _defaults(file: Path) -> dict[str, float]:

@@ -4,6 +4,7 @@ Everything works without them: the operations then run as plain PyTorch, two to 
 """
 
 import ctypes
+import os
 import platform
 import sys
 from functools import lru_cache
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from craton.base import processors
 
 _P, _I, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _TRAINING = {
@@ -118,3 +121,9 @@ def keep_freed_memory() -> None:
         libc = ctypes.CDLL(None)
         libc.mallopt(-3, 1 << 30)  # M_MMAP_THRESHOLD
         libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+
+
+def obey_limits() -> None:
+    """No more threads than a container grants processors, unless OMP_NUM_THREADS says how many."""
+    if "OMP_NUM_THREADS" not in os.environ and torch.get_num_threads() > processors():
+        torch.set_num_threads(processors())

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from craton.base import UserError, count, say, write_text
+from craton.base import UserError, amount, count, say, write_text
 from craton.engine.model import Model, single_file
 from craton.model import modes
 from craton.model.cache import bytes_per_token
@@ -105,12 +105,12 @@ def inspect(folder: Path, context: int | None, batch: int) -> dict[str, Any]:
     say("\n  parameters")
     for name, n in sorted(by_part.items(), key=lambda kv: -kv[1]):
         say(f"    {name:<16}{n:>20,}  {n / total:6.1%}")
-    say(f"\n  cache           {count(each)}B a token in fp32, {count(each / 2)}B in 16 bits")
-    say(f"  memory for {batch} x {context} tokens (weights + fp32 cache of {count(cache)}B):")
-    say("    " + ", ".join(f"{k} {count(v + cache)}B" for k, v in weights.items()))
-    say(f"  arithmetic      {count(config.flops_per_token(context) / 3)}FLOP a token at {context} tokens of context")
+    say(f"\n  cache           {amount(each, 'B')} a token in fp32, {amount(each / 2, 'B')} in 16 bits")
+    say(f"  memory for {batch} x {context} tokens (weights + fp32 cache of {amount(cache, 'B')}):")
+    say("    " + ", ".join(f"{k} {amount(v + cache, 'B')}" for k, v in weights.items()))
+    say(f"  arithmetic      {amount(config.flops_per_token(context) / 3, 'FLOP')} a token at a context of {context}")
     if stored:
-        say(f"  on disk         {count(stored)}B of weights")
+        say(f"  on disk         {amount(stored, 'B')} of weights")
     facts: dict[str, Any] = {"model_type": config.model_type, "parameters": total, "active_parameters": active}
     facts |= {"parts": by_part, "cache_bytes_per_token": each, "context": context, "batch": batch, "cache_bytes": cache}
     return facts | {"weight_bytes": weights, "stored_bytes": stored, "meaning": meaning(config)}

@@ -1,98 +1,133 @@
 """A run's record as one self-contained HTML page: no scripts from elsewhere, no network, light and dark."""
 
-import io
+import shlex
 from pathlib import Path
 from typing import Any
 
-from craton.base import UserError, count, read_json, span, write_text
+from craton.base import UserError, amount, count, read_json, span, write_text
+from craton.model.config import ModelConfig
+from craton.report.inspect import parts
 from craton.report.pages import filled
+from craton.report.plots import plots
+from craton.train.recipe import Recipe, as_dict
 
-INK, FAINT, ACCENT, SECOND = "#8a8f98", "#8a8f9855", "#3b82f6", "#f97316"
+SHOWN = """hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim vocab_size
+    max_position_embeddings rope_theta tie_word_embeddings num_experts""".split()
 
-
-def _svg(draw: Any, width: float = 6.4, height: float = 3.0) -> str:
-    """One matplotlib axes as inline SVG, colours chosen to read on light and dark."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width, height))
-    axes = figure.add_subplot()
-    for side in ("top", "right"):
-        axes.spines[side].set_visible(False)
-    for side in ("left", "bottom"):
-        axes.spines[side].set_color(FAINT)
-    axes.tick_params(colors=INK, labelsize=8)
-    axes.xaxis.label.set_color(INK)
-    axes.yaxis.label.set_color(INK)
-    axes.grid(color=FAINT, linewidth=0.5, alpha=0.5)
-    draw(axes)
-    figure.tight_layout()
-    text = io.StringIO()
-    figure.savefig(text, format="svg", transparent=True)
-    return text.getvalue()[text.getvalue().index("<svg") :]
+MOST_ROWS = 10  # of a table
 
 
-def _smooth(values: list[float]) -> list[float]:
-    """Exponential mean over about a thirtieth of the run, without the start's bias."""
-    keep, mean, weight, out = 1 - 1 / max(1, len(values) / 30), 0.0, 0.0, []
-    for v in values:
-        mean, weight = keep * mean + (1 - keep) * v, keep * weight + (1 - keep)
-        out.append(mean / weight)
+def _four(value: Any) -> Any:
+    """Numbers with four digits."""
+    return f"{value:.4g}" if isinstance(value, float) else value
+
+
+def _few(rows: list[Any]) -> tuple[list[Any], int]:
+    """The first rows, and how many more there are."""
+    return (rows, 0) if len(rows) <= MOST_ROWS + 2 else (rows[:MOST_ROWS], len(rows) - MOST_ROWS)
+
+
+def _changed(record: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Settings that differ from their defaults, by section; the model's sizes have a table of their own."""
+    defaults = as_dict(Recipe())
+    out = []
+    for part, settings in record["recipe"].items():
+        known = defaults.get(part, {})
+        changed = {k: _four(v) for k, v in settings.items() if v is not None and v != known.get(k)}
+        if part != "model" and changed:
+            out.append((part, changed))
     return out
 
 
-def _plots(record: dict[str, Any]) -> list[tuple[str, str]]:
-    from matplotlib.ticker import FuncFormatter
+def _comparison(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """Bits per byte beside simpler means on the same text, as bars."""
+    rows = [("this model", record["heldout_bits_per_byte"], True)]
+    names = {"xz": "xz", "gzip": "gzip -9", "unigram": "token frequencies alone"}
+    found = record.get("references") or {}
+    rows += [(label, found[key], False) for key, label in names.items() if key in found]
+    most = max(8.0, *(bits for _, bits, _ in rows))
+    rows.append(("no idea at all (a byte is 8 bits)", 8.0, False))
+    return [dict(name=n, bits=f"{b:.3f}", width=round(100 * b / most, 1), own=own) for n, b, own in rows]
 
-    rows = record["curve"]
-    held = [r for r in rows if "heldout_bits_per_byte" in r]
-    held_bits = [r["heldout_bits_per_byte"] for r in held]
-    bits = [r["bits_per_byte"] for r in rows]
 
-    def loss(x: str, scale: float, label: str) -> Any:
-        def draw(axes: Any) -> None:
-            xs = [r[x] / scale for r in rows]
-            axes.plot(xs, bits, color=ACCENT, alpha=0.25, linewidth=0.8)
-            axes.plot(xs, _smooth(bits), color=ACCENT, linewidth=1.6, label="training")
-            if held:
-                at = [r[x] / scale for r in held]
-                axes.plot(at, held_bits, "o-", color=SECOND, markersize=4, linewidth=1, label="held out")
-            top = sorted(bits)[int(0.97 * (len(bits) - 1))]
-            axes.set_ylim(min(bits + held_bits) * 0.97, max(top, _smooth(bits)[-1]) * 1.05)
-            axes.set_xlabel(label)
-            axes.set_ylabel("bits per byte")
-            axes.legend(frameon=False, labelcolor=INK, fontsize=8)
-
-        return draw
-
-    def rate(axes: Any) -> None:
-        axes.plot([r["seconds"] for r in rows], [r["tokens_per_second"] for r in rows], color=ACCENT, linewidth=1.4)
-        axes.set_ylim(0, None)
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda v, _: count(v)))
-        axes.set_xlabel("seconds")
-        axes.set_ylabel("tokens per second")
-
-    def steering(axes: Any) -> None:
-        steps = [r["step"] for r in rows]
-        axes.plot(steps, [r["lr_share"] for r in rows], color=ACCENT, linewidth=1.4)
-        axes.set_xlabel("step")
-        axes.set_ylim(0, 1.08)
-        other = axes.twinx()
-        other.plot(steps, [r["gradient_norm"] for r in rows], color=SECOND, linewidth=0.7, alpha=0.7)
-        other.set_yscale("log")
-        other.tick_params(colors=SECOND, labelsize=8)
-        for spine in other.spines.values():
-            spine.set_visible(False)
-        other.set_ylabel("gradient norm", color=SECOND)
-        axes.set_ylabel("learning rate, share of peak", color=ACCENT)
-
-    tokens = max(r["tokens"] for r in rows)
-    unit, name = (1e9, "billion") if tokens >= 1e9 else (1e6, "million") if tokens >= 1e6 else (1e3, "thousand")
-    return [
-        ("Loss against tokens", _svg(loss("tokens", unit, f"{name} tokens"))),
-        ("Loss against time", _svg(loss("seconds", 60.0, "minutes"))),
-        ("Throughput", _svg(rate)),
-        ("Steering", _svg(steering)),
+def _tiles(record: dict[str, Any]) -> list[tuple[str, str]]:
+    held = record.get("heldout_bits_per_byte")
+    tiles = [
+        ("bits per byte of held-out text", f"{held:.3f}" if held else "none held out"),
+        ("parameters", count(record["parameters"])),
+        ("tokens read", count(record["tokens"])),
+        ("training time", span(record["seconds"])),
+        ("tokens a second", count(record["tokens_per_second"])),
+        ("of the arithmetic this machine can do", f"{100 * record['peak_share']:.0f} %"),
+        ("arithmetic in all", amount(record["flops"], "FLOP")),
     ]
+    if record["energy_joules"]:
+        tiles.append(("energy, processors", f"{record['energy_joules'] / 3.6e6:.3g} kWh"))
+    return tiles
+
+
+def _warnings(record: dict[str, Any]) -> list[str]:
+    out = []
+    if record["status"] == "interrupted":
+        out.append(f"The run was interrupted at step {record['steps']}; --resume goes on.")
+    elif record["status"] != "finished":
+        out.append(f"The run was given up: {record.get('problem')}")
+    if not record.get("heldout_bits_per_byte"):
+        out.append("Nothing was held out, so nothing here says how the model does on text that it has not seen.")
+    recited = (record.get("recitation") or {}).get("train")
+    if recited and recited["recited"] * 10 > recited["passages"]:
+        many = f"{recited['recited']} of {recited['passages']} passages"
+        out.append(f"The model recites: it continued {many} of its training text word for word.")
+    return out
+
+
+def _events(record: dict[str, Any]) -> list[str]:
+    """What happened, in words."""
+    out = []
+    moves = [e for e in record["events"] if e.get("event") == "end_moved"]
+    if moves:
+        planned = record.get("planned_steps")
+        made = f"{record['steps']} steps were made where {planned} were planned"
+        out.append(f"To keep the time budget the end was moved {len(moves)} times: {made}.")
+    for e in record["events"]:
+        if e.get("event") == "rollback":
+            what = f"Rolled back to step {e['to_step']}, batches {', '.join(map(str, e['skipped']))} skipped."
+            out.append(f"Step {e['at_step']}: {e['problem']}. {what}")
+    return out
+
+
+def _next(out: Path, record: dict[str, Any]) -> list[tuple[str, str]]:
+    """Commands to go on with."""
+    folder = shlex.quote(str(out))
+    budget = record["recipe"]["run"].get("budget")
+    longer = {"s": 10, "m": 10, "h": 10}.get(budget[-1]) if budget else None
+    rows = [
+        (f"craton generate {folder} 'Once upon a time'", "let it write"),
+        (f"craton serve {folder}", "a page and an API over it"),
+        (f"craton inspect {folder} --prompt 'Once upon a time'", "what each layer computes"),
+        (f"craton quantize {folder} --bits 4 --out {folder}-4", "a quarter of the size"),
+        (f"craton export {folder} --gguf {folder}.gguf", "for llama.cpp"),
+    ]
+    if longer:
+        corpus = shlex.quote(record["corpora"][0]["folder"])
+        more = f"{float(budget[:-1]) * longer:g}{budget[-1]}"
+        rows.insert(0, (f"craton train {corpus} --budget {more} --out {folder}-{more}", "ten times the budget"))
+    return rows
+
+
+def _corpora(record: dict[str, Any]) -> list[dict[str, Any]]:
+    out = []
+    for corpus in record["corpora"]:
+        whole = max(1, sum(s["bytes"] for s in corpus["sources"]))
+        by_source = record.get("by_source") or {}
+        rows = [
+            s | {"share": max(1, round(100 * s["bytes"] / whole)), "bits": by_source.get(s["name"])}
+            for s in sorted(corpus["sources"], key=lambda s: -s["bytes"])
+        ]
+        sources, more = _few(rows)
+        dropped, _ = _few(sorted(corpus["dropped"].items(), key=lambda x: -x[1]["bytes"]))
+        out.append(corpus | {"sources": sources, "more": more, "dropped": dropped})
+    return out
 
 
 def write_report(out: Path) -> Path:
@@ -106,40 +141,28 @@ def write_report(out: Path) -> Path:
         raise UserError(f"{out}/record.json: not a training record that this version reads")
     if not record["curve"]:
         raise UserError(f"{out}/record.json: the run made no step yet, there is nothing to show")
-    for corpus in record["corpora"]:
-        whole = max(1, sum(s["bytes"] for s in corpus["sources"]))
-        corpus["sources"] = [s | {"share": max(1, round(100 * s["bytes"] / whole))} for s in corpus["sources"]]
-        corpus["dropped"] = dict(sorted(corpus["dropped"].items(), key=lambda x: -x[1]["bytes"]))
     m = record["model"]
-    held = record.get("heldout_bits_per_byte")
-    tiles = [
-        ("bits per byte, held out", f"{held:.3f}" if held else "none held out"),
-        ("parameters", count(record["parameters"])),
-        ("tokens", count(record["tokens"])),
-        ("training time", span(record["seconds"])),
-        ("tokens per second", count(record["tokens_per_second"])),
-        ("of the machine's measured peak", f"{100 * record['peak_share']:.0f}%"),
-        ("training FLOP", f"{record['flops']:.2g}"),
-    ]
-    if record["energy_joules"]:
-        tiles.append(("energy, processors", f"{record['energy_joules'] / 3.6e6:.3g} kWh"))
-    warnings = []
-    if record["status"] != "finished":
-        where = f"step {record['steps']} of {record['recipe']['run']['steps']}"
-        warnings.append(f"The run was interrupted at {where}; --resume goes on.")
-    if not held:
-        warnings.append("Nothing was held out, so nothing here says how the model does on text that it has not seen.")
+    layers = f"{m['num_hidden_layers']} layer{'s' if m['num_hidden_layers'] > 1 else ''} of width {m['hidden_size']}"
+    by_part = parts(ModelConfig(**m))
+    whole = sum(by_part.values())
     provenance = [(f"corpus {c['folder']}", c["digest"]) for c in record["corpora"]]
     provenance += [(f"tokenizer of {c['folder']}", c["tokenizer_sha256"]) for c in record["corpora"]]
     provenance += [("weights (model.safetensors)", record["weights_sha256"])]
     provenance += [(k, v) for k, v in record["environment"].items() if v is not None]
-    configuration = [("model", m)]
-    for part, settings in record["recipe"].items():
-        if part != "model":
-            configuration.append((part, {k: v for k, v in settings.items() if v is not None}))
-    size = f"A {count(record['parameters'])}-parameter decoder, {m['num_hidden_layers']} layers of {m['hidden_size']}"
-    values = {k: record[k] for k in ("samples", "corpora", "plan", "events")}
-    values |= {"name": out.name, "headline": f"{size}, trained for {record['steps']} steps.", "plots": _plots(record)}
-    values |= {"warnings": warnings, "tiles": tiles, "provenance": provenance, "configuration": configuration}
+    decoder = {k: _four(v) for k, v in m.items() if v not in (None, False, [], ()) and k in SHOWN}
+    values: dict[str, Any] = {"name": out.name, "samples": record["samples"], "plan": record["plan"]}
+    values |= {"headline": f"A {count(record['parameters'])}-parameter decoder, {layers}, {record['steps']} steps."}
+    values |= {
+        "plots": plots(record),
+        "tiles": _tiles(record),
+        "warnings": _warnings(record),
+        "events": _events(record),
+    }
+    values |= {"comparison": _comparison(record) if record.get("heldout_bits_per_byte") else []}
+    values |= {"held": record.get("heldout_bits_per_byte"), "forecast": record.get("forecast")}
+    values |= {"looks": [x for x in record.get("looks", []) if x["sample"]], "recitation": record.get("recitation")}
+    values |= {"parts": [(n, v, round(100 * v / whole, 1)) for n, v in sorted(by_part.items(), key=lambda x: -x[1])]}
+    values |= {"corpora": _corpora(record), "provenance": provenance, "next": _next(out, record)}
+    values |= {"configuration": [("decoder", decoder), *_changed(record)], "command": record.get("command")}
     write_text(out / "report.html", filled("training", **values))
     return out / "report.html"

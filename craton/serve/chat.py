@@ -16,7 +16,7 @@ from typing import Any
 
 import httpx
 
-from craton.base import UserError, publish, read_json, say
+from craton.base import UserError, read_json, say, write_text
 from craton.engine.converse import EFFORT, Ask, Prepared, answer, open_talker, prepare
 from craton.serve.guard import local
 from craton.text.calls import Part
@@ -38,7 +38,7 @@ HELP = """/set NAME VALUE   change a setting; /set shows them, /set NAME takes o
 /retry, /undo     answer again; take back the last question and answer
 /clear            start over
 /save FILE        the conversation, as .json or .md; /load FILE goes on with a saved .json
-/help             this
+/bye              ends it, as /quit, /exit and Ctrl-D do; /help shows this
 Alt-Enter starts a new line, \"\"\" begins and ends a longer text. Ctrl-C stops an answer, Ctrl-D ends."""
 
 
@@ -47,6 +47,7 @@ class Conversation:
     messages: list[dict[str, str]] = field(default_factory=list)
     system: str = ""
     settings: dict[str, Any] = field(default_factory=dict)
+    saved: str = ""  # the file that /save wrote, which it may write again
 
     def all(self) -> list[dict[str, str]]:
         return [{"role": "system", "content": self.system}, *self.messages] if self.system else self.messages
@@ -65,6 +66,7 @@ class Local:
     def __init__(self, path: str, **options: Any):
         self.talker = open_talker(Path(path).resolve().name, path, **options)
         self.name, self.base = self.talker.name, self.talker.pretrained_only
+        self.defaults = self.talker.defaults
 
     def answer(self, c: Conversation) -> Iterator[Part]:
         """Raises UserError for settings that cannot be."""
@@ -142,7 +144,8 @@ class Remote:
         if model is None and not names:
             raise UserError(f"{self.url}: the server lists no models; name one with --model")
         self.name = model or names[0]
-        self.base = any(m["id"] == self.name and m.get("pretrained_only") for m in listed)
+        own: dict[str, Any] = next((m for m in listed if m["id"] == self.name), {})
+        self.base, self.defaults = bool(own.get("pretrained_only")), dict(own.get("defaults") or {})
 
     def _json(self, method: str, path: str) -> dict[str, Any]:
         try:
@@ -249,20 +252,34 @@ def chat(
         say(f"{other.name}. /help lists what can be done, Ctrl-D ends.")
     if first is not None:
         say(f"> {first}")
+    failed: UserError | None = None
     for line in itertools.chain([first] if first is not None else [], _inputs()):
+        if line.strip() in ("/bye", "/quit", "/exit"):
+            break
         try:
-            if line.startswith("/") and not _command(line, c):
+            if line.startswith("/") and not _tried(line, c, other):
                 continue
             if not line.startswith("/"):
                 c.messages.append({"role": "user", "content": line})
             _answer(other, c)
         except UserError as error:
-            if not sys.stdin.isatty():
+            if not sys.stdin.isatty() and not line.startswith("/"):
                 raise
             say(f"{error}")
+            failed = failed or error
             if c.messages and c.messages[-1]["role"] == "user":
                 c.messages.pop()
-    return asdict(c)
+    if failed and not sys.stdin.isatty():
+        raise failed
+    return {k: v for k, v in asdict(c).items() if k != "saved"}
+
+
+def _tried(line: str, c: Conversation, other: "Local | Remote") -> bool:
+    """A command; what the file system refuses is said like any other mistake, and costs nothing."""
+    try:
+        return _command(line, c, other)
+    except OSError as error:
+        raise UserError(f"{line.split()[0]}: {error.strerror}: {line.partition(' ')[2].strip()}") from None
 
 
 def _answer(other: Local | Remote, c: Conversation) -> None:
@@ -289,14 +306,14 @@ def _answer(other: Local | Remote, c: Conversation) -> None:
     c.messages.append({"role": "assistant", "content": text})
 
 
-def _command(line: str, c: Conversation) -> bool:
+def _command(line: str, c: Conversation, other: "Local | Remote") -> bool:
     """A line that begins with a slash. Returns whether an answer is wanted."""
     name, _, rest = line[1:].partition(" ")
     rest = rest.strip()
     if name == "help":
         say(HELP)
     elif name == "set":
-        _set(rest, c)
+        _set(rest, c, other.defaults)
     elif name == "system":
         c.system = rest
         say("The model is told so." if rest else "No system prompt any more.")
@@ -328,11 +345,11 @@ def _command(line: str, c: Conversation) -> bool:
     return False
 
 
-def _set(text: str, c: Conversation) -> None:
+def _set(text: str, c: Conversation, defaults: dict[str, Any]) -> None:
     name, _, value = text.partition(" ")
     if not name:
         for n, (_, what) in SETTINGS.items():
-            say(f"{n:<20}{c.settings.get(n, '-')!s:<10}{what}")
+            say(f"{n:<20}{c.settings.get(n, defaults.get(n, '-'))!s:<10}{what}")
         return
     if name not in SETTINGS:
         raise UserError(f"/set: {name!r} is unknown; known: {', '.join(SETTINGS)}")
@@ -354,10 +371,15 @@ def _set(text: str, c: Conversation) -> None:
 def _save(name: str, c: Conversation) -> None:
     if not name.endswith((".json", ".md")):
         raise UserError("/save: give a name that ends in .json or .md")
+    if Path(name).exists() and name != c.saved:
+        raise UserError(f"/save: {name} is there already; give another name")
     if name.endswith(".json"):
-        text = json.dumps(asdict(c), ensure_ascii=False, indent=1) + "\n"
+        kept = {k: v for k, v in asdict(c).items() if k != "saved"}
+        text = json.dumps(kept, ensure_ascii=False, indent=1) + "\n"
     else:
         text = "".join(f"## {m['role']}\n\n{m['content']}\n\n" for m in c.all())
-    with publish(Path(name)) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    if not Path(name).absolute().parent.is_dir():
+        raise UserError(f"/save: {Path(name).parent}: no such folder")
+    write_text(Path(name), text)
+    c.saved = name
     say(f"{name}: {len(c.messages)} messages")

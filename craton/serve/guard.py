@@ -122,7 +122,8 @@ class Guard:
         finally:
             method = scope["method"] if scope["method"].isalpha() else "?"
             route = getattr(scope.get("route"), "path", "(no such path)" if status == 404 else "-")
-            log.info("%s %s %d %.3f s", method, route, status, time.perf_counter() - began)
+            level = logging.DEBUG if route.startswith("/page") else logging.INFO
+            log.log(level, "%s %s %d %.3f s", method, route, status, time.perf_counter() - began)
 
     async def _guarded(self, scope: Json, receive: Any, send: Send) -> None:
         """Raises ApiError for what does not get through."""

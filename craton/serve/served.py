@@ -41,6 +41,7 @@ class Served:
         openai = dict(id=talker.name, object="model", created=talker.created, owned_by="craton")
         anthropic = dict(type="model", display_name=talker.name, created_at=when)
         ours = dict(context_length=talker.engine.context, defaults={**NEUTRAL, **talker.defaults})
+        ours |= dict(parameters=talker.parameters, bits=talker.bits)
         chats = d is not None and not talker.pretrained_only
         can = dict(chat=chats, thinks=bool(chats and d and d.thinking), tools=chats, images=False)
         return {**openai, **anthropic, **ours, **can, "pretrained_only": talker.pretrained_only}

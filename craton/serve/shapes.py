@@ -86,7 +86,13 @@ EMBEDDINGS = obj(
 TOKENS = obj({"token_strs": many(STRING)}, count=INTEGER, max_model_len=INTEGER, tokens=many(INTEGER))
 _DEFAULTS = {"type": "object", "additionalProperties": NUMBER}
 MODEL = obj(
-    id=STRING, object=one("model"), created=INTEGER, owned_by=STRING, context_length=INTEGER, defaults=_DEFAULTS
+    id=STRING,
+    object=one("model"),
+    created=INTEGER,
+    owned_by=STRING,
+    context_length=INTEGER,
+    parameters=INTEGER,
+    defaults=_DEFAULTS,
 )
 MODELS = obj(object=one("list"), data=many(MODEL))
 _ERROR = obj(error=obj(message=STRING, type=STRING, param=maybe(STRING), code=maybe(STRING)))

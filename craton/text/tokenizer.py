@@ -31,10 +31,6 @@ END = "<|endoftext|>"  # before every document, so it both starts and ends one
 _CHAT = "<|im_start|> <|im_end|> <think> </think> <tool_call> </tool_call> <tool_response> </tool_response> <|pad|>"
 SPECIAL = [END, *_CHAT.split(), *(f"<|reserved_{i}|>" for i in range(6))]
 
-CHAT_TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 _LONG = 4096  # characters
 
 
@@ -279,7 +275,8 @@ def _template_files(folder: Path) -> list[dict[str, str]]:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
-    """Byte-level BPE of vocab_size ids (special tokens first, then the 256 bytes, then merges)."""
+    """Byte-level BPE of vocab_size ids: special tokens first, then the 256 bytes, then merges. It has no chat template,
+    since what is trained with it has seen no conversation yet."""
     backend = Backend(models.BPE())
     formats.byte_level_text(backend, PATTERN)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
@@ -289,7 +286,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     backend.train_from_iterator(texts, trainer)
     formats.begin_with(backend, END, 0)
     config: dict[str, Any] = dict(tokenizer_class="PreTrainedTokenizerFast", bos_token=END, eos_token=END)
-    config |= dict(pad_token="<|pad|>", clean_up_tokenization_spaces=False, chat_template=CHAT_TEMPLATE)
+    config |= dict(pad_token="<|pad|>", clean_up_tokenization_spaces=False)
     return Tokenizer(backend, config)
 
 

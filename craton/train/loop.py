@@ -16,17 +16,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from craton.base import Progress, UserError, count, say, span
+from craton.base import Progress, UserError, amount, count, say, span
 from craton.train import checkpoint
 from craton.train.distributed import Processes, box, clip_gradients, fill, gathered, local
 from craton.train.job import Job, Kind, Losses, Store, on
 from craton.train.loggers import Logger
-from craton.train.metrics import Metrics
+from craton.train.metrics import Metrics, read_metrics
 from craton.train.optim import Optimizers, groups
 from craton.train.recipe import Recipe
+from craton.train.schedule import Pace, Schedule, planned
 from craton.weights.tensorfile import stream_tensors
 
 SPIKE_WINDOW = 64
+_STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupted(Exception):
@@ -43,15 +45,9 @@ class RunState:
     rollbacks: int = 0
     losses: tuple[float, ...] = ()  # the last SPIKE_WINDOW
     seconds: float = 0.0  # spent training, over all resumptions
-
-
-def lr_share(recipe: Recipe, step: int) -> float:
-    """Learning rate of a step as a share of the peak: linear warm-up, stable, linear decay (WSD, arXiv 2404.06395)."""
-    s, steps = recipe.schedule, recipe.run.steps or 1
-    warm = min(1.0, (step + 1) / s.warmup_steps) if s.warmup_steps else 1.0
-    decay = max(1, round(s.decay_share * steps))
-    left = min(1.0, (steps - step) / decay)
-    return min(warm, s.final_share + (1 - s.final_share) * left)
+    steps: int = 0  # after which the run ends; 0: as planned
+    decay_from: int = 0
+    top: float = 1.0
 
 
 def build(store: Store, kind: Kind, recipe: Recipe, processes: Processes) -> tuple[Any, Optimizers]:
@@ -99,8 +95,14 @@ def _figures(losses: Losses) -> Tensor:
 class Run:
     """A run in its folder: fresh or resumed, driven by `train`."""
 
-    def __init__(self, out: Path, job: Job, recipe: Recipe, processes: Processes, peak: float):
-        """peak: FLOP/s of the machine in a large product."""
+    def __init__(
+        self, out: Path, job: Job, recipe: Recipe, processes: Processes, peak: float, deadline: float | None = None
+    ):
+        """peak: FLOP/s of the machine in a large product. deadline: of a time budget, as time.monotonic() counts."""
+        look_steps = (recipe.run.evaluate_tokens or 0) / (recipe.data.batch_tokens or 1) / 2.5  # forward passes only
+        self.pace = Pace(deadline, look_steps) if deadline is not None else None
+        self.made_before = 0  # steps that were made before an interruption, and are made again just so
+        self.moves_before: dict[int, int] = {}  # of the end, in those: at step -> steps
         self.out, self.job, self.recipe, self.processes, self.peak = out, job, recipe, processes, peak
         self.network, self.optimizers = build(job.store, job.kind, recipe, processes)
         self.parameters = self.optimizers.parameters
@@ -117,6 +119,21 @@ class Run:
     def units(self) -> int:
         """Of cost, in all steps made."""
         return self.state.step * self.job.source.rows * self.job.cost.units
+
+    @property
+    def schedule(self) -> Schedule:
+        """As planned, or as it was last moved."""
+        state = self.state
+        return Schedule(state.steps, state.decay_from, state.top) if state.steps else planned(self.recipe)
+
+    def _move_end(self, steps: int, metrics: Metrics | None) -> None:
+        """The run ends after so many steps instead."""
+        state, before = self.state, self.schedule
+        moved = before.moved(self.recipe, state.step, steps)
+        state.steps, state.decay_from, state.top = moved.steps, moved.decay_from, moved.top
+        if metrics:
+            event = {"event": "end_moved", "at_step": state.step, "to_step": state.step, "from_steps": before.steps}
+            metrics.write(event | {"steps": steps, "decay_from": moved.decay_from, "seconds": state.seconds})
 
     # ---- saving ----
 
@@ -202,24 +219,31 @@ class Run:
 
     def train(self) -> None:
         """Run to the recipe's last step. Raises Interrupted after a signal, UserError when it gives up."""
-        steps, every = self.recipe.run.steps or 0, self.recipe.run.checkpoint_every or 1
+        every = self.recipe.run.checkpoint_every or 1
         line = Progress()
-        previous = {s: signal.signal(s, self._stop) for s in (signal.SIGINT, signal.SIGTERM)}
+        previous = {s: signal.signal(s, self._stop) for s in _STOPPING if signal.getsignal(s) is not signal.SIG_IGN}
+        self._remember()
         metrics = Metrics(self.out / "metrics.jsonl", self.state.step) if self.processes.first else None
         began, times = time.monotonic() - self.state.seconds, deque[float](maxlen=20)
         try:
-            while self.state.step < steps:
+            while self.state.step < self.schedule.steps:
                 start = time.perf_counter()
                 row = self._step(line, metrics)
                 if row is None:
                     continue
                 self.state.seconds = time.monotonic() - began
                 times.append(time.perf_counter() - start)
+                stop, end = self.processes.agree((self.stopped_by, self._end(times[-1])))
+                if end is not None:
+                    self._move_end(end, metrics)
                 self._report(row, line, metrics, sum(times) / len(times))
-                stop = self.processes.agree(self.stopped_by)
-                if self.state.step % every == 0 or self.state.step == steps or stop is not None:
+                last = self.state.step >= self.schedule.steps
+                if self.state.step % every == 0 or last or stop is not None:
+                    start = time.perf_counter()
                     self.save()
-                if stop is not None and self.state.step < steps:
+                    if self.pace:
+                        self.pace.save = time.perf_counter() - start
+                if stop is not None and not last:
                     raise Interrupted(signal.Signals(stop).name)
         finally:
             line.clear()
@@ -228,6 +252,23 @@ class Run:
             if metrics:
                 metrics.close()
             self.logger.close()
+
+    def _remember(self) -> None:
+        """What an interrupted run did after the checkpoint that this one goes on from."""
+        rows = read_metrics(self.out / "metrics.jsonl")
+        self.made_before = max((r["step"] for r in rows if "step" in r), default=0)
+        moves = [r for r in rows if r.get("event") == "end_moved" and r["at_step"] > self.state.step]
+        self.moves_before = {r["at_step"]: r["steps"] for r in moves}
+
+    def _end(self, seconds: float) -> int | None:
+        """Steps after which to end from now on, None for no change. seconds: of the step just made."""
+        step, run = self.state.step, self.recipe.run
+        if step <= self.made_before:
+            return self.moves_before.get(step)
+        if self.pace is None:
+            return None
+        self.pace.stepped(seconds)
+        return self.pace.steps_for(step, self.schedule, run.evaluate_every or 1, run.checkpoint_every or 1)
 
     def _step(self, line: Progress, metrics: Metrics | None) -> dict[str, Any] | None:
         """One update; its figures. None if it was not made, and the run is back at its last checkpoint."""
@@ -245,7 +286,7 @@ class Run:
             line.clear()
             self._roll_back(problem, metrics)
             return None
-        share = lr_share(self.recipe, state.step)
+        share = self.schedule.share(self.recipe, state.step)
         self.optimizers.step(share)
         state.step, state.cursor = state.step + 1, state.cursor + 1
         state.losses = (*state.losses, means["loss"])[-SPIKE_WINDOW:]
@@ -256,20 +297,23 @@ class Run:
     def _report(self, row: dict[str, Any], line: Progress, metrics: Metrics | None, seconds: float) -> None:
         """Look at the network now and then; write the step's row down. seconds: a step. Collective."""
         state, run, cost, rows = self.state, self.recipe.run, self.job.cost, self.job.source.rows
-        steps, rate = run.steps or 0, rows * cost.units / seconds
+        steps, rate = self.schedule.steps, rows * cost.units / seconds
         peak_share = rows * cost.matrix_flops / seconds / self.peak / self.processes.world
         row |= {f"{cost.unit}_per_second": rate, "peak_share": peak_share, "seconds": state.seconds}
         looked = None
-        if state.step % (run.evaluate_every or 1) == 0 or state.step == steps:
+        if state.step % (run.evaluate_every or 1) == 0 or state.step >= steps:
+            start = time.perf_counter()
             looked = self.job.look(self.network, self.processes)
             row |= looked.figures
+            if self.pace:
+                self.pace.look = time.perf_counter() - start
         if metrics is None:
             return
         metrics.write(row)
         self.logger.write(row)
         bits = f"{row['bits_per_byte']:.3f} bits/byte  " if "bits_per_byte" in row else ""
-        left, flops = span((steps - state.step) * seconds), count(rows * cost.flops / seconds)
-        speed = f"{count(rate)} {cost.unit}/s  {100 * peak_share:.0f}% of peak  {flops}FLOP/s"
+        left, flops = span((steps - state.step) * seconds), amount(rows * cost.flops / seconds, "FLOP/s")
+        speed = f"{count(rate)} {cost.unit}/s  {100 * peak_share:.0f}% of peak  {flops}"
         line.show(f"step {state.step}/{steps}  loss {row['loss']:.3f}  {bits}{speed}  {left} left")
         if looked is not None and looked.line:
             line.clear()

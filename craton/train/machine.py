@@ -82,3 +82,13 @@ def energy_joules() -> float | None:
 def world() -> tuple[int, int]:
     """(rank, processes) as torchrun tells them; (0, 1) alone."""
     return int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+
+
+def process_began() -> float:
+    """When this process started, as time.monotonic() counts; now where the system does not say."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except (AttributeError, IndexError, OSError, ValueError):
+        age = 0.0
+    return time.monotonic() - age

@@ -15,14 +15,19 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 
-from craton.base import UserError, count, span
+from craton.base import UserError, amount, count, span
 from craton.corpus.store import Corpus
 from craton.model.config import ModelConfig
+from craton.train import memory
 from craton.train.recipe import Recipe
+from craton.train.schedule import FINISH
 
 TOKENS_PER_PARAMETER = 12
 MOST_EPOCHS = 8
 FEWEST_STEPS = 20  # below, warm-up and decay leave nothing between them
+_LOOKS, _FEW_LOOKS = 8, 6  # at held-out text in a run, and in one of a few minutes
+_LOOK_TOKENS = 65_536
+_LOOKING = 0.05  # of a time budget
 
 
 def parse_budget(text: str) -> tuple[str, float]:
@@ -70,7 +75,7 @@ Measure = Callable[[ModelConfig, Recipe], float]  # seconds that one step takes,
 
 
 def plan(
-    recipe: Recipe, corpora: list[Corpus], peak: float, measure: Measure, began: float, device: str
+    recipe: Recipe, corpora: list[Corpus], peak: float, measure: Measure, began: float, device: str, world: int = 1
 ) -> tuple[Recipe, ModelConfig, list[str]]:
     """Resolve every None of the recipe. Returns it, the model's configuration and the reasons, a line each.
 
@@ -78,7 +83,7 @@ def plan(
     processes. UserError if what is asked for cannot be.
     """
     sections = {k: replace(getattr(recipe, k)) for k in ("run", "model", "data", "optimizer", "schedule", "safety")}
-    planner = _Planner(replace(recipe, **sections), corpora, peak, measure, began, device)
+    planner = _Planner(replace(recipe, **sections), corpora, peak, measure, began, device, world)
     planner.rows()
     depth = planner.depth()
     config = shape(planner.r, depth, corpora[0])
@@ -93,10 +98,21 @@ def plan(
 class _Planner:
     """A recipe on its way from what was asked to what is done. `r` is filled in, `why` says the reasons."""
 
-    def __init__(self, recipe: Recipe, corpora: list[Corpus], peak: float, measure: Measure, began: float, device: str):
+    def __init__(
+        self,
+        recipe: Recipe,
+        corpora: list[Corpus],
+        peak: float,
+        measure: Measure,
+        began: float,
+        device: str,
+        world: int,
+    ):
+        self.device, self.world = device, world
         self.r, self.corpora, self.peak, self.measure, self.began = recipe, corpora, peak, measure, began
         self.cpu = device == "cpu"
         self.why: list[str] = []
+        self.looks = _LOOKS
         self.available = sum(c.length("train") for c in corpora)
         self.budget = parse_budget(recipe.run.budget) if recipe.run.budget else None
         self.given_batch = recipe.data.batch_tokens
@@ -139,8 +155,12 @@ class _Planner:
         return depth
 
     def _enough(self, depth: int, compute: float) -> bool:
-        """Whether so much compute gives a depth the tokens it needs."""
+        """Whether so much compute gives a depth the tokens it needs, and it fits the memory."""
         c = shape(self.r, depth, self.corpora[0])
+        try:
+            memory.check(c, self.r, self.world, self.device)
+        except UserError:
+            return False
         return compute / c.flops_per_token(self.r.data.sequence_length or 512) >= self._fewest(depth)
 
     def _measured_depth(self, depth: int, compute: float) -> int:
@@ -203,11 +223,16 @@ class _Planner:
         if self.budget[0] == "flop":
             return self.budget[1] / config.flops_per_token(r.data.sequence_length or 512)
         guess = _batch(r, min(target, 4 * self.available))
+        memory.check(config, _with_batch(r, guess), self.world, self.device)
         step = self.measure(config, _with_batch(r, guess))
         left = self.left()
         self.why.append(f"{count(guess / step)} tokens/s measured at this size, {span(left)} left of {r.run.budget}")
-        # What is not steps: evaluations, checkpoints, samples, report; and a margin for noise.
-        return max(0.0, 0.92 * left - 3) / step * guess
+        self.looks = _LOOKS if left > 300 else _FEW_LOOKS
+        if r.run.evaluate_tokens is None:  # a forward pass takes two fifths of a step's time
+            fitting = int(_LOOKING * left / self.looks * 2.5 * guess / step)
+            r.run.evaluate_tokens = max(8192, min(_LOOK_TOKENS, fitting))
+        # What is neither steps nor looks: checkpoints, samples, report. The end is moved later where this is not true.
+        return max(0.0, (1 - _LOOKING) * left - FINISH) / step * guess
 
     def rates(self, config: ModelConfig) -> None:
         """Learning rates, weight decay, warm-up."""
@@ -234,7 +259,8 @@ class _Planner:
         step_flops = (self.r.data.batch_tokens or 1) * config.flops_per_token(self.r.data.sequence_length or 512)
         # An eighth of the run, but no more than about ten minutes at 40 % of peak: that is what a crash may cost.
         run.checkpoint_every = run.checkpoint_every or max(10, min(steps // 8, int(600 * 0.4 * self.peak / step_flops)))
-        run.evaluate_every = run.evaluate_every or max(10, steps // 8)
+        run.evaluate_every = run.evaluate_every or max(10, steps // self.looks)
+        run.evaluate_tokens = run.evaluate_tokens or _LOOK_TOKENS
 
     def fix(self, config: ModelConfig, depth: int) -> None:
         """The model's sizes into the recipe, checked against the rows."""
@@ -251,7 +277,7 @@ class _Planner:
         tokens = steps * batch
         self.why.append(
             f"{steps} steps, {count(tokens)} tokens = {tokens / config.matrix_parameters:.1f} a parameter, "
-            f"{tokens / self.available:.1f} passes over the corpus, {tokens * config.flops_per_token(length):.2g} FLOP"
+            f"{tokens / self.available:.1f} passes over the corpus, {amount(tokens * config.flops_per_token(length), 'FLOP')}"
         )
 
 

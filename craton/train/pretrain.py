@@ -5,6 +5,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -75,39 +76,65 @@ def kind(name: str, p: nn.Parameter) -> str:
 
 
 class Heldout:
-    """Loss on fixed rows of the held-out documents, and a greedy continuation of the first of them."""
+    """Loss on fixed rows of the held-out documents, by source and by place too, and a greedy continuation of the first
+    of them."""
 
     def __init__(self, corpora: list[Corpus], recipe: Recipe, config: ModelConfig, device: str):
         length, mask = recipe.data.sequence_length or 1, bool(recipe.data.document_mask)
-        self.batches = heldout_rows(corpora, length, recipe.run.evaluate_tokens, mask)
+        self.rows = heldout_rows(corpora, length, recipe.run.evaluate_tokens or 1, mask)
         self.config, self.device, self.bf16 = config, device, recipe.run.precision == "bf16"
         self.tokenizer = corpora[0].tokenizer
         self.token_bytes = torch.from_numpy(self.tokenizer.token_bytes())
 
     def __call__(self, network: Any, processes: Processes) -> Looked:
         """Rows are shared out; where there are too few, some are computed twice and counted once."""
-        if not self.batches:
+        if not self.rows:
             return Looked({})
-        nats = torch.zeros(-(-len(self.batches) // processes.world), dtype=torch.float64)
+        length = self.rows[0].batch.ids.shape[1]
+        nats = torch.zeros(-(-len(self.rows) // processes.world), length, dtype=torch.float64)
         context = torch.autocast(self.device, torch.bfloat16, enabled=self.bf16)
         with torch.no_grad(), context:
             for i in range(len(nats)):
-                batch = self.batches[min(i * processes.world + processes.rank, len(self.batches) - 1)]
-                batch = on(batch, self.device)
+                row = self.rows[min(i * processes.world + processes.rank, len(self.rows) - 1)]
+                batch = on(row.batch, self.device)
                 _, nll = network.weighted_nll(batch.ids, batch.target, batch.weight, batch.document_start)
-                nats[i] = nll.double().sum().cpu()
-        each = processes.stack(nats.to(self.device)).cpu().t().flatten()[: len(self.batches)]
-        total, size = float(each.sum()), sum(int(self.token_bytes[b.target].sum()) for b in self.batches)
-        tokens = sum(b.target.numel() for b in self.batches)
+                nats[i] = nll.double().flatten().cpu()
+        each = processes.stack(nats.to(self.device)).cpu().transpose(0, 1).flatten(0, 1)[: len(self.rows)]
+        total, size = float(each.sum()), sum(int(self.token_bytes[r.batch.target].sum()) for r in self.rows)
+        tokens = sum(r.batch.target.numel() for r in self.rows)
         loss, bits, sample = total / tokens, total / math.log(2) / max(1, size), self.sample(network, processes)
         figures = {"heldout_loss": loss, "heldout_bits_per_byte": bits, "sample": sample}
+        figures |= {"by_source": self._by_source(each), "by_position": self._by_position(each)}
         return Looked(figures, f"held-out {bits:.4f} bits/byte, loss {loss:.4f}  {sample[:100]!r}")
+
+    def _by_source(self, nats: Tensor) -> dict[str, float]:
+        """Bits per byte of each source; nats: (rows, time)."""
+        sums: dict[str, list[float]] = {}
+        for row, values in zip(self.rows, nats.numpy(), strict=True):
+            size = self.token_bytes[row.batch.target[0]].numpy()
+            for number in np.unique(row.source).tolist():
+                here = row.source == number
+                pair = sums.setdefault(row.names[number] if number < len(row.names) else str(number), [0.0, 0.0])
+                pair[0] += float(values[here].sum())
+                pair[1] += float(size[here].sum())
+        return {name: nll / math.log(2) / max(1.0, size) for name, (nll, size) in sums.items()}
+
+    def _by_position(self, nats: Tensor) -> list[list[float]]:
+        """[tokens of the document that came before, mean loss], in powers of two."""
+        seen = np.concatenate([row.seen for row in self.rows])
+        values = nats.flatten().numpy()
+        out = []
+        for low in (2**k for k in range(int(seen.max()).bit_length())):
+            here = (seen >= low) & (seen < 2 * low)
+            if here.any():
+                out.append([float(seen[here].mean()), float(values[here].mean())])
+        return out
 
     def sample(self, network: Any, processes: Processes, tokens: int = 48) -> str:
         """'' where the network is sharded."""
         if processes.mesh is not None:
             return ""
-        prompt = self.batches[0].ids[0, :12].tolist()
+        prompt = self.rows[0].batch.ids[0, :12].tolist()
         out = greedy(network, prompt, min(tokens, self.config.max_position_embeddings - 13))
         return f"{self.tokenizer.decode(prompt)}|{self.tokenizer.decode(out)}"
 

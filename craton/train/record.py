@@ -1,6 +1,5 @@
 """`record.json`: one account of a run, from data hashes to energy; what the report and later comparisons read."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -20,21 +19,12 @@ def corpus_facts(corpora: list[Corpus], weights: list[float]) -> list[dict[str, 
         facts: dict[str, Any] = {"folder": str(c.folder), "weight": weight, "digest": c.digest}
         facts |= {"tokens": c.length("train"), "heldout_tokens": c.length("heldout"), "documents": train["documents"]}
         facts |= {"sources": m["sources"], "counts": m["counts"], "dropped": c.dropped()}
+        if m.get("evaluation"):
+            files = [Path(f).name for f in m["options"]["decontaminate"]]
+            facts["evaluation"] = {**m["evaluation"], "files": files}
         sha256 = m["files"]["tokenizer/tokenizer.json"]["sha256"]
         out.append({**facts, "tokenizer_sha256": sha256, "vocab_size": m["vocab_size"]})
     return out
-
-
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Rows of metrics.jsonl; a half-written last line is left out."""
-    rows = []
-    if path.exists():
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                break
-    return rows
 
 
 def curve(rows: list[dict[str, Any]], points: int = 400) -> list[dict[str, float]]:

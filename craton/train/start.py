@@ -1,6 +1,7 @@
 """`craton train`: open the corpora, plan, make or take up the run's folder, train, and leave record and release."""
 
 import dataclasses
+import glob
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -10,18 +11,20 @@ from typing import Any
 
 import torch
 
-from craton.base import UserError, claim, count, digest, read_json, say, sha256, span, write_json
+from craton.base import UserError, amount, claim, count, digest, read_json, say, sha256, span, write_json
+from craton.corpus.build import BuildOptions, build, remove_corpus
 from craton.corpus.store import Corpus
 from craton.engine.model import Model, load_model
 from craton.model import kernels
 from craton.model.config import ModelConfig
-from craton.train import machine, record
+from craton.train import explain, machine, memory, record
 from craton.train.checkpoint import OLD
 from craton.train.distributed import Processes, open_processes
 from craton.train.job import Job
 from craton.train.loop import Interrupted, Run
 from craton.train.measure import together
-from craton.train.plan import parse_budget, plan
+from craton.train.metrics import read_metrics
+from craton.train.plan import MOST_EPOCHS, parse_budget, plan
 from craton.train.pretrain import check_shares, pretraining
 from craton.train.recipe import Recipe, as_dict, from_dict
 
@@ -56,6 +59,7 @@ class _Asked:
     resume: bool
     processes: Processes
     began: float  # time.monotonic() at the command's start
+    command: str  # as it was typed, '' where it was not
 
     @property
     def stored(self) -> Path:
@@ -69,24 +73,67 @@ class _Asked:
 
 
 def train(
-    corpora: list[str], out: Path, recipe: Recipe, resume: bool = False, make_job: MakeJob = pretraining
+    corpora: list[str],
+    out: Path,
+    recipe: Recipe,
+    resume: bool = False,
+    make_job: MakeJob = pretraining,
+    began: float | None = None,
+    command: str = "",
 ) -> dict[str, Any]:
     """Train into the model folder `out` and return the record's summary, empty on all but the first process.
 
-    make_job: from corpora, weights, the resolved recipe, the model's configuration and the device. Raises UserError,
-    Interrupted.
+    corpora: folders that `craton corpus build` made, each with '=WEIGHT' or not; anything else is documents, of which
+    a corpus is made first. make_job: from corpora, weights, the resolved recipe, the model's configuration and the
+    device. began: when the command started, as time.monotonic() counts; a time budget covers all of it but the making
+    of a corpus. command: as it was typed, for the report. Raises UserError, Interrupted.
     """
-    began = time.monotonic()
+    began = time.monotonic() if began is None else began
     kernels.keep_freed_memory()
+    kernels.obey_limits()
     if recipe.run.budget:
         parse_budget(recipe.run.budget)
+    corpora, spent = _with_documents(corpora, out, resume)
     with open_processes(machine.device()) as processes:
         paths, weights = parse_corpora(corpora)
         opened = _agreed(processes, lambda: [Corpus(p, verify=processes.first) for p in paths])
-        asked = _Asked(opened, weights, out, recipe, resume, processes, began)
+        asked = _Asked(opened, weights, out, recipe, resume, processes, began + spent, command)
         with ExitStack() as held:
             _agreed(processes, lambda: _claim(asked, held) if processes.first else None)
             return _train(asked, make_job)
+
+
+def _documents(text: str) -> str | None:
+    """The files, folder, pattern or dataset that a text names where it names no corpus."""
+    path = parse_corpora([text])[0][0]
+    name = text if text.startswith("hf://") or path.name == text.rpartition("/")[2] else str(path)
+    if name.startswith("hf://") or (glob.has_magic(name) and not path.exists()):
+        return name
+    made_by_us = (path / "manifest.json").exists() or (path / ".work").is_dir()
+    return name if path.exists() and not made_by_us else None
+
+
+def _with_documents(texts: list[str], out: Path, resume: bool) -> tuple[list[str], float]:
+    """Corpora to train on: what is documents among the given becomes one, beside the run, and the seconds it took."""
+    weights = parse_corpora(texts)[1]
+    found = [(_documents(text), text, weight) for text, weight in zip(texts, weights, strict=True)]
+    documents = [(name, w) for name, _, w in found if name is not None]
+    corpora = [text for name, text, _ in found if name is None]
+    if not documents:
+        return texts, 0.0
+    if len({w for _, w in documents}) > 1:
+        raise UserError("documents with different weights: make a corpus of each with 'craton corpus build'")
+    start, folder = time.monotonic(), out.with_name(f"{out.name}-corpus")
+    if machine.world()[0] == 0 and not (resume and (folder / "manifest.json").exists()):
+        tokenizer = str(parse_corpora(corpora)[0][0] / "tokenizer") if corpora else None
+        say(f"1. A corpus of the documents, in {folder}\n")
+        options = BuildOptions([name for name, _ in documents], [], [], tokenizer=tokenizer)
+        remove_corpus(folder, options)
+        build(options, folder)
+        say("\n2. A model of it\n")
+    while not (folder / "manifest.json").exists():  # on other processes than the first
+        time.sleep(0.5)
+    return [*corpora, f"{folder}={documents[0][1]}"], time.monotonic() - start
 
 
 def _agreed(processes: Processes, call: Callable[[], Any]) -> Any:
@@ -116,23 +163,32 @@ def _train(asked: _Asked, make_job: MakeJob) -> dict[str, Any]:
     length = recipe.data.sequence_length or 1
     check_shares((recipe.data.batch_tokens or 0) // length, processes.world, length)
     job = _agreed(processes, lambda: make_job(asked.corpora, asked.weights, recipe, config, processes.device))
+    _agreed(processes, lambda: memory.check(config, recipe, processes.world, processes.device))
     if processes.first and not asked.stored.exists():
         write_json(asked.stored, settled)
-    run = Run(out, job, recipe, processes, peak)
+    budget = None if settled["asked"]["recipe"]["run"]["steps"] else settled["asked"]["recipe"]["run"]["budget"]
+    kind, amount = parse_budget(budget) if budget else ("", 0.0)
+    run = Run(out, job, recipe, processes, peak, asked.began + amount if kind == "seconds" else None)
     if processes.first:
         _say_plan(config, settled, processes.device)
+        _say_passes(asked, recipe)
     _take_up(run, asked)
-    if processes.first and run.state.step < (recipe.run.steps or 0):
+    if processes.first and run.state.step < run.schedule.steps:
         job.store.write_rest(out)
+    references = explain.references(asked.corpora) if processes.first else {}
     energy, interrupted = machine.energy_joules(), None
     try:
         run.train()
     except Interrupted as signal_:
         interrupted = signal_
+    except UserError as error:
+        if processes.first:
+            _finish(run, settled, asked, references, "given up", None, str(error))
+        raise
     if processes.first:
         used = machine.energy_joules()
         joules = used - energy if used is not None and energy is not None and used > energy else None
-        _finish(run, settled, asked, "interrupted" if interrupted else "finished", joules)
+        _finish(run, settled, asked, references, "interrupted" if interrupted else "finished", joules)
     processes.barrier()
     if interrupted:
         raise interrupted
@@ -144,8 +200,20 @@ def _say_plan(c: ModelConfig, settled: dict[str, Any], device: str) -> None:
     say(f"model    {count(c.parameters)} parameters: {shape}, vocabulary {c.vocab_size}")
     for line in settled["why"]:
         say(f"plan     {line}")
-    cpu, peak = machine.facts(device)["cpu"], count(settled["peak"])
-    say(f"machine  {cpu}, {torch.get_num_threads()} threads, {peak}FLOP/s in a large product")
+    cpu, peak = machine.facts(device)["cpu"], amount(settled["peak"], "FLOP/s")
+    say(f"machine  {cpu}, {torch.get_num_threads()} threads, {peak} in a large product")
+
+
+def _say_passes(asked: _Asked, recipe: Recipe) -> None:
+    """How often each corpus is read, where several are mixed; loud where that is too often."""
+    tokens = (recipe.run.steps or 0) * (recipe.data.batch_tokens or 0)
+    for corpus, weight in zip(asked.corpora, asked.weights, strict=True):
+        passes = tokens * weight / sum(asked.weights) / max(1, corpus.length("train"))
+        if len(asked.corpora) > 1:
+            say(f"plan     {corpus.folder}: {passes:.1f} passes")
+        if passes > MOST_EPOCHS:
+            fix = "from about 4 on repeats teach less and less (arXiv 2305.16264); give more text or a smaller weight"
+            say(f"WARNING  {corpus.folder} is read {passes:.0f} times: {fix}")
 
 
 def _take_up(run: Run, asked: _Asked) -> None:
@@ -153,8 +221,10 @@ def _take_up(run: Run, asked: _Asked) -> None:
     first = asked.processes.first
     if asked.processes.agree(any((asked.out / "training").glob("step-*"))):
         run.restore()
+        if run.pace:
+            run.pace.deadline -= run.state.seconds
         if first:
-            say(f"resumed at step {run.state.step} of {run.recipe.run.steps}")
+            say(f"resumed at step {run.state.step} of {run.schedule.steps}")
     elif asked.resume and first:
         say("no checkpoint yet: starting from the first step")
 
@@ -171,7 +241,7 @@ def _settle(asked: _Asked) -> dict[str, Any]:
 
     def planned(measure: Callable[[ModelConfig, Recipe], float]) -> Any:
         try:
-            return plan(recipe, asked.corpora, peak * world, measure, asked.began, device)
+            return plan(recipe, asked.corpora, peak * world, measure, asked.began, device, world)
         except UserError as error:
             return error
 
@@ -181,6 +251,7 @@ def _settle(asked: _Asked) -> dict[str, Any]:
     resolved, config, why = result
     settled = {"format": FORMAT, "asked": asked.facts(), "recipe": as_dict(resolved)}
     settled |= {"model": dataclasses.asdict(config), "why": why, "peak": asked.processes.agree(peak)}
+    settled["folders"] = [str(c.folder.absolute()) for c in asked.corpora]
     settled["digest"] = digest(settled)
     return settled
 
@@ -207,9 +278,8 @@ def _stored(asked: _Asked) -> dict[str, Any]:
     return settled
 
 
-def _samples(out: Path, run: Run, corpora: list[Corpus]) -> list[dict[str, str]]:
+def _samples(model: Model, corpora: list[Corpus]) -> list[dict[str, str]]:
     """Continuations by the finished model: of the openings of held-out documents."""
-    model: Model = load_model(str(out))
     prompts = []
     for corpus in corpora:
         for row in corpus.rows("heldout")[:40:10]:
@@ -220,10 +290,18 @@ def _samples(out: Path, run: Run, corpora: list[Corpus]) -> list[dict[str, str]]
     return [{"prompt": p, "text": model.generate(p, length, 0.7, seed=i)} for i, p in enumerate(some)]
 
 
-def _finish(run: Run, settled: dict[str, Any], asked: _Asked, status: str, joules: float | None) -> None:
-    """record.json, and a last line."""
+def _finish(
+    run: Run,
+    settled: dict[str, Any],
+    asked: _Asked,
+    references: dict[str, Any],
+    status: str,
+    joules: float | None,
+    problem: str = "",
+) -> None:
+    """record.json, and a last line. problem: why it was given up."""
     out, job, state = run.out, run.job, run.state
-    rows = record.read_metrics(out / "metrics.jsonl")
+    rows = read_metrics(out / "metrics.jsonl")
     steps = [r for r in rows if "loss" in r]
     last = steps[-1] if steps else {}
     evaluated = [r for r in steps if "heldout_loss" in r]
@@ -233,6 +311,7 @@ def _finish(run: Run, settled: dict[str, Any], asked: _Asked, status: str, joule
     matrices = job.cost.matrix_flops / job.cost.units
     unit, rate, peak, weights = job.cost.unit, tokens / seconds, settled["peak"], out / "model.safetensors"
     facts: dict[str, Any] = {"format": "craton-record-1", "status": status, "objective": job.name, "steps": state.step}
+    facts |= {"planned_steps": run.recipe.run.steps, "problem": problem or None}
     facts |= {unit: tokens, "flops": tokens * per_unit, "seconds": round(seconds, 2)}
     facts |= {"command_seconds": round(time.monotonic() - asked.began, 2), f"{unit}_per_second": rate}
     facts |= {"peak_share": rate * matrices / peak / world, "gemm_peak_flops": peak}
@@ -247,10 +326,22 @@ def _finish(run: Run, settled: dict[str, Any], asked: _Asked, status: str, joule
     facts |= {"corpora": record.corpus_facts(asked.corpora, asked.weights)}
     facts |= {"environment": machine.facts(run.processes.device) | {"processes": world}}
     facts |= {"events": [r for r in rows if "event" in r], "curve": record.curve(rows)}
-    facts |= {"samples": _samples(out, run, asked.corpora) if status == "finished" else []}
+    looks = [{k: r[k] for k in ("step", "seconds", "heldout_bits_per_byte", "sample")} for r in evaluated]
+    facts |= {"looks": looks, "references": references, "command": asked.command}
+    if evaluated:
+        facts |= {k: evaluated[-1][k] for k in ("by_source", "by_position")}
+        bits_per_byte = evaluated[-1]["heldout_bits_per_byte"]
+        facts |= {"forecast": {"times": 10, "bits_per_byte": explain.forecast(bits_per_byte, 10)}}
+    facts |= {"samples": [], "recitation": {}}
+    if status == "finished":
+        model = load_model(str(out))
+        facts |= {"samples": _samples(model, asked.corpora), "recitation": explain.recitation(model, asked.corpora)}
     write_json(out / "record.json", facts)
     if status == "finished":
         bits = f", held-out {evaluated[-1]['heldout_bits_per_byte']:.4f} bits/byte" if evaluated else ""
         say(f"{out}: {count(tokens)} {unit} in {span(seconds)}{bits}")
-    else:
+        if run.pace:
+            took = time.monotonic() - asked.began
+            say(f"planned {settled['recipe']['run']['budget']}, took {span(took)} so far; the report is next")
+    elif status == "interrupted":
         say(f"{out}: stopped at step {state.step}, state saved; go on with --resume")

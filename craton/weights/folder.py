@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from craton.base import Progress, UserError, count, publish, read_json, say, write_json
+from craton.base import Progress, UserError, amount, publish, read_json, say, write_json
 from craton.model.config import ModelConfig
 from craton.model.decoder import Decoder
 from craton.text.tokenizer import Tokenizer
@@ -38,7 +38,7 @@ def _read_config(folder: Path) -> tuple[ModelConfig, dict[str, Any]]:
     if not folder.is_dir():
         raise UserError(f"{folder}: no such model folder")
     if path.is_file() and path.stat().st_size > 10 << 20:
-        raise UserError(f"{path}: {count(path.stat().st_size)}B is no model configuration")
+        raise UserError(f"{path}: {amount(path.stat().st_size, 'B')} is no model configuration")
     raw = read_json(path)
     if isinstance(raw, dict) and raw.get("model_type") in WITH_PICTURES and isinstance(raw.get("text_config"), dict):
         outer = ("quantization_config", "eos_token_id", "bos_token_id", "tie_word_embeddings")
@@ -90,6 +90,12 @@ def write_config(
 # ---- networks ---------------------------------------------------------------------------------------------------
 
 
+def only_pretrained(folder: Path) -> bool:
+    """Whether the folder's record says that the model has seen no conversation."""
+    record = folder / "record.json"
+    return record.is_file() and read_json(record).get("objective") == "pretraining"
+
+
 def published(config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """A decoder's tensors as a folder stores them, under their published names: a tied head once, as the embedding."""
     pieces = FAMILIES[config.model_type].pieces
@@ -116,7 +122,7 @@ def write_shards(folder: Path, tensors: Iterator[tuple[str, Tensor]], total: int
             flush()
         buffer[name] = tensor
         size, written = size + tensor.nbytes, written + tensor.nbytes
-        progress.show(f"writing {count(written)}B of about {count(total)}B")
+        progress.show(f"writing {amount(written, 'B')} of about {amount(total, 'B')}")
     flush()
     progress.clear()
     if len(shards) == 1:
@@ -206,7 +212,7 @@ class Stored:
             self.loaded[file] = read_tensors(self.folder / file)
         tensor = self.loaded[file].pop(self.stored_name[name])
         self.seen += tensor.nbytes
-        self.progress.show(f"reading {self.folder}: {count(self.seen)}B")
+        self.progress.show(f"reading {self.folder}: {amount(self.seen, 'B')}")
         return tensor
 
 

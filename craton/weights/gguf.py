@@ -13,7 +13,7 @@ import torch
 from gguf import GGMLQuantizationType as Type
 from torch import Tensor, nn
 
-from craton.base import Progress, UserError, count, say
+from craton.base import Progress, UserError, amount, say
 from craton.model.config import ModelConfig
 from craton.model.decoder import Decoder, Experts, Linear
 from craton.model.packed import PackedEmbedding, PackedLinear, PackedMatrix, can_pack, replace
@@ -73,7 +73,7 @@ class _Filling:
             used.update(t.name for t in stored)
             self._take(name, parameter, stored)
             seen += sum(t.n_bytes for t in stored)
-            progress.show(f"reading {self.path}: {count(seen)}B")
+            progress.show(f"reading {self.path}: {amount(seen, 'B')}")
         progress.clear()
         if surplus := set(self.tensors) - used:
             unknown = f"tensor {min(surplus)} is not known for {self.architecture}"

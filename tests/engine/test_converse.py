@@ -21,7 +21,7 @@ def talker() -> Talker:
     end = own.backend.token_to_id("<|return|>")
     config = ModelConfig(own.vocab_size, 32, 32, 1, 2, 1, 16, eos_token_id=end)
     engine = Engine(Decoder(config).requires_grad_(False), own, cache_bytes=1 << 22)
-    return Talker("m", engine, own, learn(own, (end,)), {}, False)
+    return Talker("m", engine, own, learn(own, (end,)), {}, False, 1, 32.0)
 
 
 def parts_of(talker, ask, text):

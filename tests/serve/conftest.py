@@ -25,6 +25,7 @@ from inprocess import InProcess  # noqa: E402
 from craton.serve import guard  # noqa: E402
 from craton.serve import reply as reply_module  # noqa: E402
 from craton.serve.guard import Settings  # noqa: E402
+from tests.text.chatml import CHAT_TEMPLATE  # noqa: E402
 
 
 class Running:
@@ -93,6 +94,8 @@ def server(chat_folder: Path, model_folder: Path, tmp_path_factory: pytest.TempP
     for f in model_folder.iterdir():
         if f.is_file() and f.name != "record.json":
             (wild / f.name).write_bytes(f.read_bytes())
+    config = json.loads((wild / "tokenizer_config.json").read_text())
+    (wild / "tokenizer_config.json").write_text(json.dumps(config | {"chat_template": CHAT_TEMPLATE}))
     models = (f"chat,assistant={chat_folder}", f"base={model_folder}", f"wild={wild}")
     running = Running(*models, "--votes", tmp_path_factory.mktemp("votes") / "votes.jsonl")
     yield running

@@ -17,6 +17,7 @@ pytestmark = [
     ),
 ]
 INPUT = "textarea[aria-label=Message]"
+SHEET = "textarea.sheet"
 
 
 @pytest.fixture(scope="module")
@@ -117,11 +118,163 @@ def test_stop(visit):
             post_data=json.dumps({**json.loads(route.request.post_data), "ignore_eos": True})
         ),
     )
-    visit.send("import os", wait=False)
+    visit.page.fill(SHEET, "import os")
+    visit.page.click("text=Continue")
     visit.page.wait_for_selector("body.busy")
-    visit.page.click("[aria-label=Stop]")
+    visit.page.wait_for_selector(".mirror mark")
+    visit.page.keyboard.press("Escape")
     visit.done()
-    assert visit.page.query_selector(".message.assistant")
+    assert visit.page.input_value(SHEET).startswith("import os")
+
+
+def base(v, text=""):
+    """A fresh notebook of the base model."""
+    v.page.evaluate("localStorage.setItem('craton.model', '\"base\"')")
+    v.page.reload()
+    v.page.wait_for_selector("body.ready")
+    if text:
+        v.page.fill(SHEET, text)
+
+
+def test_a_base_model_has_a_notebook(visit):
+    base(visit, "import os\nimport sys\n")
+    assert not visit.page.query_selector(INPUT).is_visible()
+    visit.page.keyboard.press("Control+Enter")
+    visit.done()
+    first = visit.page.input_value(SHEET)
+    assert first.startswith("import os\nimport sys\n") and len(first) > 25
+    assert visit.page.query_selector(".mirror mark").inner_text().strip() in first
+    assert "tokens" in visit.page.query_selector(".notebook .meter").inner_text()
+    visit.page.keyboard.type("# mine\n")
+    visit.page.click("text=Continue")
+    visit.done()
+    assert visit.page.input_value(SHEET).startswith(first + "# mine\n")
+    marks = [m.inner_text() for m in visit.page.query_selector_all(".mirror mark")]
+    assert len(marks) == 2 and "# mine" not in "".join(marks)
+    visit.page.click("[aria-label='Undo (Ctrl Z)']")
+    assert visit.page.input_value(SHEET) == first + "# mine\n"
+    visit.page.focus(SHEET)
+    visit.page.keyboard.press("Control+z")
+    assert visit.page.input_value(SHEET) == first
+    visit.page.click("[aria-label='Token probabilities']")
+    assert len(visit.page.query_selector_all(".scores .token")) > 5
+    visit.page.wait_for_timeout(800)
+    visit.page.reload()
+    visit.page.wait_for_selector("body.ready")
+    assert visit.page.input_value(SHEET) == first and "import os" in visit.page.query_selector(".list").inner_text()
+    visit.page.keyboard.press("Control+,")
+    assert not visit.page.query_selector("[aria-label='System prompt']")
+    assert visit.page.get_attribute("[aria-label='Most tokens']", "placeholder") == "256"
+
+
+CODE = "def __init__(self):\n    # *not bold*\n\tself.x = 1  # <b>\n"
+
+
+def test_what_is_typed_is_shown_as_typed(visit):
+    visit.page.fill(INPUT, "  " + CODE)
+    visit.page.keyboard.press("Enter")
+    visit.done()
+    assert visit.page.evaluate("document.querySelector('.bubble').textContent") == "  " + CODE
+    assert not visit.page.query_selector(".bubble strong, .bubble em, .bubble b")
+    visit.page.reload()
+    visit.page.wait_for_selector(".bubble")
+    assert visit.page.evaluate("document.querySelector('.bubble').textContent") == "  " + CODE
+
+
+def event(text, finish=None):
+    choice = {"index": 0, "delta": {"content": text}, "finish_reason": finish}
+    return "data: " + json.dumps({"choices": [choice]}) + "\n\n"
+
+
+def stream(visit, *events):
+    """Answers are these events from now on."""
+    head = {"content-type": "text/event-stream"}
+    visit.page.route("**/v1/chat/completions", lambda r: r.fulfill(status=200, headers=head, body="".join(events)))
+
+
+def below(visit):
+    return visit.page.evaluate("(s => s.scrollHeight - s.scrollTop - s.clientHeight)(document.querySelector('main'))")
+
+
+def test_the_end_stays_in_view_unless_the_reader_goes_up(visit):
+    stream(visit, *[event(f"Line {i}.\n\n") for i in range(120)], event("", "stop"))
+    visit.send("go")
+    visit.page.wait_for_timeout(200)
+    assert below(visit) < 5
+    visit.page.mouse.move(600, 400)
+    visit.page.mouse.wheel(0, -600)
+    visit.page.wait_for_timeout(200)
+    assert below(visit) > 300 and visit.page.query_selector(".to-end").is_visible()
+    visit.page.evaluate("document.querySelector('.thread').style.paddingBottom = '400px'")  # something grows
+    visit.page.wait_for_timeout(200)
+    assert below(visit) > 600
+    visit.page.click(".to-end")
+    assert below(visit) < 5 and not visit.page.query_selector(".to-end").is_visible()
+
+
+def test_a_stream_that_breaks_off_is_told(visit):
+    stream(visit, event("Half an ans"))
+    visit.send("go")
+    assert "before it was complete" in visit.page.query_selector(".error").inner_text()
+    assert "Half an ans" in visit.page.query_selector(".message.assistant").inner_text()
+
+
+def test_a_server_that_dies_in_the_middle(browser, model_folder, tmp_path):
+    r = Running(f"base={model_folder}", cwd=tmp_path)
+    v = Visit(browser, r.url)
+    v.page.route(
+        "**/v1/completions",
+        lambda route: route.continue_(
+            post_data=json.dumps({**json.loads(route.request.post_data), "ignore_eos": True, "max_tokens": 900})
+        ),
+    )
+    v.page.fill(SHEET, "import os")
+    v.page.click("text=Continue")
+    v.page.wait_for_selector(".mirror mark")
+    r.process.kill()
+    r.process.wait()
+    v.page.wait_for_selector(".error >> text=The connection to the server broke")
+    assert len(v.page.input_value(SHEET)) > len("import os")
+    v.context.close()
+
+
+def test_an_answer_that_was_cut_off_goes_on(visit):
+    visit.page.keyboard.press("Control+,")
+    visit.page.fill("[aria-label='Most tokens']", "3")
+    visit.page.keyboard.press("Tab")
+    visit.page.keyboard.press("Escape")
+    visit.send("Count from 1 to 5.")
+    cut = visit.page.query_selector(".message.assistant .prose, .message.assistant .thinking").inner_text()
+    visit.page.click(".note >> text=Continue")
+    visit.done()
+    assert len(visit.page.query_selector_all(".message.assistant")) == 1
+    assert visit.page.query_selector(".message.assistant .answer").inner_text() != cut
+
+
+def test_deleting_can_be_undone(visit):
+    visit.send("Tell me a joke.")
+    visit.send("Count from 1 to 5.")
+    visit.page.click("[aria-label='Delete from here'] >> nth=0")
+    assert len(visit.page.query_selector_all(".message")) == 1
+    visit.page.click("#toast >> text=Undo")
+    assert len(visit.page.query_selector_all(".message")) == 4
+    visit.page.reload()
+    visit.page.wait_for_selector("body.ready")
+    assert len(visit.page.query_selector_all(".message")) == 4
+
+
+def test_likeliest_tokens_come_first_whatever_their_names(visit):
+    scores = {"7": -3.0, "1": -2.0, "a": -0.2}
+    logprobs = {"tokens": ["a"], "token_logprobs": [-0.2], "top_logprobs": [scores], "text_offset": [0]}
+    chunk = {"choices": [{"index": 0, "text": "a", "logprobs": logprobs, "finish_reason": "stop"}]}
+    body = "data: " + json.dumps(chunk) + "\n\ndata: [DONE]\n\n"
+    visit.page.route("**/v1/completions", lambda r: r.fulfill(status=200, body=body))
+    base(visit, "x")
+    visit.page.evaluate("localStorage.setItem('craton.scores', 'true')")
+    visit.page.click("text=Continue")
+    visit.page.wait_for_selector(".scores .token")
+    visit.page.hover(".scores .token")
+    assert [e.inner_text() for e in visit.page.query_selector_all(".tip code")] == ["a", "1", "7"]
 
 
 def test_edit_branch_regenerate(visit):
@@ -221,6 +374,12 @@ def test_blind_vote(visit, server):
     kept = next(Path(a) for a in server.process.args if str(a).endswith("votes.jsonl"))
     assert json.loads(kept.read_text().splitlines()[-1])["right"] == vote["right"]
     visit.send("Count from 1 to 5.")
+    assert len(visit.page.query_selector_all(".round")) == 2
+    visit.page.wait_for_selector(".vote")
+    assert visit.page.evaluate("document.querySelector('.vote').getBoundingClientRect().bottom < innerHeight")
+    visit.page.reload()
+    visit.page.wait_for_selector("body.ready")
+    visit.page.click("[aria-label='Side by side']")
     assert len(visit.page.query_selector_all(".round")) == 2
 
 

@@ -9,6 +9,7 @@ from transformers import AutoTokenizer
 from craton.base import UserError
 from craton.text.tokenizer import END, Tokenizer, choose_vocab_size, train_tokenizer
 from tests.conftest import STDLIB
+from tests.text.chatml import CHAT_TEMPLATE
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +49,8 @@ def test_numbers_are_split_in_pairs_at_most(tokenizer):
 
 
 def test_folder_opens_in_transformers(tokenizer, tmp_path):
+    assert tokenizer.chat_template is None
+    tokenizer = Tokenizer(tokenizer.backend, tokenizer.config | {"chat_template": CHAT_TEMPLATE})
     tokenizer.save(tmp_path)
     theirs = AutoTokenizer.from_pretrained(tmp_path)
     text = "def f(x):\n    return x ** 2  # 12345 naïve\n"

@@ -18,7 +18,7 @@ import torch
 from craton.base import UserError, as_json
 from craton.model import kernels
 from craton.train import checkpoint
-from craton.train.record import read_metrics
+from craton.train.metrics import read_metrics
 from tests.forked import finish, start
 
 SETTINGS: tuple[object, ...] = (

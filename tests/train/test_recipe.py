@@ -6,7 +6,7 @@ import pytest
 
 from craton.base import UserError
 from craton.corpus.store import Corpus
-from craton.train.loop import lr_share
+from craton.train import schedule
 from craton.train.plan import parse_budget, plan
 from craton.train.recipe import Recipe, as_dict, assign, from_dict, parse_setting, read_recipe
 from tests.conftest import small
@@ -145,6 +145,6 @@ def test_sizes_that_do_not_fit(corpus):
 
 def test_schedule():
     recipe = small(run__steps=100, schedule__warmup_steps=10, schedule__decay_share=0.4, schedule__final_share=0.1)
-    shares = [lr_share(recipe, s) for s in range(100)]
+    shares = [schedule.planned(recipe).share(recipe, s) for s in range(100)]
     assert shares[0] == 0.1 and shares[9:60] == [1.0] * 51
     assert shares[60:] == sorted(shares[60:], reverse=True) and shares[-1] == pytest.approx(0.1 + 0.9 / 40)

@@ -24,9 +24,9 @@ from craton.text.tokenizer import Tokenizer
 from craton.train import checkpoint
 from craton.train.distributed import Processes
 from craton.train.job import Losses
+from craton.train.metrics import read_metrics
 from craton.train.plan import plan
 from craton.train.pretrain import next_token, pretraining
-from craton.train.record import read_metrics
 from craton.train.start import train
 from tests.conftest import craton, prose, small
 from tests.forked import finish, start

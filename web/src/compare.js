@@ -1,8 +1,7 @@
 // Two models or settings side by side. Who is who is hidden until the vote, which is stored here and on the server.
 import * as api from './api.js';
 import { dialog, download, h, icon, iconButton, toast } from './dom.js';
-import { fillAnswer, meterText } from './message.js';
-import { render } from './render.js';
+import { fillAnswer, meterText, said } from './message.js';
 import { settingsForm } from './settings.js';
 import * as store from './store.js';
 
@@ -13,6 +12,16 @@ export class Compare {
     this.contenders = saved ?? [{ settings: {} }, { settings: {} }];
     this.rounds = [];
     this.stopper = null;
+  }
+
+  // Rounds of before, as they were left; what was still being answered then is not.
+  async load() {
+    const kept = (await store.all('rounds')).find(r => r.id === 'current');
+    this.rounds = (kept?.rounds ?? []).filter(r => r.sides.every(s => s.done));
+  }
+
+  keep() {
+    return store.put('rounds', { id: 'current', rounds: this.rounds });
   }
 
   model(i) {
@@ -78,8 +87,11 @@ export class Compare {
 
   clear() {
     this.stopper?.abort();
+    const before = this.rounds;
     this.rounds = [];
     this.draw();
+    this.keep();
+    if (before.length) toast('Started over.', ['Undo', () => ((this.rounds = before), this.draw(), this.keep())]);
   }
 
   async exportVotes() {
@@ -114,6 +126,7 @@ export class Compare {
     round.messages = this.messages(round);
     this.stopper = new AbortController();
     this.app.busy(true);
+    this.app.stick = true;
     this.draw();
     await Promise.all(
       [0, 1].map(async place => {
@@ -146,6 +159,8 @@ export class Compare {
     this.stopper = null;
     this.app.busy(false);
     this.draw();
+    this.app.follow();
+    await this.keep();
   }
 
   stop() {
@@ -221,7 +236,7 @@ export class Compare {
     return h(
       'section',
       { class: 'round' },
-      h('div', { class: 'message user' }, h('div', { class: 'bubble prose', innerHTML: render(round.question) })),
+      h('div', { class: 'message user' }, said(round.question)),
       h('div', { class: 'sides' }, sides),
       votes,
     );
@@ -244,6 +259,7 @@ export class Compare {
       vote: choice,
     };
     this.draw();
+    await this.keep();
     await store.put('votes', { id: store.newId(), time: Date.now(), ...record });
     try {
       await api.vote(record);

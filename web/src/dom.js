@@ -36,6 +36,8 @@ const paths = {
   download: 'M12 4v11M7 11l5 5 5-5M5 20h14',
   upload: 'M12 16V5M7 9l5-5 5 5M5 20h14',
   close: 'M6 6l12 12M18 6L6 18',
+  undo: 'M9 7L4 12l5 5M4 12h10a6 6 0 0 1 0 12',
+  down: 'M12 5v13M6 12l6 6 6-6',
   chart: 'M5 20V11M12 20V4M19 20v-6',
   help: 'M9 9a3 3 0 1 1 4 3c-1 .5-1 1-1 2M12 17.5h.01',
 };
@@ -54,13 +56,16 @@ export const iconButton = (name, label, onclick, more = {}) =>
   h('button', { type: 'button', class: 'icon', 'aria-label': label, title: label, onclick, ...more }, icon(name));
 
 let toastTimer;
-export function toast(message) {
+// A short message, with something to do about it: [label, action].
+export function toast(message, action = null) {
   let element = document.querySelector('#toast');
   if (!element) document.body.append((element = h('div', { id: 'toast', role: 'status' })));
-  element.textContent = message;
+  const button = action && h('button', { type: 'button', class: 'small' }, action[0]);
+  button?.addEventListener('click', () => (element.classList.remove('shown'), action[1]()));
+  element.replaceChildren(message, ...(button ? [button] : []));
   element.classList.add('shown');
   clearTimeout(toastTimer);
-  toastTimer = setTimeout(() => element.classList.remove('shown'), 4000);
+  toastTimer = setTimeout(() => element.classList.remove('shown'), action ? 10000 : 4000);
 }
 
 // A modal dialog; closes on Escape and on a click outside it.

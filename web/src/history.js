@@ -14,15 +14,26 @@ const sound = nodes =>
     return true;
   });
 
+// 'Today', 'Yesterday', 'This week', or the month.
+function dayOf(time) {
+  const midnight = new Date().setHours(0, 0, 0, 0);
+  const days = (midnight - time) / 86_400_000;
+  if (days <= 0) return 'Today';
+  if (days <= 1) return 'Yesterday';
+  return days <= 7 ? 'This week' : new Date(time).toLocaleDateString('en', { month: 'long', year: 'numeric' });
+}
+
 export const history = {
   drawList() {
     const words = this.found;
     const rows = [];
+    let lastDay = '';
     for (const c of this.conversations) {
       const title = c.title || 'New chat';
       let snippet = null;
       if (words) {
-        const hit = Object.values(c.nodes).find(n => n.content.toLowerCase().includes(words));
+        const texts = [...Object.values(c.nodes), ...(c.text ? [{ content: c.text }] : [])];
+        const hit = texts.find(n => n.content.toLowerCase().includes(words));
         if (!hit && !title.toLowerCase().includes(words)) continue;
         if (hit) {
           const at = hit.content.toLowerCase().indexOf(words);
@@ -37,6 +48,8 @@ export const history = {
           );
         }
       }
+      const day = dayOf(c.updated);
+      if (!words && day !== lastDay) rows.push(h('h3', { class: 'day' }, (lastDay = day)));
       rows.push(
         h(
           'div',
@@ -48,6 +61,8 @@ export const history = {
               class: 'title',
               'aria-current': c === this.current ? 'true' : null,
               onclick: () => (this.open(c), this.narrow() && this.toggleSide(false)),
+              ondblclick: () => this.rename(c),
+              title: 'Double-click to rename',
             },
             h('span', {}, title),
             snippet,
@@ -79,9 +94,10 @@ export const history = {
     this.current = conversation;
     store.setPreference('current', conversation?.id ?? null);
     this.tokensShown.clear();
+    this.stick = true;
     this.draw();
     this.drawList();
-    this.scroller.scrollTop = this.scroller.scrollHeight;
+    this.follow();
   },
 
   async save(conversation = this.current) {
@@ -89,6 +105,20 @@ export const history = {
     this.conversations = [conversation, ...this.conversations.filter(c => c !== conversation)];
     await store.put('conversations', conversation);
     this.drawList();
+  },
+
+  rename(conversation) {
+    const input = h('input', { type: 'text', class: 'name', value: conversation.title, 'aria-label': 'Name' });
+    const keep = close => {
+      close();
+      if (!input.value.trim()) return;
+      Object.assign(conversation, { title: input.value.trim(), renamed: true });
+      this.save(conversation);
+    };
+    dialog('Rename', input, [
+      close => h('button', { type: 'button', class: 'primary', onclick: () => keep(close) }, 'Keep'),
+    ]);
+    input.select();
   },
 
   delete(conversation) {

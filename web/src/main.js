@@ -3,10 +3,30 @@ import * as api from './api.js';
 import { Compare } from './compare.js';
 import { dialog, h, icon, iconButton, toast } from './dom.js';
 import { history } from './history.js';
-import { wireCopy } from './message.js';
+import { meterText, wireCopy } from './message.js';
+import { notebook } from './notebook.js';
 import * as settings from './settings.js';
 import * as store from './store.js';
 import { thread } from './thread.js';
+
+// A model by name, size, context and bits a weight.
+const modelLabel = m =>
+  [
+    m.id,
+    m.parameters && `${short(m.parameters)} parameters`,
+    m.context_length && `${m.context_length.toLocaleString('en')} tokens`,
+    m.bits && m.bits < 16 && `${m.bits} bits`,
+    m.pretrained_only && 'base',
+  ]
+    .filter(Boolean)
+    .join(' · ');
+// An icon with its name beside it where there is room.
+const labelled = (name, label, onclick, more = {}) => {
+  const button = iconButton(name, label, onclick, { class: 'icon labelled', ...more });
+  button.append(h('span', { class: 'wide-only', 'aria-hidden': 'true' }, label));
+  return button;
+};
+const short = n => (n >= 1e9 ? `${(n / 1e9).toPrecision(3)}B` : n >= 1e6 ? `${(n / 1e6).toPrecision(3)}M` : `${n}`);
 
 const whole = json => {
   try {
@@ -24,11 +44,14 @@ class App {
   answering = null; // {node, stopper}
   tokensShown = new Set();
   found = '';
+  stick = true; // the end stays in view
+  lastTop = 0;
 
   async start() {
     this.theme(store.preference('theme', null));
     this.conversations = (await store.all('conversations')).sort((a, b) => b.updated - a.updated);
     this.build();
+    await this.compare.load();
     const last = this.conversations.find(c => c.id === store.preference('current', null));
     this.open(last ?? null);
     await this.loadModels();
@@ -44,7 +67,7 @@ class App {
       toast(error.message);
     }
     const wanted = store.preference('model', null);
-    this.picker.replaceChildren(...this.models.map(m => h('option', { value: m.id }, m.id)));
+    this.picker.replaceChildren(...this.models.map(m => h('option', { value: m.id }, modelLabel(m))));
     this.picker.value = this.models.some(m => m.id === wanted) ? wanted : (this.models[0]?.id ?? '');
     this.modelChanged();
   }
@@ -91,7 +114,7 @@ class App {
       ),
     );
     this.picker = h('select', { class: 'picker', 'aria-label': 'Model', onchange: () => this.modelChanged(true) });
-    this.compareButton = iconButton('split', 'Side by side', () => this.toggleCompare(), { 'aria-pressed': 'false' });
+    this.compareButton = labelled('split', 'Side by side', () => this.toggleCompare(), { 'aria-pressed': 'false' });
     this.themeButton = iconButton('moon', 'Light or dark', () =>
       this.theme(document.documentElement.dataset.theme === 'dark' ? 'light' : 'dark', true),
     );
@@ -102,13 +125,18 @@ class App {
       this.picker,
       h('span', { class: 'grow' }),
       this.compareButton,
-      iconButton('download', 'Export this conversation', () => this.exportOne()),
+      labelled('download', 'Export', () => this.exportOne()),
       this.themeButton,
-      iconButton('tune', 'Settings', () => this.toggleSettings()),
+      labelled('tune', 'Settings', () => this.toggleSettings()),
       iconButton('help', 'Keyboard shortcuts', () => this.help(), { class: 'icon wide-only' }),
     );
     this.thread = h('div', { class: 'thread' });
-    this.scroller = h('main', { id: 'main', tabindex: '-1' }, this.thread);
+    this.scroller = h('main', { id: 'main', tabindex: '-1', onscroll: () => this.scrolled() }, this.thread);
+    this.endButton = iconButton('down', 'To the end', () => ((this.stick = true), this.follow()), {
+      class: 'icon to-end',
+      hidden: true,
+    });
+    new ResizeObserver(() => this.follow()).observe(this.thread);
     this.input = h('textarea', {
       rows: '1',
       placeholder: 'Message',
@@ -134,7 +162,7 @@ class App {
       h('a', { class: 'skip', href: '#main' }, 'To the conversation'),
       this.side,
       h('div', { class: 'shade', onclick: () => (this.toggleSide(false), this.toggleSettings(false)) }),
-      h('div', { class: 'page' }, top, this.scroller, h('footer', {}, this.notice, composer)),
+      h('div', { class: 'page' }, top, this.scroller, h('footer', {}, this.endButton, this.notice, composer)),
       this.drawer,
     );
     wireCopy(document.body);
@@ -191,10 +219,11 @@ class App {
     if (keep) store.setPreference('model', this.picker.value);
     const m = this.model;
     this.notice.textContent = m?.pretrained_only
-      ? 'This model was only pretrained: it goes on with your text rather than answering.'
+      ? 'This model was only pretrained: it goes on with a text rather than answering.'
       : m && !m.chat
-        ? 'This model has no chat template: it goes on with your text.'
+        ? 'This model has no chat template: it goes on with a text.'
         : '';
+    if (!this.current) this.draw(); // an empty page is a notebook or a conversation, as the model wants
     if (document.body.classList.contains('drawer-open')) this.drawSettings();
     if (this.comparing) this.compare.drawSetup();
   }
@@ -242,8 +271,8 @@ class App {
   }
 
   async submit() {
-    const text = this.input.value.trim();
-    if (!text || this.answering || this.compareBusy) return;
+    const text = this.input.value; // as it was written
+    if (!text.trim() || this.answering || this.compareBusy) return;
     if (!this.model) return this.loadModels();
     this.input.value = '';
     this.grow();
@@ -253,38 +282,52 @@ class App {
       this.conversations.unshift(this.current);
       store.setPreference('current', this.current.id);
     }
-    if (!this.current.title) this.current.title = text.replace(/\s+/g, ' ').slice(0, 60);
+    if (!this.current.title) this.current.title = text.trim().replace(/\s+/g, ' ').slice(0, 60);
     store.addNode(this.current, this.current.leaf, { role: 'user', content: text });
     await this.answer();
   }
 
-  async answer() {
+  // Answer what was said last, or go on with `begun`, an answer that was cut off.
+  async answer(begun = null) {
     const conversation = this.current;
     const messages = this.messages();
     const model = this.model;
-    const node = store.addNode(conversation, conversation.leaf, {
-      role: 'assistant',
-      content: '',
-      reasoning: '',
-      calls: [],
-      tokens: [],
-      model: model.id,
-      settings: { ...this.settings },
-    });
+    const node =
+      begun ??
+      store.addNode(conversation, conversation.leaf, {
+        role: 'assistant',
+        content: '',
+        reasoning: '',
+        calls: [],
+        tokens: [],
+        model: model.id,
+        settings: { ...this.settings },
+      });
+    const before = { content: node.content, reasoning: node.reasoning ?? '', tokens: node.tokens ?? [] };
+    Object.assign(node, { finish: null, stopped: false, error: null });
     const stopper = new AbortController();
     this.answering = { node, stopper, conversation };
+    this.stick = true;
     this.busy(true);
     this.draw();
-    this.scroller.scrollTop = this.scroller.scrollHeight;
+    this.follow();
     await this.save(conversation);
     let frame = 0;
+    const take = out =>
+      Object.assign(node, {
+        content: before.content + out.content,
+        reasoning: before.reasoning + out.reasoning,
+        calls: out.calls,
+        meter: out.meter,
+      });
     const update = out => {
-      Object.assign(node, { content: out.content, reasoning: out.reasoning, calls: out.calls });
+      take(out);
       frame ||= requestAnimationFrame(() => {
         frame = 0;
-        const box = this.current === conversation && this.thread.querySelector(`[data-id="${node.id}"] .answer`);
-        if (box) this.fill(box, node);
-        this.follow();
+        const article = this.current === conversation && this.thread.querySelector(`[data-id="${node.id}"]`);
+        if (!article) return;
+        this.fill(article.querySelector('.answer'), node);
+        article.querySelector('.live').textContent = meterText(node.meter, model.context_length);
       });
     };
     let last = null;
@@ -296,6 +339,7 @@ class App {
         probabilities: store.preference('probabilities', true),
         signal: stopper.signal,
         update: out => ((last = out), update(out)),
+        goOn: begun !== null,
       });
     } catch (error) {
       if (error instanceof api.Unauthorised) this.askKey();
@@ -303,15 +347,10 @@ class App {
       else node.error = error.message;
     }
     cancelAnimationFrame(frame);
-    if (last)
-      Object.assign(node, {
-        content: last.content,
-        reasoning: last.reasoning,
-        calls: last.calls,
-        tokens: last.tokens,
-        finish: last.finish,
-        meter: last.meter,
-      });
+    if (last) {
+      take(last);
+      Object.assign(node, { tokens: [...before.tokens, ...last.tokens], finish: last.finish });
+    }
     this.answering = null;
     this.busy(false);
     if (conversation.nodes[node.id]) await this.save(conversation);
@@ -334,10 +373,19 @@ class App {
     document.body.classList.toggle('busy', on);
   }
 
-  // Stay at the end while an answer grows, unless the reader has gone up.
+  // Stay at the end while something grows, unless the reader has gone up.
   follow() {
+    if (this.stick) this.scroller.scrollTop = this.scroller.scrollHeight;
+    this.scrolled();
+  }
+
+  scrolled() {
     const s = this.scroller;
-    if (s.scrollHeight - s.scrollTop - s.clientHeight < 120) s.scrollTop = s.scrollHeight;
+    const below = s.scrollHeight - s.scrollTop - s.clientHeight;
+    if (s.scrollTop < this.lastTop - 1) this.stick = false;
+    if (below < 40) this.stick = true;
+    this.lastTop = s.scrollTop;
+    this.endButton.hidden = below < 200;
   }
 
   // ---- side by side ----
@@ -391,6 +439,7 @@ class App {
   help() {
     const rows = [
       ['Enter', 'Send'],
+      ['Ctrl Enter', 'Continue a text'],
       ['Shift Enter', 'New line'],
       ['Escape', 'Stop'],
       ['↑', 'Edit the last message'],
@@ -413,5 +462,6 @@ class App {
   }
 }
 
-Object.assign(App.prototype, history, thread);
+Object.defineProperties(App.prototype, Object.getOwnPropertyDescriptors({ ...history, ...thread }));
+Object.defineProperties(App.prototype, Object.getOwnPropertyDescriptors(notebook));
 new App().start();

@@ -2,7 +2,11 @@
 import { copy, h, icon, iconButton, percent, visible } from './dom.js';
 import { render } from './render.js';
 
-export function meterText(meter) {
+// What people wrote is shown as they wrote it.
+export const said = text => h('div', { class: 'bubble' }, text);
+
+// context: how many tokens the model can hold, to say how full it is.
+export function meterText(meter, context = 0) {
   if (!meter) return '';
   const parts = [];
   if (meter.tokens !== null) parts.push(`${meter.tokens} tokens`);
@@ -11,6 +15,10 @@ export function meterText(meter) {
   if (meter.first !== null)
     parts.push(`first after ${meter.first < 10 ? meter.first.toFixed(2) : meter.first.toFixed(0)} s`);
   if (meter.prompt !== null) parts.push(`prompt ${meter.prompt}${meter.cached ? ` (${meter.cached} cached)` : ''}`);
+  if (meter.prompt !== null && context) {
+    const full = (100 * (meter.prompt + (meter.tokens ?? 0))) / context;
+    if (full >= 1) parts.push(`${full.toFixed(0)} % of the context`);
+  }
   if (meter.reasoning) parts.push(`${meter.reasoning} thinking`);
   return parts.join(' · ');
 }
@@ -23,7 +31,7 @@ export function tokenView(tokens) {
     'aria-label': 'Tokens with their probabilities; arrow keys move',
   });
   tokens.forEach(([text, logprob], i) => {
-    const sure = Math.exp(logprob);
+    const bits = Math.min(1, -logprob / Math.LN2 / 10); // surprise: ten bits is as dark as it gets
     box.append(
       h(
         'span',
@@ -31,7 +39,7 @@ export function tokenView(tokens) {
           class: 'token',
           'data-i': i,
           tabindex: i ? '-1' : '0',
-          style: `--doubt:${(1 - sure).toFixed(3)}`,
+          style: `--doubt:${bits.toFixed(3)}`,
           'aria-label': `${text}, ${percent(logprob)}`,
         },
         text,
@@ -115,7 +123,7 @@ export function callView(call, onResult) {
 }
 
 // The body of an answer; called again and again while it grows.
-export function fillAnswer(box, node, { streaming = false, asTokens = false, onResult = null } = {}) {
+export function fillAnswer(box, node, { streaming = false, asTokens = false, onResult = null, onContinue = null } = {}) {
   const parts = [];
   if (node.reasoning) {
     const open = box.querySelector('details.thinking')?.open ?? false;
@@ -136,7 +144,15 @@ export function fillAnswer(box, node, { streaming = false, asTokens = false, onR
   if (streaming && !node.content && !node.reasoning && !(node.calls ?? []).length)
     parts.push(h('div', { class: 'waiting', 'aria-label': 'Waiting for the first token' }, h('i'), h('i'), h('i')));
   if (node.error) parts.push(h('p', { class: 'error', role: 'alert' }, node.error));
-  if (node.finish === 'length' && !streaming) parts.push(h('p', { class: 'note' }, 'Cut off at the limit of tokens.'));
+  if (node.finish === 'length' && !streaming)
+    parts.push(
+      h(
+        'p',
+        { class: 'note' },
+        'Cut off at the limit of tokens. ',
+        onContinue && h('button', { type: 'button', class: 'small', onclick: onContinue }, 'Continue'),
+      ),
+    );
   if (node.stopped) parts.push(h('p', { class: 'note' }, 'Stopped.'));
   box.replaceChildren(...parts);
 }

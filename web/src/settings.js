@@ -1,4 +1,5 @@
 // Sampling and the rest, as the server's defaults until changed.
+import { BASE_TOKENS } from './api.js';
 import { h } from './dom.js';
 import { preference, setPreference } from './store.js';
 
@@ -73,7 +74,8 @@ export function settingsForm(settings, model, changed, { compact = false } = {})
     );
     return h('div', { class: 'setting' }, h('label', {}, label), h('span'), input);
   };
-  rows.push(whole('max_tokens', 'Most tokens', 'no limit'), whole('seed', 'Seed', 'random'));
+  const base = model && (model.pretrained_only || !model.chat);
+  rows.push(whole('max_tokens', 'Most tokens', base ? `${BASE_TOKENS}` : 'no limit'), whole('seed', 'Seed', 'random'));
   if (model?.thinks) {
     const select = h(
       'select',
@@ -113,6 +115,7 @@ export function settingsForm(settings, model, changed, { compact = false } = {})
     });
     return h('div', { class: 'field' }, h('label', {}, label, wrong), input);
   };
+  if (base) return h('div', { class: 'settings-form' }, rows); // it knows no system prompt, schema or tools
   const more = [area('system', 'System prompt', 'How the model should behave', false)];
   if (!compact) {
     more.push(

@@ -3,10 +3,11 @@
 let opened;
 function open() {
   opened ??= new Promise((resolve, reject) => {
-    const request = indexedDB.open('craton', 1);
+    const request = indexedDB.open('craton', 2);
     request.onupgradeneeded = () => {
-      request.result.createObjectStore('conversations', { keyPath: 'id' });
-      request.result.createObjectStore('votes', { keyPath: 'id' });
+      const there = request.result.objectStoreNames;
+      for (const name of ['conversations', 'votes', 'rounds'])
+        if (!there.contains(name)) request.result.createObjectStore(name, { keyPath: 'id' });
     };
     request.onsuccess = () => resolve(request.result);
     request.onerror = () => reject(request.error);
@@ -95,6 +96,7 @@ export function removeSubtree(conversation, id) {
 }
 
 export function asMarkdown(conversation) {
+  if (conversation.text !== undefined) return conversation.text;
   const parts = [`# ${conversation.title || 'Conversation'}\n`];
   for (const n of branch(conversation)) {
     parts.push(`## ${n.role}${n.model ? ` (${n.model})` : ''}\n`);

@@ -1,13 +1,15 @@
 // The conversation that is open: its messages, drawn, edited, made again. Methods of App (main.js).
 
-import { copy, h, iconButton } from './dom.js';
-import { fillAnswer, meterText } from './message.js';
-import { render } from './render.js';
+import * as api from './api.js';
+import { copy, h, iconButton, toast } from './dom.js';
+import { fillAnswer, meterText, said } from './message.js';
 import * as store from './store.js';
 
 export const thread = {
   draw() {
     if (this.comparing) return;
+    document.body.classList.toggle('writing', Boolean(this.isNotebook));
+    if (this.isNotebook) return this.drawNotebook();
     const nodes = this.current ? store.branch(this.current) : [];
     if (!nodes.length) {
       this.thread.replaceChildren(
@@ -43,7 +45,7 @@ export const thread = {
       return h(
         'article',
         { class: 'message user', 'data-id': node.id, 'aria-label': 'You' },
-        h('div', { class: 'bubble prose', innerHTML: render(node.content) }),
+        said(node.content),
         h(
           'div',
           { class: 'tools' },
@@ -81,8 +83,9 @@ export const thread = {
               { 'aria-pressed': String(asTokens) },
             ),
           iconButton('trash', 'Delete from here', () => this.cut(node), { disabled: this.answering }),
-          h('span', { class: 'meter' }, meterText(node.meter)),
+          h('span', { class: 'meter' }, meterText(node.meter, this.models.find(m => m.id === node.model)?.context_length)),
         ),
+      busy && h('div', { class: 'tools' }, h('span', { class: 'live' })),
     );
   },
 
@@ -92,6 +95,7 @@ export const thread = {
       streaming: this.answering?.node === node,
       asTokens: this.tokensShown.has(node.id),
       onResult: last ? (call, text) => this.giveResult(node, call, text) : null,
+      onContinue: last && !this.answering ? () => this.goOnWith(node) : null,
     });
   },
 
@@ -107,9 +111,17 @@ export const thread = {
   },
 
   cut(node) {
-    store.removeSubtree(this.current, node.id);
+    const conversation = this.current;
+    const before = { nodes: { ...conversation.nodes }, leaf: conversation.leaf };
+    store.removeSubtree(conversation, node.id);
     this.save();
     this.draw();
+    const undo = () => {
+      Object.assign(conversation, before);
+      this.save(conversation);
+      if (this.current === conversation) this.draw();
+    };
+    toast('Deleted from there on.', ['Undo', undo]);
   },
 
   edit(node) {
@@ -122,8 +134,8 @@ export const thread = {
     });
     const cancel = () => this.redraw(node);
     const done = () => {
-      const text = area.value.trim();
-      if (!text || text === node.content) return cancel();
+      const text = area.value;
+      if (!text.trim() || text === node.content) return cancel();
       store.addNode(this.current, node.parent, { role: 'user', content: text });
       this.answer();
     };
@@ -141,6 +153,11 @@ export const thread = {
       ),
     );
     area.focus();
+  },
+
+  // Let an answer that was cut off go on.
+  goOnWith(node) {
+    if (!this.answering) this.answer(node);
   },
 
   regenerate(node) {

@@ -1,9 +1,11 @@
 const $ = id => document.getElementById(id);
 const data = JSON.parse($('data').textContent);
 const size = data.tokens.length;
-const CELL = 8; // pixels of the attention map that a pair of tokens takes
+const CELL = 13; // pixels of the attention map that a pair of tokens takes
+const MARGIN = 92; // and the names of tokens beside it
 
-const shown = text => text.replace(/\n/g, '\u21b5').replace(/\t/g, '\u21e5') || '\u2205';
+const shown = text =>
+  (text.trim() ? text : text.replace(/ /g, '\u2423')).replace(/\n/g, '\u21b5').replace(/\t/g, '\u21e5') || '\u2205';
 const quoted = text => `\u201c${shown(text)}\u201d`;
 const tint = alpha => `rgba(var(--hue), ${alpha.toFixed(3)})`;
 
@@ -78,11 +80,36 @@ function attention(layer, head, from, to) {
   return sum / data.heads;
 }
 
+/** The tokens along both sides of the map. */
+function names(pen) {
+  pen.font = '10px ui-monospace, monospace';
+  pen.fillStyle = getComputedStyle(document.documentElement).getPropertyValue('--soft');
+  pen.textBaseline = 'middle';
+  data.tokens.forEach((text, i) => {
+    const name = [...shown(text)].slice(0, 13).join('');
+    const middle = MARGIN + i * CELL + CELL / 2;
+    pen.textAlign = 'right';
+    pen.fillText(name, MARGIN - 5, middle);
+    pen.save();
+    pen.translate(middle, MARGIN - 5);
+    pen.rotate(-Math.PI / 2);
+    pen.textAlign = 'left';
+    pen.fillText(name, 0, 0);
+    pen.restore();
+  });
+}
+
 function drawMap() {
   const canvas = $('map'), layer = +$('layer').value, head = +$('head').value;
-  canvas.width = canvas.height = size * CELL;
+  const side = MARGIN + size * CELL;
+  const scale = devicePixelRatio || 1;
+  canvas.width = canvas.height = side * scale;
+  canvas.style.width = canvas.style.height = `${side}px`;
   if (!maps.length) return;
   const pen = canvas.getContext('2d');
+  pen.scale(scale, scale);
+  names(pen);
+  pen.translate(MARGIN, MARGIN);
   const hue = getComputedStyle(document.documentElement).getPropertyValue('--hue');
   for (let from = 0; from < size; from++) {
     for (let to = 0; to <= from; to++) {
@@ -96,11 +123,12 @@ function drawMap() {
   best.sort((a, b) => b[0] - a[0]);
   const words = best.slice(0, 4).map(([share, to]) => `${quoted(data.tokens[to])} ${(share * 100).toFixed(0)} %`);
   $('where').textContent = `${quoted(data.tokens[chosen])} looks at ${words.join(', ')}`;
+  $('looks').replaceChildren(...best.slice(0, 12).map(([share, to]) => bar([data.tokens[to], share])));
   canvas.onmousemove = event => {
     const box = canvas.getBoundingClientRect();
-    const to = Math.floor((event.clientX - box.left) / box.width * size);
-    const from = Math.floor((event.clientY - box.top) / box.height * size);
-    if (to < 0 || to > from || from >= size) return;
+    const to = Math.floor((event.clientX - box.left - MARGIN) / CELL);
+    const from = Math.floor((event.clientY - box.top - MARGIN) / CELL);
+    if (to < 0 || from < 0 || to > from || from >= size) return;
     const share = (attention(layer, head, from, to) * 100).toFixed(1);
     $('where').textContent = `${quoted(data.tokens[from])} to ${quoted(data.tokens[to])}: ${share} %`;
   };
