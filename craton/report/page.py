@@ -115,6 +115,16 @@ def _next(out: Path, record: dict[str, Any]) -> list[tuple[str, str]]:
     return rows
 
 
+def _looks(record: dict[str, Any]) -> list[dict[str, Any]]:
+    """Continuations over the run, a line each."""
+    out = []
+    for look in record.get("looks", []):
+        text = look["sample"].partition("|")[2].replace("\n", "\u21b5")
+        if text:
+            out.append(look | {"text": text[:140] + ("\u2026" if len(text) > 140 else "")})
+    return out
+
+
 def _corpora(record: dict[str, Any]) -> list[dict[str, Any]]:
     out = []
     for corpus in record["corpora"]:
@@ -160,7 +170,7 @@ def write_report(out: Path) -> Path:
     }
     values |= {"comparison": _comparison(record) if record.get("heldout_bits_per_byte") else []}
     values |= {"held": record.get("heldout_bits_per_byte"), "forecast": record.get("forecast")}
-    values |= {"looks": [x for x in record.get("looks", []) if x["sample"]], "recitation": record.get("recitation")}
+    values |= {"looks": _looks(record), "recitation": record.get("recitation")}
     values |= {"parts": [(n, v, round(100 * v / whole, 1)) for n, v in sorted(by_part.items(), key=lambda x: -x[1])]}
     values |= {"corpora": _corpora(record), "provenance": provenance, "next": _next(out, record)}
     values |= {"configuration": [("decoder", decoder), *_changed(record)], "command": record.get("command")}

@@ -240,15 +240,15 @@ def test_a_server_that_dies_in_the_middle(browser, model_folder, tmp_path):
 
 def test_an_answer_that_was_cut_off_goes_on(visit):
     visit.page.keyboard.press("Control+,")
-    visit.page.fill("[aria-label='Most tokens']", "3")
+    visit.page.fill("[aria-label='Most tokens']", "30")
     visit.page.keyboard.press("Tab")
     visit.page.keyboard.press("Escape")
     visit.send("Count from 1 to 5.")
-    cut = visit.page.query_selector(".message.assistant .prose, .message.assistant .thinking").inner_text()
+    (cut,) = visit.answers()
     visit.page.click(".note >> text=Continue")
     visit.done()
     assert len(visit.page.query_selector_all(".message.assistant")) == 1
-    assert visit.page.query_selector(".message.assistant .answer").inner_text() != cut
+    assert visit.answers()[0].startswith(cut[:10]) and len(visit.answers()[0]) > len(cut)
 
 
 def test_deleting_can_be_undone(visit):
@@ -419,8 +419,9 @@ def test_markdown_is_rendered_and_harmless(visit):
     """Code with a copy button, maths, tables; scripts, pictures and frames do nothing."""
     text = '# Title\n\n```python\ndef f(x):\n    return x  # note\n```\n\n$$\\int_0^1 x^2\\,dx = \\frac13$$ and $e^{i\\pi}$ but $5 and $6\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\n<img src=x onerror="window.hacked=1"><script>window.hacked=1</script> ![p](http://evil.example/p.png) [l](javascript:window.hacked=1) <iframe src="http://evil.example"></iframe>'
     visit.page.evaluate("localStorage.setItem('craton.hack', '0')")
-    visit.send(text)
-    box = visit.page.query_selector(".bubble")
+    stream(visit, event(text), event("", "stop"))
+    visit.send("go")
+    box = visit.page.query_selector(".message.assistant .prose")
     assert (
         box.query_selector("h1").inner_text() == "Title"
         and len(box.query_selector_all("math")) == 2

@@ -21,9 +21,9 @@ const modelLabel = m =>
     .filter(Boolean)
     .join(' · ');
 // An icon with its name beside it where there is room.
-const labelled = (name, label, onclick, more = {}) => {
+const labelled = (name, word, label, onclick, more = {}) => {
   const button = iconButton(name, label, onclick, { class: 'icon labelled', ...more });
-  button.append(h('span', { class: 'wide-only', 'aria-hidden': 'true' }, label));
+  button.append(h('span', { class: 'wide-only', 'aria-hidden': 'true' }, word));
   return button;
 };
 const short = n => (n >= 1e9 ? `${(n / 1e9).toPrecision(3)}B` : n >= 1e6 ? `${(n / 1e6).toPrecision(3)}M` : `${n}`);
@@ -114,7 +114,7 @@ class App {
       ),
     );
     this.picker = h('select', { class: 'picker', 'aria-label': 'Model', onchange: () => this.modelChanged(true) });
-    this.compareButton = labelled('split', 'Side by side', () => this.toggleCompare(), { 'aria-pressed': 'false' });
+    this.compareButton = labelled('split', 'Side by side', 'Side by side', () => this.toggleCompare(), { 'aria-pressed': 'false' });
     this.themeButton = iconButton('moon', 'Light or dark', () =>
       this.theme(document.documentElement.dataset.theme === 'dark' ? 'light' : 'dark', true),
     );
@@ -125,9 +125,9 @@ class App {
       this.picker,
       h('span', { class: 'grow' }),
       this.compareButton,
-      labelled('download', 'Export', () => this.exportOne()),
+      labelled('download', 'Export', 'Export this conversation', () => this.exportOne()),
       this.themeButton,
-      labelled('tune', 'Settings', () => this.toggleSettings()),
+      labelled('tune', 'Settings', 'Settings', () => this.toggleSettings()),
       iconButton('help', 'Keyboard shortcuts', () => this.help(), { class: 'icon wide-only' }),
     );
     this.thread = h('div', { class: 'thread' });

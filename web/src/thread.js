@@ -95,7 +95,7 @@ export const thread = {
       streaming: this.answering?.node === node,
       asTokens: this.tokensShown.has(node.id),
       onResult: last ? (call, text) => this.giveResult(node, call, text) : null,
-      onContinue: last && !this.answering ? () => this.goOnWith(node) : null,
+      onContinue: last && node.content && !this.answering ? () => this.goOnWith(node) : null,
     });
   },
 
