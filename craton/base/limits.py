@@ -1,7 +1,6 @@
 """What this process may use: processors and memory, as the machine, a container (cgroups) and ulimit allow."""
 
 import contextlib
-import math
 import os
 import resource
 from pathlib import Path
@@ -13,7 +12,7 @@ def processors() -> int:
     """Processors that this process may keep busy."""
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     quota = _quota()
-    return max(1, min(allowed, math.ceil(quota))) if quota else allowed
+    return max(1, min(allowed, int(quota))) if quota else allowed  # one thread over it stops them all, in turns
 
 
 def free_memory() -> int:

@@ -137,7 +137,8 @@ class _Batch:
         """The text of a paper; pages: where each begins."""
         try:
             if document.kind == "pdf":
-                texts = pdf_pages(Path(document.path), document.name)
+                texts, failed = pdf_pages(Path(document.path), document.name)
+                self.bad += failed
                 pages += [0, *np.cumsum([len(t) + 2 for t in texts])[:-1].tolist()]
                 document.text = "\n\n".join(texts)
             else:

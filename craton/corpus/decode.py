@@ -33,6 +33,8 @@ _DECLARED = (
 )
 _DEFAULT = "cp1252"  # of a text with a few letters that nothing else is known of
 _TYPOGRAPHY = frozenset([0x85, *range(0x91, 0x98), 0xA0, 0xA3, 0xA9, 0xAB, 0xAE, 0xB0, 0xB4, 0xB7, 0xBB])
+_NOT_WESTERN = frozenset([0x81, 0x8D, 0x8F, 0x90, 0x9D])  # what Windows-1252 does not have
+_ASCII = bytes(range(128))
 _CONTROLS = bytes([*range(1, 9), *range(14, 27), *range(28, 32)])
 
 
@@ -137,13 +139,13 @@ class Decoder:
         if self.legacy is None:
             import chardet
 
-            high = bytes(b for b in data[: 1 << 16] if b >= 128)
             found = chardet.detect(data)
-            name = found["encoding"]
-            weak = (found["confidence"] or 0) < 0.05 and len(high) * 3 < len(data)
-            if name and (weak or set(high) <= _TYPOGRAPHY):
+            name, high = found["encoding"], data[: 1 << 16].translate(None, _ASCII)
+            unsure = name is None or (found["confidence"] or 0) < 0.05
+            western = not set(high) & _NOT_WESTERN and len(high) * 3 <= len(data[: 1 << 16])
+            if (unsure and western) or set(high) <= _TYPOGRAPHY:
                 name = _DEFAULT
-            if name is None or ((found["confidence"] or 0) < 0.05 and not weak):
+            elif name is None or unsure:
                 fix = "say which with --encoding, or pass --skip-bad to pass over such files"
                 raise UserError(f"{self.name}: not UTF-8, and its encoding cannot be told; {fix}", code="not_text")
             self.legacy = known(name)

@@ -1,6 +1,7 @@
 """The text of a page of the web (HTML)."""
 
 import re
+from html import unescape
 
 from craton.corpus import quality
 
@@ -8,6 +9,8 @@ FRAGMENT = (
     1 << 20
 )  # characters; a longer page is taken apart in pieces of about so many, since a tree needs 80 times that
 _UNSEEN = re.compile(r"<(script|style|svg|noscript|template)\b[^>]*>.*?</\1\s*>|<!--.*?-->", re.I | re.S)
+_TAG = re.compile(r"<[a-zA-Z/!?][^<>]*>")
+_BREAK = re.compile(r"\s*<(?:/?(?:p|div|tr|li|ul|ol|table|h[1-6]|section|article|pre|title|body)|br)\b[^<>]*>", re.I)
 _DATA = re.compile(r"""(["'(])data:[^"')]{200,}""")
 _END_OF_BLOCK = re.compile(r"</(?:article|section|table|tr|ul|ol|div|p|pre|h[1-6]|body)\s*>", re.I)
 
@@ -27,12 +30,15 @@ def _main_text(page: str, web: bool) -> str:
     found = trafilatura.extract(
         page, include_comments=False, deduplicate=False, favor_precision=web, favor_recall=not web
     )
-    found = found or ""
-    if not web:
-        seen = trafilatura.html2txt(page) or ""
-        if len(found) * 3 < len(seen):
-            return str(seen)
-    return str(found)
+    seen = "" if web else visible_text(page)
+    return str(found) if found and len(found) * 3 >= len(seen) else seen
+
+
+def visible_text(page: str) -> str:
+    """All that a reader would see, whatever the page is like: pages nested too deeply for a parser too."""
+    body = _BREAK.sub("\n", _UNSEEN.sub(" ", page))
+    lines = (" ".join(line.split()) for line in unescape(_TAG.sub("", body)).split("\n"))
+    return "\n".join(line for line in lines if line)
 
 
 def _fragments(page: str) -> list[str]:

@@ -2,12 +2,14 @@
 
 import logging
 from pathlib import Path
+from typing import Any
 
 from craton.base import UserError
 
 
-def pdf_pages(path: Path, name: str) -> list[str]:
-    """The text of each page. UserError if it cannot be read, or has none, as scanned pages have."""
+def pdf_pages(path: Path, name: str) -> tuple[list[str], list[str]]:
+    """The text of each page, and what is wrong with those that cannot be read. UserError if none can, or none has text,
+    as scanned pages have."""
     import pypdf
 
     logging.getLogger("pypdf").setLevel(logging.CRITICAL)  # it complains of many files that it reads well
@@ -15,16 +17,30 @@ def pdf_pages(path: Path, name: str) -> list[str]:
         reader = pypdf.PdfReader(path)
         if reader.is_encrypted and not reader.decrypt(""):
             raise UserError(f"{name}: a PDF with a password; save it without, or pass --skip-bad to pass over it")
-        pages = [page.extract_text() for page in reader.pages]
+        pages, failed = _page_texts(reader)
     except UserError:
         raise
     except Exception as error:  # of many kinds, on files that are damaged in as many ways
         problem = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(f"{name}: not a readable PDF ({problem}); --skip-bad passes over it") from None
+    if failed and not any(page.strip() for page in pages):
+        raise UserError(f"{name}: no page of this PDF can be read ({failed[0]}); --skip-bad passes over it")
     if not any(page.strip() for page in pages):
         fix = "run OCR on it first (ocrmypdf), or pass --skip-bad to pass over it"
         raise UserError(f"{name}: a PDF of pictures without text ({len(pages)} pages); {fix}")
-    return pages
+    return pages, [f"{name}: {problem}" for problem in failed]
+
+
+def _page_texts(reader: Any) -> tuple[list[str], list[str]]:
+    """The text of each page, '' of one that is damaged; and what is wrong with those."""
+    pages, failed = [], []
+    for number, page in enumerate(reader.pages, 1):
+        try:
+            pages.append(page.extract_text())
+        except Exception as error:  # of many kinds: a font or an operator that is not as it should be
+            pages.append("")
+            failed.append(f"page {number} cannot be read ({str(error).partition(chr(10))[0] or type(error).__name__})")
+    return pages, failed
 
 
 def docx_text(path: Path, name: str) -> str:

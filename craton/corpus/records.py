@@ -1,5 +1,6 @@
 """Files that hold many texts: JSON lines, JSON, CSV, notebooks, parquet; and which fields of a record are its text."""
 
+import contextlib
 import csv
 import io
 import itertools
@@ -50,6 +51,10 @@ def text_of(row: Any, where: str, fields: list[str]) -> tuple[str, str]:
         for name in CONVERSATIONS:
             if isinstance(row.get(name), list) and (turns := [_turn(m) for m in row[name]]):
                 return "\n\n".join(t for t in turns if t), _licence(row)
+        lower = {str(k).lower(): v for k, v in row.items()}
+        if set(lower) != set(row):  # Text, CONTENT
+            with contextlib.suppress(NoText):
+                return text_of(lower, where, fields)
     has = f" (it has {', '.join(map(str, list(row)[:12]))})" if isinstance(row, dict) else ""
     fix = f"name its field with --text-field, or call it one of {_NAMES}; --skip-bad passes over it"
     raise NoText(f"{where}: no text in this record{has}; {fix}")
@@ -208,6 +213,11 @@ def _inside(values: list[Any], name: str, fields: list[str]) -> list[Any]:
     try:
         text_of(values[0], name, fields)
     except NoText:
+        for field in (*fields, *TEXT_FIELDS):  # columns, as pandas writes them
+            column = values[0].get(field)
+            texts = list(column.values()) if isinstance(column, dict) else column
+            if isinstance(texts, list) and texts and all(isinstance(t, str) for t in texts):
+                return texts
         inner = [v for v in values[0].values() if isinstance(v, list) and v and isinstance(v[0], dict)]
         if len(inner) == 1:
             return inner[0]
@@ -246,7 +256,7 @@ def table(f: Any, name: str, decoder: Decoder, fields: list[str]) -> Iterator[Te
     first = next(rows, None)
     if first is None:
         return
-    reader = csv.reader(itertools.chain([first], rows), delimiter=max(",;\t|", key=first.count))
+    reader = csv.reader(itertools.chain([first], rows), delimiter=max(",;\t|", key=first.count), strict=True)
     header = [h.strip() for h in next(reader)]
     known = {f: n for n in reversed(header) for f in (n, n.lower())}
     number = 0
@@ -258,7 +268,8 @@ def table(f: Any, name: str, decoder: Decoder, fields: list[str]) -> Iterator[Te
         except StopIteration:
             return
         except csv.Error as error:
-            yield UserError(f"{where}: broken row ({error}); mend it, or pass --skip-bad to pass over it")
+            fix = "mend its quotes, or pass --skip-bad to pass over it"
+            yield UserError(f"{where}: broken row ({error}, near line {reader.line_num}); {fix}")
             continue
         if not any(row):
             continue

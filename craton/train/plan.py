@@ -275,10 +275,10 @@ class _Planner:
         if length > most:
             raise UserError(f"data.sequence_length {length} is longer than model.max_position_embeddings {most}")
         tokens = steps * batch
-        self.why.append(
-            f"{steps} steps, {count(tokens)} tokens = {tokens / config.matrix_parameters:.1f} a parameter, "
-            f"{tokens / self.available:.1f} passes over the corpus, {amount(tokens * config.flops_per_token(length), 'FLOP')}"
-        )
+        compute = amount(tokens * config.flops_per_token(length), "FLOP")
+        passes = f"{tokens / self.available:.1f} passes over the corpus"
+        each = f"{tokens / config.matrix_parameters:.1f} a parameter"
+        self.why.append(f"{steps} steps, {count(tokens)} tokens = {each}, {passes}, {compute}")
 
 
 def _batch(r: Recipe, tokens: float) -> int:

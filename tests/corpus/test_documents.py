@@ -193,6 +193,41 @@ def test_a_bad_record_costs_one_record(tmp_path):
     assert texts(write(tmp_path / "c.csv", rows.getvalue())) == ["one", "two\nlines"]
 
 
+def test_broken_quotes_do_not_swallow_rows(tmp_path):
+    rows = 'id,text\n1,good\n2,a "quote" within\n3,"x" y\n4,last\n'
+    found, reading = read(write(tmp_path / "a.csv", rows), skip_bad=True)
+    assert [d.text for d in found] == ["good", 'a "quote" within', "last"] and "a.csv:3: broken row" in reading.bad[0]
+    with pytest.raises(UserError, match="a.csv:1: broken row .*near line 3"):
+        read(write(tmp_path / "a.csv", 'id,text\n1,"never closed\n2,b\n'))
+    assert texts(write(tmp_path / "b.csv", f"id,text\n1,{'long ' * 60_000}\n")) == ["long " * 60_000]
+
+
+def test_tables_as_other_programs_write_them(tmp_path):
+    shapes = {
+        "columns of pandas": json.dumps({"id": {"0": 1, "1": 2}, "text": {"0": "a", "1": "b"}}),
+        "columns of lists": json.dumps({"text": ["a", "b"], "label": [0, 1]}),
+        "capital names": json.dumps([{"Text": "a"}, {"TEXT": "b"}]),
+        "texts alone": json.dumps(["a", "b"]),
+        "mixed types": json.dumps([{"id": 1, "text": "a", "x": [[0, "y"]]}, {"id": "NaN", "text": "b", "x": None}]),
+        "no numbers": '{"text": "a", "x": NaN}\r\n\r\n{"text": "b", "x": -Infinity}\r\n',
+        "one after another": '{"text": "a"}{"text": "b"}',
+        "a comma too many": '[{"text": "a"}, {"text": "b"},]',
+        "separators of lines": '{"text": "a"}\x1e\n{"text": "b"}',
+    }
+    for name, data in shapes.items():
+        assert texts(write(tmp_path / "a.json", data)) == ["a", "b"], name
+    assert texts(write(tmp_path / "a.jsonl", '{"text": "a\u2028b\x85c"}\n')) == ["a\u2028b\x85c"]
+
+
+def test_pages_that_parsers_give_up(monkeypatch):
+    said = "Deep inside there is a text that is worth reading, in full. " * 10
+    deep = f"<html><body>{'<div>' * 3000}<p>{said}</p>{'</div>' * 3000}</body></html>"
+    wide = f"<html><body><article><p>{said}</p><table><tr><td colspan='9007199254740991'>x</td></tr></table></article>"
+    long = f"<html><body><div>{'a' * 11_000_000}</div><article><p>{said}</p></article></body></html>"
+    for page in (deep, wide, long):
+        assert said.strip() in html_text(page, web=False)
+
+
 def test_a_folder_as_people_have_it(tmp_path):
     home = tmp_path / "home"
     write(home / "note.txt", prose(1))
@@ -281,6 +316,30 @@ def test_papers_with_pages(tmp_path):
     )
     done = craton("corpus", "build", tmp_path / "t" / "scan.pdf", "--out", tmp_path / "d")
     assert done.returncode == 2 and "ocrmypdf" in done.stderr
+
+
+def test_a_page_that_cannot_be_read_costs_a_page(tmp_path, monkeypatch):
+    import pypdf
+
+    path = tmp_path / "t" / "paper.pdf"
+    path.parent.mkdir()
+    pdf(path, ["One is here.", "Two is here.", "Three is here."])
+    real = pypdf.PageObject.extract_text
+
+    def damaged(page, *more, **named):
+        text = real(page, *more, **named)
+        if "Two" in text:
+            raise IndexError("list assignment index out of range")
+        return text
+
+    monkeypatch.setattr(pypdf.PageObject, "extract_text", damaged)
+    manifest = build(BuildOptions([str(path)], [], [], vocab_size=300), tmp_path / "c")
+    assert (
+        manifest["sources"][0]["documents"] == 1 and "page 2 cannot be read" in manifest["passed_over"]["examples"][0]
+    )
+    corpus = Corpus(tmp_path / "c")
+    ids = corpus.read("train", 0, corpus.length("train")).tolist()
+    assert corpus.tokenizer.decode(ids).split() == "One is here. Three is here.".split()
 
 
 def test_long_pages_keep_their_article(monkeypatch):

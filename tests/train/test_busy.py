@@ -112,7 +112,7 @@ def test_containers_limits(tmp_path, monkeypatch):
     own.mkdir(parents=True)
     monkeypatch.setattr(limits, "_own_groups", lambda: [(own, True), (tmp_path / "a", True), (tmp_path, True)])
     (own / "cpu.max").write_text("max 100000\n")
-    (tmp_path / "a" / "cpu.max").write_text("50000 100000\n")
+    (tmp_path / "a" / "cpu.max").write_text("190000 100000\n")
     assert limits.processors() == 1
     (own / "memory.max").write_text("max\n")
     (tmp_path / "a" / "memory.max").write_text(str(1 << 30))
