@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from craton.engine.model import Model
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 
 
 def load(path: str, device: str = "cpu") -> "Model":

@@ -223,7 +223,8 @@ def train(
             _emit(json_, {"out": str(out), "status": "interrupted", "signal": str(signal)})
         raise typer.Exit(130 if str(signal) == "SIGINT" else 143) from None
     except UserError:
-        if (out / "record.json").exists() and read_json(out / "record.json").get("status") == "given up":
+        record = read_json(out / "record.json") if (out / "record.json").exists() else {}
+        if record.get("status") == "given up" and record.get("curve"):
             say(f"{write_report(out)}: how far it came")
         raise
     if result:  # empty in all but the first process
@@ -331,6 +332,7 @@ def serve(
     votes: Annotated[Path, Option(help="Where votes from the page go, a JSON object a line.")] = Path("votes.jsonl"),
     log_prompts: Annotated[bool, Option("--log-prompts", help="Write the requests' bodies to the log.")] = False,
     engine: Annotated[str, Option(help="craton, or vllm to hand the folder to vLLM.")] = "craton",
+    json_: Json = False,
 ) -> None:
     """Serve models: a page to chat with, and the APIs of OpenAI, Open Responses and Anthropic.
 
@@ -364,7 +366,13 @@ def serve(
         "cache_bytes": int(cache * 1e9) if cache else None,
     }
     options |= {"device": device, "chat_template": chat_template, "exact": exact}
-    run.serve(models, run.Listening(host, port, max_wait, max_queue, drain), settings, **options)
+    run.serve(
+        models,
+        run.Listening(host, port, max_wait, max_queue, drain),
+        settings,
+        lambda facts: _emit(json_, facts),
+        **options,
+    )
 
 
 PULLED = (

@@ -4,7 +4,7 @@ import sysconfig
 from pathlib import Path
 from typing import Any
 
-from craton.base import UserError, claim, say, span
+from craton.base import UserError, claim, read_json, say, span
 from craton.corpus.build import BuildOptions, build
 from craton.engine.model import load_model
 from craton.report.page import write_report
@@ -29,9 +29,15 @@ def gather() -> list[str]:
     return found
 
 
+def _finished(out: Path) -> bool:
+    record = out / "record.json"
+    return record.exists() and read_json(record).get("status") == "finished"
+
+
 def demo(out: Path, budget: str) -> dict[str, Any]:
-    """Corpus, training, samples and report. UserError if `out` is in use."""
-    with claim(out, hint="remove it or give another --out"):
+    """Corpus, training, samples and report; one that was stopped goes on. UserError if `out` is in use."""
+    resume = (out / "training").is_dir() and not _finished(out)
+    with claim(out, "training" if resume else None, resume=resume, hint="remove it or give another --out"):
         pass  # known before the corpus takes its time; `train` claims it again
     corpus = out.parent / f"{out.name}-corpus"
     sources = gather()
@@ -40,7 +46,7 @@ def demo(out: Path, budget: str) -> dict[str, Any]:
     say(f"\n2. A model of it, in {budget}\n")
     recipe = Recipe()
     recipe.run.budget = budget
-    result = train([str(corpus)], out, recipe)
+    result = train([str(corpus)], out, recipe, resume)
     write_report(out)
     say("\n3. What it writes\n")
     model = load_model(str(out))

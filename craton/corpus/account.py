@@ -76,7 +76,7 @@ def say_summary(manifest: dict[str, Any]) -> None:
 
 def encodings(manifest: dict[str, Any]) -> str:
     """Which files were not UTF-8; '' if none."""
-    found = [f"{n} in {name}" for name, n in manifest["passed_over"]["encodings"].items()]
+    found = [f"{n} in {name}" for name, n in manifest["passed_over"].get("encodings", {}).items()]
     return f"files that are not UTF-8, by their declaration or content: {', '.join(found)}" if found else ""
 
 
@@ -95,7 +95,8 @@ def warnings(manifest: dict[str, Any]) -> list[str]:
     """What a person has to know of a build, a line each."""
     out = []
     passed = manifest["passed_over"]
-    loud = [s for s in manifest["sources"] if sum(s["dropped"].values()) > LOUD * max(1, s["read_bytes"])]
+    described = [s for s in manifest["sources"] if "read_bytes" in s]  # those of before are not
+    loud = [s for s in described if sum(s["dropped"].values()) > LOUD * max(1, s["read_bytes"])]
     for source in loud[:_ROWS]:
         share = sum(source["dropped"].values()) / max(1, source["read_bytes"])
         rules = ", ".join(why.replace("_", " ") for why in list(source["dropped"])[:3])
@@ -105,19 +106,24 @@ def warnings(manifest: dict[str, Any]) -> list[str]:
         out.append(f"{_short(source['name'])}: {100 * share:.0f} % was dropped ({rules}); {fix}")
     if len(loud) > _ROWS:
         out.append(f"{len(loud) - _ROWS} more sources lost over {100 * LOUD:.0f} %")
-    if passed["files"]:
+    if passed["files"] and passed.get("names"):
         first = passed["names"][0].rpartition(": ")[0]
         types = ", ".join(f"{n} {kind}" for kind, n in list(passed["types"].items())[:6])
         out.append(f"{passed['files']} files or folders were passed over ({types}), such as {first}")
     if passed["bad"]:
         out.append(f"{passed['bad']} unreadable files or records were passed over, such as {passed['examples'][0]}")
-    if passed["replaced_files"]:
+    if passed.get("replaced_files"):
         name, lost = next(iter(passed["replaced"].items()))
         where = f"{passed['replaced_files']} files" if passed["replaced_files"] > 1 else "a file"
         out.append(
             f"bytes that are no text in {where} became U+FFFD, {lost} in {name}; --encoding NAME if it is misread"
         )
-    if nothing := [s for s in manifest["sources"] if not s["read_bytes"]]:
+    if (lost := manifest.get("lost_by_tokenizer") or {}).get("texts"):
+        out.append(
+            f"the given tokenizer does not give texts back as they were ({lost['texts']} of at most 200 differ, such "
+            f"as {lost['examples'][0]}): what it loses cannot be learned"
+        )
+    if nothing := [s for s in described if not s["read_bytes"]]:
         others = f", and {len(nothing) - 1} more sources do" if len(nothing) > 1 else ""
         out.append(f"{_short(nothing[0]['name'])}: holds no text{others}")
     return out

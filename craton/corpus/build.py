@@ -6,6 +6,7 @@
 4. encode   batches again, tokens into shards; the manifest is written last and makes the corpus exist
 """
 
+import itertools
 import json
 import multiprocessing
 import os
@@ -47,7 +48,7 @@ from craton.corpus.clean import INDEX, STEPS, Cleaning, Dropped, clean, example,
 from craton.corpus.decode import known
 from craton.corpus.dedup import exact_copies, near_copies
 from craton.corpus.evaluation import Evaluation, read_evaluation
-from craton.corpus.shards import Shards
+from craton.corpus.shards import FORMAT, NOT_STATED, Shards
 from craton.corpus.store import manifest_digest
 from craton.text.tokenizer import Tokenizer, choose_vocab_size, train_tokenizer
 
@@ -73,6 +74,7 @@ class BuildOptions:
     text_fields: tuple[str, ...] = ()  # of records, that are their text
     encoding: str | None = None  # of text files; None: told from each
     title: str | None = None  # all sources count as one of this name
+    for_run: bool = False  # made by 'craton train' for a run, which may make it again
 
 
 class _Pool:
@@ -149,17 +151,19 @@ def _check(options: BuildOptions) -> None:
 
 def _fingerprint(options: BuildOptions, files: list[sources.SourceFile]) -> str:
     """Changes when the same command would not give the same corpus."""
-    facts: list[Any] = []
-    for f in files:
-        if f.kind == "hub":
-            facts.append(str(f.path))
-        elif str(f.path) == "-":
-            facts.append(time.time_ns())  # cannot be read again
-        else:
-            stat = f.path.stat()
-            facts.append((str(f.path), f.kind, stat.st_size, stat.st_mtime_ns))
-    checks = [sha256(Path(p)) if Path(p).is_file() else p for p in options.decontaminate]
-    return digest([__version__, asdict(options), facts, checks])
+    held = sources.find(options.decontaminate)[0] if options.decontaminate else []
+    given = sha256(Path(options.tokenizer) / "tokenizer.json") if options.tokenizer else None
+    return digest([__version__, asdict(options), [_facts(f) for f in files], [_facts(f) for f in held], given])
+
+
+def _facts(file: sources.SourceFile) -> Any:
+    """What tells whether a file is still the same."""
+    if file.kind == "hub":
+        return str(file.path)
+    if str(file.path) == "-":
+        return time.time_ns()  # cannot be read again
+    stat = file.path.stat()
+    return (str(file.path), file.kind, stat.st_size, stat.st_mtime_ns)
 
 
 def _batches(documents: Iterator[sources.Document]) -> Iterator[list[sources.Document]]:
@@ -263,13 +267,16 @@ def build(options: BuildOptions, out: Path) -> dict[str, Any]:
 
 
 def remove_corpus(out: Path, options: BuildOptions) -> None:
-    """Make room for a corpus of these options where another one lies, file by file of its own."""
+    """Make room for a corpus of these options where a run's other one lies, file by file of its own. UserError if what
+    lies there is not a run's."""
     path = out / "manifest.json"
-    if not path.exists() or read_json(path).get("fingerprint") == _fingerprint(
-        options, sources.find(options.sources)[0]
-    ):
+    manifest = read_json(path) if path.exists() else {}
+    if not manifest or manifest.get("fingerprint") == _fingerprint(options, sources.find(options.sources)[0]):
         return
-    names = read_json(path)["files"]
+    if manifest.get("format") != FORMAT or not manifest.get("options", {}).get("for_run"):
+        fix = f"train on it ('craton train {out}'), or give another --out"
+        raise UserError(f"{out}: there is a corpus already, which this command did not make; {fix}", field="out")
+    names = manifest["files"]
     path.unlink()
     for name in names:
         (out / name).unlink(missing_ok=True)
@@ -360,8 +367,8 @@ class _Build:
         for why, which in copies.items():
             if which.any():
                 self.dropped[why] = dropped = Dropped(int(which.sum()), int(index["bytes"][which].sum()))
-                for source in np.unique(index["source"][which]).tolist():
-                    dropped.sources[str(source)] = int(index["bytes"][which & (index["source"] == source)].sum())
+                size = np.bincount(index["source"][which].astype(np.int64), index["bytes"][which].astype(np.float64))
+                dropped.sources = {str(i): int(size[i]) for i in np.flatnonzero(size).tolist()}
         self._show_copies(copies)
         if not self.keep.any():
             raise UserError(
@@ -407,9 +414,11 @@ class _Build:
         """The given tokenizer, or one that is trained on what is kept."""
         folder = self.work / "tokenizer"
         self.kept_bytes = int(self.index["bytes"][self.keep].sum())
+        self.lost_by_tokenizer: list[str] = []
         if self.given is not None:
             folder.mkdir(exist_ok=True)
             self.given.save(folder)
+            self.lost_by_tokenizer = self._lossy(self.given)
         elif not (folder / "tokenizer_config.json").exists():
             vocab, start = self.options.vocab_size or choose_vocab_size(self.kept_bytes), time.monotonic()
             folder.mkdir(exist_ok=True)
@@ -419,6 +428,19 @@ class _Build:
             say(f"tokenizer {tokenizer.vocab_size} tokens learned in {span(time.monotonic() - start)}")
         self.tokenizer = Tokenizer.open(folder)
         self.dtype = "uint16" if self.tokenizer.vocab_size <= 65_536 else "uint32"
+
+    def _lossy(self, tokenizer: Tokenizer) -> list[str]:
+        """What a given tokenizer makes of texts that it does not give back as they were: 'before -> after'."""
+        lost = []
+        for text in itertools.islice(self._sample(), 200):
+            some = text[:2000]
+            back = tokenizer.decode(tokenizer.encode(some))
+            if back.strip() != some.strip():
+                at = next(
+                    (i for i, (a, b) in enumerate(zip(some, back, strict=False)) if a != b), min(len(some), len(back))
+                )
+                lost.append(f"{some[max(0, at - 10) : at + 15]!r} -> {back[max(0, at - 10) : at + 15]!r}")
+        return lost
 
     def _sample(self) -> Iterator[str]:
         """Texts for the tokenizer: every part that is trained on, or every k-th where that is enough."""
@@ -471,7 +493,7 @@ class _Build:
         names = [self.options.title] if self.options.title else self.options.sources
         each = account.by_source(names, self.index[self.keep], self.dropped, self.read_bytes)
         for i, facts in enumerate(each):
-            facts["license"] = sorted(licenses.get(i, set()))
+            facts["license"] = sorted(found if (found := licenses.get(i, set())) != {NOT_STATED} else [])
         return {
             "fingerprint": self.mark,
             "craton": __version__,
@@ -479,6 +501,7 @@ class _Build:
             "counts": {**self.counts, "kept": int(self.keep.sum()), "kept_bytes": self.kept_bytes},
             "dropped": {why: asdict(d) for why, d in sorted(self.dropped.items())},
             "passed_over": account.passed_over(self.reading),
+            "lost_by_tokenizer": {"texts": len(self.lost_by_tokenizer), "examples": self.lost_by_tokenizer[:3]},
             "evaluation": {"items": looked.items, "too_short": looked.too_short} if looked else None,
             "sources": each,
             "seconds": round(seconds, 2),

@@ -15,6 +15,7 @@ import zstandard
 from craton.base import UserError
 from craton.corpus import quality
 from craton.corpus.evaluation import Evaluation
+from craton.corpus.offsets import Offsets
 from craton.corpus.pages import html_text
 from craton.corpus.papers import docx_text, pdf_pages
 from craton.corpus.sources import PAPERS, Document, parts
@@ -70,9 +71,10 @@ def example(name: str, text: str, measured: str = "") -> dict[str, str]:
     return out | {"measured": measured} if measured else out
 
 
-def bands_of(words: Words, fallback: np.ndarray) -> np.ndarray:
-    """The 14 keys of a text; texts that share one are near duplicates. Under five words: its exact hash."""
-    shingles = ngrams(words.folded, SHINGLE)
+def bands_of(words: Words, fallback: np.ndarray, web: bool) -> np.ndarray:
+    """The 14 keys of a text; texts that share one are near duplicates. Under five words: its exact hash. web: digits
+    are alike, as FineWeb has it."""
+    shingles = ngrams(words.folded if web else words.folded_but_digits, SHINGLE)
     if not len(shingles):
         return mix(fallback[0] + np.arange(BANDS, dtype=np.uint64))
     matrix = rensa.RMinHash.digest_matrix_from_flat_token_hashes(shingles, [0, len(shingles)], BANDS * ROWS, SEED)
@@ -83,10 +85,10 @@ def bands_of(words: Words, fallback: np.ndarray) -> np.ndarray:
     return key
 
 
-def _keys(text: str, words: Words | None) -> tuple[np.ndarray, np.ndarray]:
+def _keys(text: str, words: Words | None, web: bool) -> tuple[np.ndarray, np.ndarray]:
     """What equal texts and near duplicates share. words: of the text; None where near duplicates do not matter."""
     exact = np.frombuffer(hashlib.blake2b(" ".join(text.split()).encode(), digest_size=16).digest(), np.uint64)
-    return exact, np.zeros(BANDS, np.uint64) if words is None else bands_of(words, exact)
+    return exact, np.zeros(BANDS, np.uint64) if words is None else bands_of(words, exact, web)
 
 
 @dataclass(frozen=True)
@@ -123,7 +125,8 @@ class _Batch:
         counts["bytes"] += size
         whole = kind == "html" or kind in PAPERS
         if kind == "html" and "html" not in skip:
-            text = html_text(text, document.web)
+            text, seen = html_text(text, document.web)
+            self._beside(document, len(seen.encode("utf-8", "replace")) - len(text.encode("utf-8", "replace")))
             if not text.strip():
                 counts["parts"] += 1
                 self.source_bytes[str(document.source)] += size
@@ -131,7 +134,16 @@ class _Batch:
                 return
         for number, (start, piece) in enumerate(parts([text]) if whole else [(document.start, text)]):
             page = int(np.searchsorted(pages, start, "right")) if pages else 0
-            self._part(replace(document, part=document.part + number, start=start, page=page, text=""), piece)
+            begins = [(p - start, n) for n, p in enumerate(pages, 1) if start < p < start + len(piece)]
+            self._part(replace(document, part=document.part + number, start=start, page=page, text=""), piece, begins)
+
+    def _beside(self, document: Document, size: int) -> None:
+        """Bytes of a page that a reader sees and that are not its main text: menus, notes, footers."""
+        if size > 0:
+            beside = self.dropped["beside_the_main_text"]
+            beside.bytes += size
+            beside.sources[str(document.source)] = beside.sources.get(str(document.source), 0) + size
+            self.source_bytes[str(document.source)] += size
 
     def _opened(self, document: Document, pages: list[int]) -> bool:
         """The text of a paper; pages: where each begins."""
@@ -150,9 +162,9 @@ class _Batch:
             return False
         return True
 
-    def _part(self, document: Document, text: str) -> None:
-        """One part through what is left of the steps."""
-        cleaning = self.cleaning
+    def _part(self, document: Document, text: str, pages: list[tuple[int, int]]) -> None:
+        """One part through what is left of the steps. pages: places in it at which a page begins, and its number."""
+        cleaning, original = self.cleaning, text
         self.counts["parts"] += 1
         self.source_bytes[str(document.source)] += len(text.encode("utf-8", "surrogatepass"))
         if "repair" not in cleaning.skip:
@@ -172,7 +184,7 @@ class _Batch:
         if cleaning.evaluation and cleaning.evaluation.found_in(words):
             self.dropped["contaminated"].add(document, text)
             return
-        self._keep(document, text, words)
+        self._keep(document, original, text, words, pages)
 
     def _rejected(self, document: Document, text: str, words: Words) -> quality.Rejected | None:
         """The rule for pages of the web that a text fails."""
@@ -185,13 +197,19 @@ class _Batch:
             why = quality.reject_prose(text, words, document.kind == "html", language)
         return None if why and document.part and why.rule.startswith("gopher_under") else why
 
-    def _keep(self, document: Document, text: str, words: Words) -> None:
+    def _keep(self, document: Document, original: str, text: str, words: Words, pages: list[tuple[int, int]]) -> None:
         data = text.encode("utf-8", "replace").decode()
-        exact, near = _keys(data, words if "near" not in self.cleaning.skip else None)
+        exact, near = _keys(data, words if "near" not in self.cleaning.skip else None, document.web)
         name = int.from_bytes(hashlib.blake2b(document.name.encode(), digest_size=8).digest(), "little")
         place = (name, document.part, document.source, document.start, document.page)
         self.rows.append((*place, len(data.encode()), exact, near))
-        self.lines.append(json.dumps({"name": document.name, "text": data, "license": document.license}))
+        line: dict[str, Any] = {"name": document.name, "text": data, "license": document.license}
+        if pages:
+            line["pages"] = pages
+        if data != original:
+            offsets = Offsets(original, data)
+            line["offsets"] = (offsets.repaired, offsets.original)
+        self.lines.append(json.dumps(line))
 
 
 def clean(batch: list[Document], cleaning: Cleaning, out: Path) -> None:
@@ -213,7 +231,7 @@ def _write(out: Path, lines: list[str], rows: list[tuple[Any, ...]], facts: dict
     temporary.rename(out.with_suffix(".json"))
 
 
-def read_batch(path: Path) -> list[dict[str, str]]:
+def read_batch(path: Path) -> list[dict[str, Any]]:
     data = zstandard.ZstdDecompressor().decompress(path.with_suffix(".zst").read_bytes())
     return [json.loads(line) for line in data.split(b"\n") if line]
 
@@ -231,11 +249,18 @@ def split_part(path: Path, row: int, size: int) -> bool:
         return False
     pieces = np.repeat(index[row : row + 1], 2)
     for i, piece in enumerate((text[:cut], text[cut:])):
-        exact, bands = _keys(piece, Words(piece) if whole["bands"].any() else None)
+        exact, bands = _keys(piece, Words(piece) if whole["bands"].any() else None, web=False)
         pieces[i]["exact"], pieces[i]["bands"], pieces[i]["bytes"] = exact, bands, len(piece.encode())
-    pieces[1]["part"], pieces[1]["start"] = whole["part"] + 1, whole["start"] + cut
+    place = cut
+    if "offsets" in documents[row]:
+        place = Offsets.of(*documents[row]["offsets"]).original_of(cut)
+    pieces[1]["part"], pieces[1]["start"] = whole["part"] + 1, whole["start"] + place
+    for begins, number in documents[row].get("pages", []):
+        if begins <= place:
+            pieces[1]["page"] = number
+    plain = {k: documents[row][k] for k in ("name", "license")}
     lines = [json.dumps(d) for d in documents]
-    lines[row : row + 1] = [json.dumps({**documents[row], "text": t}) for t in (text[:cut], text[cut:])]
+    lines[row : row + 1] = [json.dumps({**plain, "text": t}) for t in (text[:cut], text[cut:])]
     path.with_suffix(".json").unlink()
     _write(path, lines, [tuple(r) for r in np.concatenate([index[:row], pieces, index[row + 1 :]]).tolist()], facts)
     return True

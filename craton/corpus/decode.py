@@ -26,11 +26,14 @@ _MARKS = (
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
-_DECLARED = (
-    re.compile(rb"<meta[^>]{0,200}?charset\s*=\s*[\"']?\s*([\w.:-]+)", re.I),  # HTML
-    re.compile(rb"\A\s*<\?xml[^>]{0,200}?encoding\s*=\s*[\"']([\w.:-]+)", re.I),
-    re.compile(rb"\A(?:[^\n]*\n)?[ \t\f]*#[^\n]*?coding[:=][ \t]*([-\w.]+)"),  # PEP 263
-)
+# Each in the files that it is for.
+_DECLARED = {
+    "html": (
+        re.compile(rb"<meta[^>]{0,200}?charset\s*=\s*[\"']?\s*([\w.:-]+)", re.I),
+        re.compile(rb"\A\s*<\?xml[^>]{0,200}?encoding\s*=\s*[\"']([\w.:-]+)", re.I),
+    ),
+    "code": (re.compile(rb"\A(?:[^\n]*\n)?[ \t\f]*#[^\n]*?coding[:=][ \t]*([-\w.]+)"),),  # PEP 263
+}
 _DEFAULT = "cp1252"  # of a text with a few letters that nothing else is known of
 _TYPOGRAPHY = frozenset([0x85, *range(0x91, 0x98), 0xA0, 0xA3, 0xA9, 0xAB, 0xAE, 0xB0, 0xB4, 0xB7, 0xBB])
 _NOT_WESTERN = frozenset([0x81, 0x8D, 0x8F, 0x90, 0x9D])  # what Windows-1252 does not have
@@ -52,12 +55,12 @@ def known(name: str) -> str:
 class Decoder:
     """The text of one file. After it was read, `replaced` says how many characters stand for bytes that were none."""
 
-    def __init__(self, name: str, given: str | None = None):
-        """name: for messages. given: the encoding, whatever the file says."""
-        self.name, self.given = name, known(given) if given else None
+    def __init__(self, name: str, given: str | None = None, kind: str = ""):
+        """name: for messages. given: the encoding, of a file without a mark. kind: 'html' and 'code' declare theirs."""
+        self.name, self.given, self.kind = name, known(given) if given else None, kind
         self.replaced = 0
         self.encodings: set[str] = set()
-        self.legacy: str | None = None  # of lines that are not UTF-8, once it was told
+        self.legacy: str | None = None  # of what is not UTF-8, once it was told
 
     def pieces(self, f: Any) -> Iterator[str]:
         """Text of a binary file, in pieces that end with a line where there are lines. UserError for binary data, and
@@ -88,16 +91,17 @@ class Decoder:
             return self.given, 0
         if wide := _wide(head):
             return wide, 0
-        found = next((m for m in (p.search(head[:16_384]) for p in _DECLARED) if m), None)
-        if found is None:
-            return _seven_bits(head), 0
+        patterns = _DECLARED.get(self.kind, ())
+        found = next((m for m in (p.search(head[:16_384]) for p in patterns) if m), None)
         try:
-            name = known(found[1].decode("ascii"))
+            name = known(found[1].decode("ascii")) if found else ""
         except UserError:
-            return None, 0
-        if name.startswith("utf") or _valid(head):  # saved again as UTF-8 by a program that left the declaration
-            return None, 0
-        return name, 0
+            name = ""
+        if name.startswith(("iso2022", "hz", "utf-7")):  # these are ASCII to the eye
+            return name, 0
+        if name and not name.startswith("utf"):
+            self.legacy = name  # of what is not UTF-8: pages are often saved again, with the old declaration
+        return _seven_bits(head), 0
 
     def _throughout(self, encoding: str, data: bytes, f: Any) -> Iterator[str]:
         """One encoding for all of the file."""
@@ -128,10 +132,10 @@ class Decoder:
             self.replaced += lost
             return text
         lines = data.split(b"\n")
-        whole = [_valid(line) or line.isascii() for line in lines]
-        legacy = self._detect(b"\n".join(line for line, ok in zip(lines, whole, strict=True) if not ok))
-        out = [line.decode("utf-8" if ok else legacy, "replace") for line, ok in zip(lines, whole, strict=True)]
-        self.replaced += sum(line.count(LOST) for line, ok in zip(out, whole, strict=True) if not ok)
+        legacy = self._detect(b"\n".join(line for line in lines if not line.isascii() and not _valid(line)))
+        sound_lines = _which_are_utf8(lines)
+        out = [line.decode("utf-8" if ok else legacy, "replace") for line, ok in zip(lines, sound_lines, strict=True)]
+        self.replaced += sum(line.count(LOST) for line, ok in zip(out, sound_lines, strict=True) if not ok)
         return "\n".join(out)
 
     def _detect(self, data: bytes) -> str:
@@ -154,22 +158,32 @@ class Decoder:
 
 
 def _valid(data: bytes) -> bool:
-    """Whether there is UTF-8 beyond ASCII, and nothing else (a character may be cut at the end)."""
+    """Whether there is UTF-8 beyond ASCII, and nothing else."""
     try:
-        text, _ = codecs.utf_8_decode(data, "strict", False)
+        return not data.decode("utf-8").isascii()
     except UnicodeDecodeError:
         return False
-    return not text.isascii()
 
 
 def _seven_bits(head: bytes) -> str | None:
     """The encodings of the East that shift between ASCII and their own characters, by their shifts."""
-    if not re.search(rb"\x1b\$[@BAC()]|~\{", head[:16_384]):
+    start = head[:16_384]
+    if not re.search(rb"\x1b\$[@BAC()]", start) and start.count(b"~{") < 2:
         return None
     import chardet
 
     found = str(chardet.detect(head)["encoding"])
     return known(found) if found.startswith(("ISO-2022", "HZ")) else None
+
+
+def _which_are_utf8(lines: list[bytes]) -> list[bool]:
+    """Of lines some of which are not UTF-8. A character or two of another encoding may look like UTF-8: a short line
+    goes with what most of the others are."""
+    high = [len(line.translate(None, _ASCII)) for line in lines]
+    valid = [not n or _valid(line) for line, n in zip(lines, high, strict=True)]
+    of_utf8 = sum(n for n, ok in zip(high, valid, strict=True) if ok)
+    mostly = of_utf8 > sum(high) - of_utf8
+    return [ok and (mostly or n >= 8 or not n) for ok, n in zip(valid, high, strict=True)]
 
 
 def _boundary(data: bytes) -> int:

@@ -1,6 +1,5 @@
 """What a corpus must not contain: the word n-grams of evaluation files."""
 
-import csv
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,9 +7,10 @@ from typing import Any
 
 import numpy as np
 
-from craton.base import UserError
+from craton.base import UserError, say
 from craton.corpus import records, sources
 from craton.corpus.decode import Decoder
+from craton.corpus.papers import docx_text, pdf_pages
 from craton.corpus.words import Words, ngrams
 
 NGRAM, SHORTEST = 13, 8
@@ -56,19 +56,30 @@ def _strings(value: Any) -> Iterator[str]:
 def _values(file: sources.SourceFile) -> Iterator[Any]:
     """The records of an evaluation file as they are, or its texts."""
     name = sources.shown(file.path)
-    decoder = Decoder(name)
-    if file.kind in ("jsonl", "json"):
-        with sources.open_binary(file.path) as f:
-            yield from records.json_items(decoder.pieces(f), name)
-    elif file.kind == "table":
-        with sources.open_binary(file.path) as f:
-            first, *others = list(records.lines(decoder.pieces(f))) or [""]
-            separator = max(",;\t|", key=first.count)
-            yield from csv.reader((line + "\n" for line in [first, *others]), delimiter=separator)
+    decoder = Decoder(name, kind=file.kind)
+    if file.kind == "pdf":
+        yield from pdf_pages(file.path, name)[0]
+    elif file.kind == "docx":
+        yield docx_text(file.path, name)
     elif file.kind == "parquet":
         yield from records.parquet_rows(file.path, name)
+    elif file.kind in ("jsonl", "json", "table"):
+        with sources.open_binary(file.path) as f:
+            pieces = decoder.pieces(f)
+            yield from records.csv_rows(pieces, name) if file.kind == "table" else records.json_items(pieces, name)
     else:
         yield from (d.text for d in sources.read([file], sources.Reading()))
+
+
+def _items(file: sources.SourceFile) -> Iterator[str]:
+    """Every string of a file. UserError if it cannot be read."""
+    try:
+        for value in _values(file):
+            if isinstance(value, UserError):
+                raise value
+            yield from _strings(value)
+    except sources.UNREADABLE as error:
+        raise UserError(f"{sources.shown(file.path)}: cannot be read ({error})") from None
 
 
 def read_evaluation(paths: list[str]) -> Evaluation | None:
@@ -76,12 +87,14 @@ def read_evaluation(paths: list[str]) -> Evaluation | None:
     if not paths:
         return None
     items: list[str] = []
-    for file in sources.find(paths)[0]:
-        before = len(items)
-        for value in _values(file):
-            items += _strings(value)
-        if len(items) == before:
+    files, passed = sources.find(paths)
+    if passed:
+        say(f"--decontaminate passes over {len(passed)} files that are no text, such as {passed[0]}")
+    for file in files:
+        own = list(_items(file))
+        if not any(item.strip() for item in own):
             raise UserError(f"{sources.shown(file.path)}: no text to look for in the corpus")
+        items += own
     found = evaluation_grams(items)
     if not found.grams:
         raise UserError(f"{paths[0]}: no evaluation item of {SHORTEST} words or more to look for")

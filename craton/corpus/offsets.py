@@ -17,6 +17,13 @@ class Offsets:
             self._align(_LINE, original, repaired, 0, 0)
             self._meet(len(original), len(repaired))
 
+    @classmethod
+    def of(cls, repaired: list[int], original: list[int]) -> "Offsets":
+        """From what was kept of another."""
+        out = cls("", "")
+        out.repaired, out.original = repaired, original
+        return out
+
     def _align(self, unit: re.Pattern[str], original: str, repaired: str, a: int, b: int) -> None:
         """Texts that begin at a and b, line by line or word by word. Where their numbers differ only the ends meet."""
         pairs = list(unit.finditer(original)), list(unit.finditer(repaired))

@@ -8,6 +8,7 @@ from craton.corpus import quality
 FRAGMENT = (
     1 << 20
 )  # characters; a longer page is taken apart in pieces of about so many, since a tree needs 80 times that
+MAIN = 0.6  # of what a reader sees, that the main text of an own page is at least
 _UNSEEN = re.compile(r"<(script|style|svg|noscript|template)\b[^>]*>.*?</\1\s*>|<!--.*?-->", re.I | re.S)
 _TAG = re.compile(r"<[a-zA-Z/!?][^<>]*>")
 _BREAK = re.compile(r"\s*<(?:/?(?:p|div|tr|li|ul|ol|table|h[1-6]|section|article|pre|title|body)|br)\b[^<>]*>", re.I)
@@ -15,23 +16,25 @@ _DATA = re.compile(r"""(["'(])data:[^"')]{200,}""")
 _END_OF_BLOCK = re.compile(r"</(?:article|section|table|tr|ul|ol|div|p|pre|h[1-6]|body)\s*>", re.I)
 
 
-def html_text(page: str, web: bool) -> str:
-    """The main text of a page; '' if it has none. web: without the lines that C4 takes out; else, where little is found
-    of what a reader would see, all of that."""
+def html_text(page: str, web: bool) -> tuple[str, str]:
+    """The main text of a page, '' if it has none, and all that a reader would see. web: without the lines that C4 takes
+    out; else, where under MAIN of what is seen is found, all of that."""
     if len(page) > FRAGMENT:
         page = _DATA.sub(r"\1data:", _UNSEEN.sub(" ", page))
-    found = "\n".join(text for text in (_main_text(f, web) for f in _fragments(page)) if text)
-    return quality.strip_html_lines(found) if web else found
+    both = [_main_text(f, web) for f in _fragments(page)]
+    found, seen = ("\n".join(text for text in texts if text) for texts in zip(*both, strict=True))
+    return quality.strip_html_lines(found) if web else found, seen
 
 
-def _main_text(page: str, web: bool) -> str:
+def _main_text(page: str, web: bool) -> tuple[str, str]:
     import trafilatura
 
     found = trafilatura.extract(
         page, include_comments=False, deduplicate=False, favor_precision=web, favor_recall=not web
     )
-    seen = "" if web else visible_text(page)
-    return str(found) if found and len(found) * 3 >= len(seen) else seen
+    seen = visible_text(page)
+    main = str(found or "")
+    return (main if web or len(main) >= MAIN * len(seen) else seen), seen
 
 
 def visible_text(page: str) -> str:

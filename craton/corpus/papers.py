@@ -44,20 +44,50 @@ def _page_texts(reader: Any) -> tuple[list[str], list[str]]:
 
 
 def docx_text(path: Path, name: str) -> str:
-    """Paragraphs and tables, in order. UserError if it cannot be read."""
+    """Paragraphs and tables, in order, with tracked insertions and without what was struck out. UserError if it cannot
+    be read."""
     try:
         import docx
     except ImportError:
         raise UserError(f"{name}: reading Word documents needs python-docx; pip install 'craton[docx]'") from None
     try:
-        document = docx.Document(str(path))
-        out = []
-        for item in document.iter_inner_content():
-            if hasattr(item, "rows"):
-                out.append("\n".join(" | ".join(cell.text.strip() for cell in row.cells) for row in item.rows))
-            else:
-                out.append(item.text)
+        blocks = _blocks(docx.Document(str(path)).element.body)
     except Exception as error:  # of many kinds, on files that are damaged in as many ways
         problem = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(f"{name}: not a readable Word document ({problem}); --skip-bad passes over it") from None
-    return "\n\n".join(text for text in out if text.strip())
+    return "\n\n".join(text for text in blocks if text.strip())
+
+
+def _blocks(parent: Any) -> list[str]:
+    """The text of each paragraph and table below an element, also of those in content controls."""
+    out = []
+    for item in parent.iterchildren():
+        kind = str(item.tag).rpartition("}")[2]
+        if kind == "p":
+            out.append(_paragraph(item))
+        elif kind == "tbl":
+            out.append("\n".join(_row(row) for row in item.iterchildren() if str(row.tag).endswith("}tr")))
+        elif kind in ("sdt", "sdtContent", "ins", "moveTo", "customXml", "smartTag"):
+            out += _blocks(item)
+    return out
+
+
+def _row(row: Any) -> str:
+    cells = [cell for cell in row.iter() if str(cell.tag).endswith("}tc") and _row_of(cell) is row]
+    return " | ".join("\n".join(t for t in _blocks(cell) if t.strip()) for cell in cells)
+
+
+def _row_of(cell: Any) -> Any:
+    """The row that a cell is of; there may be a content control between them, or a table within a cell."""
+    return next((a for a in cell.iterancestors() if str(a.tag).endswith("}tr")), None)
+
+
+def _paragraph(paragraph: Any) -> str:
+    out = []
+    for item in paragraph.iter():
+        kind = str(item.tag).rpartition("}")[2]
+        if kind == "t":
+            out.append(item.text or "")
+        elif kind in ("tab", "br", "cr") and str(item.getparent().tag).endswith("}r"):
+            out.append("\t" if kind == "tab" else "\n")
+    return "".join(out)

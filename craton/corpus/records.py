@@ -188,7 +188,7 @@ def _is_number(text: str) -> bool:
 
 def json_file(f: Any, name: str, decoder: Decoder, fields: list[str]) -> Iterator[Text | UserError]:
     """A .json file: JSON lines (as C4's and Dolma's are), an array of records, or an object that holds one."""
-    head = f.peek(1 << 16)[: 1 << 16].lstrip() if hasattr(f, "peek") else b""
+    head = f.peek(1 << 18).lstrip() if hasattr(f, "peek") else b""
     if head.startswith(b"{") and b"\n{" in head[:-1] and _is_object(head.partition(b"\n")[0]):
         yield from json_lines(f, name, decoder, fields)
         return
@@ -249,37 +249,55 @@ def notebook(f: Any, name: str, decoder: Decoder, fields: list[str]) -> Iterator
     yield Text(name, "\n\n".join(s for s in said if s.strip()))
 
 
-def table(f: Any, name: str, decoder: Decoder, fields: list[str]) -> Iterator[Text | UserError]:
-    """CSV or tab-separated values with a header; a text may hold line ends, in quotes."""
+def csv_rows(pieces: Iterable[str], name: str) -> Iterator[list[str] | UserError]:
+    """Rows of CSV or tab-separated values, the header first; a text may hold line ends, in quotes. The separator is
+    what the header has most of."""
     csv.field_size_limit((1 << 31) - 1)
-    rows = (line + "\n" for line in lines(decoder.pieces(f)))
+    rows = (line + "\n" for line in lines(pieces))
     first = next(rows, None)
     if first is None:
         return
-    reader = csv.reader(itertools.chain([first], rows), delimiter=max(",;\t|", key=first.count), strict=True)
-    header = [h.strip() for h in next(reader)]
-    known = {f: n for n in reversed(header) for f in (n, n.lower())}
-    number = 0
-    while True:
-        number += 1
-        where = f"{name}:{number}"
+    tabs = "\t" if ".tsv" in name.lower() else ""
+    separators = tabs or max(",;\t|", key=first.count)
+    one = separators if separators in first else "\x1f"  # a single column may hold any of them
+    reader = csv.reader(itertools.chain([first], rows), delimiter=one, strict=True)
+    for number in itertools.count():
         try:
             row = next(reader)
         except StopIteration:
             return
         except csv.Error as error:
             fix = "mend its quotes, or pass --skip-bad to pass over it"
-            yield UserError(f"{where}: broken row ({error}, near line {reader.line_num}); {fix}")
-            continue
-        if not any(row):
-            continue
-        values = dict(zip(header, row, strict=False))
-        try:
-            yield Text(where, *text_of({f: values.get(n) for f, n in known.items()}, where, fields))
-        except NoText as error:
-            yield error
-            if number == 1:  # the header says it for all rows
+            row = []
+            yield UserError(f"{name}:{number}: broken row ({error}, near line {reader.line_num}); {fix}")
+        if any(row):
+            yield row
+
+
+def table(f: Any, name: str, decoder: Decoder, fields: list[str]) -> Iterator[Text | UserError]:
+    """CSV or tab-separated values with a header."""
+    header: list[str] = []
+    number = 0
+    for row in csv_rows(decoder.pieces(f), name):
+        if isinstance(row, UserError):
+            yield row
+            if not header:
                 return
+        elif not header:
+            header = [h.strip() for h in row]
+        else:
+            number += 1
+            where = f"{name}:{number}"
+            if any(row[len(header) :]):
+                fix = "put texts with separators in quotes, or pass --skip-bad to pass over it"
+                yield UserError(f"{where}: {len(row)} fields where the header has {len(header)}; {fix}")
+                continue
+            try:
+                yield Text(where, *text_of(dict(zip(header, row, strict=False)), where, fields))
+            except NoText as error:
+                yield error
+                if number == 1:  # the header says it for all rows
+                    return
 
 
 def parquet(path: Path, name: str, fields: list[str]) -> Iterator[Text | UserError]:

@@ -11,6 +11,8 @@ from craton.corpus.clean import read_batch
 from craton.corpus.store import DOCUMENT, SPLITS
 from craton.text.tokenizer import Tokenizer
 
+FORMAT = "craton-corpus-1"
+NOT_STATED = "not stated"  # a licence
 SHARD_TOKENS = 128 << 20
 
 
@@ -54,8 +56,7 @@ class Shards:
         self.rows.append((*place, names.tell(), len(label), facts["exact"], facts["start"], facts["page"]))
         names.write(label)
         self.length[split] += len(ids)
-        if document["license"]:
-            self.licenses.setdefault(int(facts["source"]), set()).add(document["license"])
+        self.licenses.setdefault(int(facts["source"]), set()).add(document["license"] or NOT_STATED)
 
     def _shard(self, split: str) -> Any:
         """The open shard of a split, a new one where the last is full."""
@@ -79,8 +80,12 @@ class Shards:
         splits = {}
         for i, split in enumerate(SPLITS):
             rows = self.table[self.table["split"] == i]
-            facts = {"tokens": self.length[split], "documents": len(rows), "bytes": int(rows["bytes"].sum())}
+            facts = {
+                "tokens": self.length[split],
+                "documents": int((rows["continued"] == 0).sum()),
+                "bytes": int(rows["bytes"].sum()),
+            }
             splits[split] = {**facts, "shards": self.shards[split]}
         files = {str(p.relative_to(self.out)): {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in paths}
         ids = {"vocab_size": tokenizer.vocab_size, "document_id": tokenizer.document_id}
-        return {"format": "craton-corpus-1", "dtype": self.dtype, **ids, "splits": splits, "files": files}
+        return {"format": FORMAT, "dtype": self.dtype, **ids, "splits": splits, "files": files}

@@ -1,6 +1,7 @@
 """Where documents come from: files, folders, globs, stdin and hub datasets, read as a stream of `Document`."""
 
 import bz2
+import csv
 import glob
 import gzip
 import io
@@ -8,6 +9,7 @@ import lzma
 import os
 import sys
 import zipfile
+import zlib
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -88,6 +90,12 @@ class Reading:
             self.replaced[decoder.name] += decoder.replaced
 
 
+# What libraries raise on damaged files.
+UNREADABLE = (
+    OSError, EOFError, ValueError, lzma.LZMAError, zstandard.ZstdError, zlib.error, csv.Error, zipfile.BadZipFile
+)  # fmt: skip
+
+
 def shown(path: Path | str) -> str:
     """A file's name as text, whatever its bytes."""
     return os.fsencode(path).decode("utf-8", "backslashreplace")
@@ -116,13 +124,20 @@ def find(sources: list[str]) -> tuple[list[SourceFile], list[str]]:
                 )
                 raise UserError(f"{shown(source)}: the folder {what}; read are {READ}")
         elif named := [path] if path.exists() else [Path(p) for p in sorted(glob.glob(source, recursive=True))]:
+            seen = set[Path]()  # ** gives folders and what is in them
             for p in named:
                 if p.is_dir():
-                    _walk(p, number, found, passed)
+                    inside: list[SourceFile] = []
+                    _walk(p, number, inside, passed)
+                    found += [f for f in inside if f.path not in seen]
+                    seen.update(f.path for f in inside)
+                elif p in seen:
+                    continue
                 elif not p.is_file() and not p.is_fifo():
                     passed.append(f"{shown(p)}: not a file")
                 else:  # named by hand: where the name does not tell what it is, the content does
                     found.append(SourceFile(p, number, _kind(p) or "", named=True))
+                    seen.add(p)
             if len(found) == before:
                 raise UserError(f"{shown(source)}: no file with text there; read are {READ}")
         elif source.startswith("hf://") or (source.count("/") == 1 and source[0] not in "./~" and not path.suffix):
@@ -195,17 +210,23 @@ class _Zstd(io.RawIOBase):
         super().close()
 
 
+_BUFFER = 1 << 18  # bytes, of which a file's kind is told
+
+
 def open_binary(path: Path) -> Any:
     """A file's bytes, decompressed where it is compressed, whatever its name; '-' is stdin."""
-    raw: Any = sys.stdin.buffer if str(path) == "-" else open(path, "rb")  # noqa: SIM115 (closed by the caller)
+    if str(path) == "-":
+        file: Any = getattr(sys.stdin.buffer, "raw", sys.stdin.buffer)
+    else:
+        file = open(path, "rb", buffering=0)  # noqa: SIM115 (closed by the caller)
+    raw: Any = io.BufferedReader(file, _BUFFER)
     magic = raw.peek(6)[:6]
     if magic.startswith(b"\x28\xb5\x2f\xfd"):
         return io.BufferedReader(_Zstd(raw), 1 << 20)
-    if magic.startswith(b"\x1f\x8b"):
-        return gzip.open(raw)
-    if magic.startswith(b"\xfd7zXZ"):
-        return lzma.open(raw)
-    return bz2.open(raw) if magic.startswith(b"BZh") else raw
+    for start, opened in ((b"\x1f\x8b", gzip.open), (b"\xfd7zXZ", lzma.open), (b"BZh", bz2.open)):
+        if magic.startswith(start):
+            return io.BufferedReader(opened(raw), _BUFFER)
+    return raw
 
 
 def _told(f: Any, path: Path) -> str:
@@ -260,7 +281,7 @@ def _documents(file: SourceFile, reading: Reading) -> Iterator[Document | UserEr
             else:
                 yield Document(name, "", file.source, kind, web=web, path=str(file.path), named=file.named)
             return
-        decoder = Decoder(name, reading.encoding)
+        decoder = Decoder(name, reading.encoding, kind)
         if kind in RECORDS:
             yield from _rows(RECORDS[kind](f, name, decoder, reading.fields), file, web)
         elif kind == "html":
@@ -315,6 +336,6 @@ def _next(documents: Iterator[Document | UserError], file: SourceFile) -> Docume
         return next(documents, None)
     except UserError as error:
         return error
-    except (OSError, EOFError, lzma.LZMAError, zstandard.ZstdError, ValueError) as error:
+    except UNREADABLE as error:
         fix = "mend it, or pass --skip-bad to pass over what is left of it"
         return UserError(f"{shown(file.path)}: cannot be read ({error}); {fix}")

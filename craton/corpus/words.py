@@ -15,6 +15,8 @@ _FOLD[65:91] += 32
 _FOLD[48:58] = 48
 for _low, _high in ((33, 48), (58, 65), (91, 97), (123, 128)):
     _FOLD[_low:_high] = 0
+_FOLD_KEEPING_DIGITS = _FOLD.copy()
+_FOLD_KEEPING_DIGITS[48:58] = np.arange(48, 58)
 _RAW = np.arange(256, dtype=np.uint64)
 _BASE = np.uint64(0x9E3779B97F4A7C15)
 _POWERS = np.cumprod(np.full(1024, 0x100000001B3, np.uint64))
@@ -117,6 +119,12 @@ class Words:
         """uint64 hash of each word in lower case, without ASCII punctuation, digits alike; words of nothing else left
         out."""
         h = self._hash(_FOLD)
+        return mix(h[h != 0])
+
+    @cached_property
+    def folded_but_digits(self) -> np.ndarray:
+        """The same with digits as they are: of two bills, say, that differ in their numbers alone."""
+        h = self._hash(_FOLD_KEEPING_DIGITS)
         return mix(h[h != 0])
 
 

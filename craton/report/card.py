@@ -1,5 +1,6 @@
 """A model card, made of the record: what the model is, what it read, how well it does, what it is not for."""
 
+import re
 from typing import Any
 
 from craton.base import amount, count, span
@@ -7,9 +8,9 @@ from craton.model.config import ModelConfig
 
 # Names of licences as they are written, to the hub's identifiers.
 _LICENCES = {
-    "apache": "apache-2.0", "mit": "mit", "cc0": "cc0-1.0", "cc-by-sa-4": "cc-by-sa-4.0", "cc-by-4": "cc-by-4.0",
-    "cc-by-nc-sa-4": "cc-by-nc-sa-4.0", "cc-by-nc-4": "cc-by-nc-4.0", "cc-by-sa-3": "cc-by-sa-3.0",
-    "gpl-3": "gpl-3.0", "bsd-3": "bsd-3-clause",
+    r"\bapache\b": "apache-2.0", r"\bmit\b": "mit", r"\bcc0\b": "cc0-1.0", r"\bcc[- ]by[- ]sa[- ]4": "cc-by-sa-4.0",
+    r"\bcc[- ]by[- ]4": "cc-by-4.0", r"\bcc[- ]by[- ]nc[- ]sa[- ]4": "cc-by-nc-sa-4.0", r"\bgpl[- ]?v?3": "gpl-3.0",
+    r"\bcc[- ]by[- ]nc[- ]4": "cc-by-nc-4.0", r"\bcc[- ]by[- ]sa[- ]3": "cc-by-sa-3.0", r"\bbsd[- ]3": "bsd-3-clause",
 }  # fmt: skip
 
 
@@ -35,7 +36,7 @@ def _licences(record: dict[str, Any]) -> list[str]:
 def _front(record: dict[str, Any] | None) -> str:
     lines = ["library_name: transformers", "pipeline_tag: text-generation", "tags:", "- craton"]
     stated = _licences(record) if record else []
-    known = {next((v for k, v in _LICENCES.items() if k in s.lower().replace(" ", "-")), None) for s in stated}
+    known = {next((v for k, v in _LICENCES.items() if re.search(k, s, re.I)), None) for s in stated}
     lines.insert(0, f"license: {known.pop()}" if len(known) == 1 and None not in known else "license: other")
     if record and (bits := record.get("heldout_bits_per_byte")):
         lines += [
@@ -91,10 +92,10 @@ def _data(record: dict[str, Any]) -> str:
         if looked := corpus.get("evaluation"):
             against = ", ".join(looked.get("files") or []) or "evaluation files"
             short = f"; {looked['too_short']} were too short to look for" if looked["too_short"] else ""
-            found = corpus["dropped"].get("contaminated", {}).get("documents", 0)
+            found = corpus["dropped"].get("contaminated", {}).get("documents", 0)  # parts of long documents count
             rows.append(
                 f"Contamination: {looked['items']} items of {against} were looked for (13 words in a row){short}; "
-                f"{found} documents with one were dropped."
+                f"{found} documents, or parts of long ones, that had one were dropped."
             )
         else:
             rows.append("Contamination: **nothing was looked for**, so scores on public benchmarks may be too good.")

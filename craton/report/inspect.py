@@ -99,7 +99,8 @@ def inspect(folder: Path, context: int | None, batch: int) -> dict[str, Any]:
     weights = {"fp32": 4 * total, "bf16": 2 * total, "8 bits": total * 17 // 16, "4 bits": total * 9 // 16}
     cache = each * context * batch
     active = config.matrix_parameters
-    say(f"{folder}: {config.model_type}, {total:,} parameters ({count(total)}), {count(active)} active a token\n")
+    some = f", {count(active)} active a token" if config.num_experts else ""
+    say(f"{folder}: {config.model_type}, {total:,} parameters ({count(total)}){some}\n")
     for line in meaning(config):
         say(f"  {line}")
     say("\n  parameters")

@@ -9,6 +9,7 @@ from craton.model.config import ModelConfig
 from craton.report.inspect import parts
 from craton.report.pages import filled
 from craton.report.plots import plots
+from craton.train.plan import parse_budget
 from craton.train.recipe import Recipe, as_dict
 
 SHOWN = """hidden_size intermediate_size num_hidden_layers num_attention_heads num_key_value_heads head_dim vocab_size
@@ -100,7 +101,7 @@ def _next(out: Path, record: dict[str, Any]) -> list[tuple[str, str]]:
     """Commands to go on with."""
     folder = shlex.quote(str(out))
     budget = record["recipe"]["run"].get("budget")
-    longer = {"s": 10, "m": 10, "h": 10}.get(budget[-1]) if budget else None
+    kind, amount_of_it = parse_budget(budget) if budget else ("", 0.0)
     rows = [
         (f"craton generate {folder} 'Once upon a time'", "let it write"),
         (f"craton serve {folder}", "a page and an API over it"),
@@ -108,10 +109,11 @@ def _next(out: Path, record: dict[str, Any]) -> list[tuple[str, str]]:
         (f"craton quantize {folder} --bits 4 --out {folder}-4", "a quarter of the size"),
         (f"craton export {folder} --gguf {folder}.gguf", "for llama.cpp"),
     ]
-    if longer:
-        corpus = shlex.quote(record["corpora"][0]["folder"])
-        more = f"{float(budget[:-1]) * longer:g}{budget[-1]}"
-        rows.insert(0, (f"craton train {corpus} --budget {more} --out {folder}-{more}", "ten times the budget"))
+    if kind == "seconds":
+        corpora = " ".join(shlex.quote(f"{c['folder']}={c['weight']:g}") for c in record["corpora"])
+        corpora = corpora if len(record["corpora"]) > 1 else shlex.quote(record["corpora"][0]["folder"])
+        more = f"{10 * amount_of_it / 60:.0f}m" if amount_of_it >= 6 else f"{10 * amount_of_it:g}s"
+        rows.insert(0, (f"craton train {corpora} --budget {more} --out {folder}-{more}", "ten times the budget"))
     return rows
 
 

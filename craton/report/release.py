@@ -10,9 +10,9 @@ from craton.base import UserError, amount, claim, read_json, say, write_json, wr
 from craton.engine.model import load_model
 from craton.report.card import card
 from craton.weights.export import export_gguf
-from craton.weights.folder import read_config
+from craton.weights.folder import only_pretrained, read_config
 
-_PRIVATE = ("command", "plan")  # of a record: what may name the user's folders
+_PRIVATE = ("command", "plan", "problem")  # of a record: what may name the user's folders
 _LEFT = {"record.json", "metrics.jsonl", "report.html", "README.md"}  # not copied as they are
 _TEXT = "In the beginning there was a text, and the text was long. It was read from the start, word by word."
 
@@ -31,6 +31,8 @@ def release(model: Path, out: Path, gguf: bool, push: str | None) -> dict[str, A
                 shutil.copyfile(path, out / path.name)
         if (templates := model / "additional_chat_templates").is_dir():
             shutil.copytree(templates, out / templates.name)
+        if only_pretrained(model):
+            _without_template(out)
         record = _record(model, out)
         made = f"{out.resolve().name}.gguf" if gguf else None
         if made:
@@ -49,6 +51,13 @@ def release(model: Path, out: Path, gguf: bool, push: str | None) -> dict[str, A
     return result
 
 
+def _without_template(out: Path) -> None:
+    """Older versions gave every model a chat template, which a base model never learned."""
+    path = out / "tokenizer_config.json"
+    if path.exists() and "chat_template" in (config := read_json(path)):
+        write_json(path, {k: v for k, v in config.items() if k != "chat_template"})
+
+
 def _record(model: Path, out: Path) -> dict[str, Any] | None:
     """The record without what names the user's folders; written to `out` too."""
     if not (model / "record.json").is_file():
@@ -58,14 +67,25 @@ def _record(model: Path, out: Path) -> dict[str, Any] | None:
         return None
     for key in _PRIVATE:
         record.pop(key, None)
+    names: dict[str, str] = {}
     for corpus in record["corpora"]:
         corpus["folder"] = Path(corpus["folder"]).name
         for source in corpus["sources"]:
-            source["name"] = source["name"] if source["name"].startswith("hf:") else Path(source["name"]).name
-    by_source = record.get("by_source") or {}
-    record["by_source"] = {Path(k).name if not k.startswith("hf:") else k: v for k, v in by_source.items()}
+            source["name"] = names.setdefault(source["name"], _public(source["name"], set(names.values())))
+    record["by_source"] = {names.get(k, k): v for k, v in (record.get("by_source") or {}).items()}
     write_json(out / "record.json", record)
     return record
+
+
+def _public(name: str, taken: set[str]) -> str:
+    """A source's name without the folders that it lies in; a hub dataset's whole."""
+    local = name.startswith(("/", "./", "../", "~")) or Path(name).exists() or name.count("/") > 1
+    short = Path(name).name if local and not name.startswith("hf:") else name
+    number = 2
+    while short in taken:
+        short = f"{Path(name).name} ({number})"
+        number += 1
+    return short
 
 
 @torch.no_grad()

@@ -9,6 +9,7 @@ import socket
 import sys
 import threading
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,8 +91,15 @@ class Listening:
     drain: float = 30.0
 
 
-def serve(models: list[str], where: Listening, settings: Settings, **options: Any) -> None:
-    """Until SIGTERM or SIGINT. options: of the engine. Raises UserError for what cannot be served."""
+def serve(
+    models: list[str],
+    where: Listening,
+    settings: Settings,
+    ready: Callable[[dict[str, Any]], None] = lambda facts: None,
+    **options: Any,
+) -> None:
+    """Until SIGTERM or SIGINT. ready: is told the address and the models when requests are taken. options: of the
+    engine. Raises UserError for what cannot be served."""
     check_keys(where.host, settings.keys)
     paths, listener = named(models), _listen(where.host, where.port)
     _log_to_stderr()
@@ -113,7 +121,9 @@ def serve(models: list[str], where: Listening, settings: Settings, **options: An
     config = uvicorn.Config(app, where.host, where.port, http=Protocol, loop="uvloop", **limits, **without)
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
     key = ", key needed" if settings.keys else ""
-    say(f"http://{address}:{listener.getsockname()[1]}  (page at /, API at /v1{key}); Ctrl-C ends")
+    url = f"http://{address}:{listener.getsockname()[1]}"
+    say(f"{url}  (page at /, API at /v1{key}); Ctrl-C ends")
+    ready({"url": url, "models": [s.describe() for s in served.values()]})
     runners = [s.talker.engine.runner for s in served.values()]
     caches = [t for r in runners if r.device.type == "cpu" for t in (r.cache.keys, r.cache.values)]
     threading.Thread(target=populate, args=(caches,), daemon=True).start()

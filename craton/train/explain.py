@@ -14,7 +14,7 @@ from craton.engine.request import Sampling
 
 _TEXT = 1 << 19  # tokens of held-out text that are compared
 _COUNTED = 4 << 20  # training tokens that frequencies are counted on
-_PASSAGES, _PROMPT, _RECITED = 16, 32, 32
+_PASSAGES, _LENGTH = 16, 32  # of a prompt, and of what is to follow
 
 
 def references(corpora: list[Corpus]) -> dict[str, Any]:
@@ -44,21 +44,21 @@ def recitation(model: Model, corpora: list[Corpus]) -> dict[str, Any]:
     """How many passages of the training text the model continues word for word, beside passages that it has not seen:
     what it knows by heart (arXiv 2012.07805, 2202.07646)."""
     engine: Engine = model.engine
-    out: dict[str, Any] = {"prompt": _PROMPT, "tokens": _RECITED}
+    length = min(_LENGTH, engine.context // 2)
+    out: dict[str, Any] = {"prompt": length, "tokens": length}
     for split in ("train", "heldout"):
-        passages = _passages(corpora, split)
+        passages = _passages(corpora, split, 2 * length)
         if not passages:
             continue
-        answers = engine.generate([p[:_PROMPT] for p in passages], Sampling(_RECITED, 0.0))
-        same = [a[0].token_ids[:_RECITED] == p[_PROMPT:] for a, p in zip(answers, passages, strict=True)]
+        answers = engine.generate([p[:length] for p in passages], Sampling(length, 0.0))
+        same = [a[0].token_ids == p[length:] for a, p in zip(answers, passages, strict=True)]
         out[split] = {"passages": len(passages), "recited": sum(same)}
     return out
 
 
-def _passages(corpora: list[Corpus], split: str) -> list[list[int]]:
-    """Evenly spread over a split, each within one document."""
+def _passages(corpora: list[Corpus], split: str, length: int) -> list[list[int]]:
+    """Of so many tokens, evenly spread over a split, each within one document."""
     found = []
-    length = _PROMPT + _RECITED
     for corpus in corpora:
         rows = corpus.rows(split)
         rows = rows[rows["tokens"] > length + 1]

@@ -314,7 +314,7 @@ class Run:
         bits = f"{row['bits_per_byte']:.3f} bits/byte  " if "bits_per_byte" in row else ""
         left, flops = span((steps - state.step) * seconds), amount(rows * cost.flops / seconds, "FLOP/s")
         speed = f"{count(rate)} {cost.unit}/s  {100 * peak_share:.0f}% of peak  {flops}"
-        line.show(f"step {state.step}/{steps}  loss {row['loss']:.3f}  {bits}{speed}  {left} left")
+        line.show(f"step {state.step}/{steps}  {left} left  loss {row['loss']:.3f}  {bits}{speed}")
         if looked is not None and looked.line:
             line.clear()
             say(f"step {state.step:>6}  {looked.line}")

@@ -21,10 +21,15 @@ def training_bytes(config: ModelConfig, recipe: Recipe, world: int) -> int:
     return _SOME + (fixed + tokens * kept * size) * 11 // 10
 
 
-def check(config: ModelConfig, recipe: Recipe, world: int, device: str) -> None:
-    """UserError if training such a network does not fit what is free."""
+def free(device: str) -> int:
+    """Bytes that this process can have, taken before it has measured anything: what a measurement gave back stays with
+    the process and does not count as free again."""
+    return int(torch.cuda.mem_get_info()[0]) if device == "cuda" else free_memory()
+
+
+def check(config: ModelConfig, recipe: Recipe, world: int, free: int) -> None:
+    """UserError if training such a network takes more than so many bytes."""
     needed = training_bytes(config, recipe, world)
-    free = torch.cuda.mem_get_info()[0] if device == "cuda" else free_memory()
     if needed > free:
         many = f" on each of {world} processes" if world > 1 else ""
         what = f"{config.num_hidden_layers} layers of {config.hidden_size} ({count(config.parameters)} parameters)"

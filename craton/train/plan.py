@@ -24,6 +24,7 @@ from craton.train.schedule import FINISH
 
 TOKENS_PER_PARAMETER = 12
 MOST_EPOCHS = 8
+LAYERS_TOKENS = 2_500_000  # from which three layers of 64 beat one (docs/train.md)
 FEWEST_STEPS = 20  # below, warm-up and decay leave nothing between them
 _LOOKS, _FEW_LOOKS = 8, 6  # at held-out text in a run, and in one of a few minutes
 _LOOK_TOKENS = 65_536
@@ -108,7 +109,7 @@ class _Planner:
         device: str,
         world: int,
     ):
-        self.device, self.world = device, world
+        self.free, self.world = memory.free(device), world
         self.r, self.corpora, self.peak, self.measure, self.began = recipe, corpora, peak, measure, began
         self.cpu = device == "cpu"
         self.why: list[str] = []
@@ -151,14 +152,29 @@ class _Planner:
         depth = next((d for d in range(24, 1, -1) if self._enough(d, compute)), 1)
         if kind == "seconds":
             depth = self._measured_depth(depth, compute)
+        if depth == 1 and r.model.hidden_size is None and self._three_layers(compute):
+            r.model.hidden_size = 64
+            many = f"{count(LAYERS_TOKENS)} tokens, from which they beat one"
+            self.why.append(f"3 layers of 64: the budget allows them {many}")
+            return 3
         self.why.append(f"depth {depth}: nearest to {TOKENS_PER_PARAMETER} tokens a parameter that the budget allows")
         return depth
+
+    def _three_layers(self, compute: float) -> bool:
+        """Whether narrow layers get enough tokens in place of a single one."""
+        narrow = replace(self.r, model=replace(self.r.model, hidden_size=64))
+        c = shape(narrow, 3, self.corpora[0])
+        tokens = compute / c.flops_per_token(self.r.data.sequence_length or 512)
+        if tokens >= LAYERS_TOKENS and self.budget and self.budget[0] == "seconds":
+            batch = _batch(narrow, tokens)
+            tokens = batch / self.measure(c, _with_batch(narrow, batch)) * self.left() * 0.9
+        return bool(LAYERS_TOKENS <= tokens <= MOST_EPOCHS * self.available)
 
     def _enough(self, depth: int, compute: float) -> bool:
         """Whether so much compute gives a depth the tokens it needs, and it fits the memory."""
         c = shape(self.r, depth, self.corpora[0])
         try:
-            memory.check(c, self.r, self.world, self.device)
+            memory.check(c, self.r, self.world, self.free)
         except UserError:
             return False
         return compute / c.flops_per_token(self.r.data.sequence_length or 512) >= self._fewest(depth)
@@ -223,7 +239,7 @@ class _Planner:
         if self.budget[0] == "flop":
             return self.budget[1] / config.flops_per_token(r.data.sequence_length or 512)
         guess = _batch(r, min(target, 4 * self.available))
-        memory.check(config, _with_batch(r, guess), self.world, self.device)
+        memory.check(config, _with_batch(r, guess), self.world, self.free)
         step = self.measure(config, _with_batch(r, guess))
         left = self.left()
         self.why.append(f"{count(guess / step)} tokens/s measured at this size, {span(left)} left of {r.run.budget}")

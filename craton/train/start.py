@@ -59,6 +59,7 @@ class _Asked:
     resume: bool
     processes: Processes
     began: float  # time.monotonic() at the command's start
+    free: int  # bytes of memory, before anything was measured
     command: str  # as it was typed, '' where it was not
 
     @property
@@ -97,7 +98,9 @@ def train(
     with open_processes(machine.device()) as processes:
         paths, weights = parse_corpora(corpora)
         opened = _agreed(processes, lambda: [Corpus(p, verify=processes.first) for p in paths])
-        asked = _Asked(opened, weights, out, recipe, resume, processes, began + spent, command)
+        asked = _Asked(
+            opened, weights, out, recipe, resume, processes, began + spent, memory.free(processes.device), command
+        )
         with ExitStack() as held:
             _agreed(processes, lambda: _claim(asked, held) if processes.first else None)
             return _train(asked, make_job)
@@ -106,7 +109,7 @@ def train(
 def _documents(text: str) -> str | None:
     """The files, folder, pattern or dataset that a text names where it names no corpus."""
     path = parse_corpora([text])[0][0]
-    name = text if text.startswith("hf://") or path.name == text.rpartition("/")[2] else str(path)
+    name = f"hf://{str(path).partition('hf:/')[2].lstrip('/')}" if text.startswith("hf://") else str(path)
     if name.startswith("hf://") or (glob.has_magic(name) and not path.exists()):
         return name
     made_by_us = (path / "manifest.json").exists() or (path / ".work").is_dir()
@@ -127,7 +130,7 @@ def _with_documents(texts: list[str], out: Path, resume: bool) -> tuple[list[str
     if machine.world()[0] == 0 and not (resume and (folder / "manifest.json").exists()):
         tokenizer = str(parse_corpora(corpora)[0][0] / "tokenizer") if corpora else None
         say(f"1. A corpus of the documents, in {folder}\n")
-        options = BuildOptions([name for name, _ in documents], [], [], tokenizer=tokenizer)
+        options = BuildOptions([name for name, _ in documents], [], [], tokenizer=tokenizer, for_run=True)
         remove_corpus(folder, options)
         build(options, folder)
         say("\n2. A model of it\n")
@@ -163,7 +166,7 @@ def _train(asked: _Asked, make_job: MakeJob) -> dict[str, Any]:
     length = recipe.data.sequence_length or 1
     check_shares((recipe.data.batch_tokens or 0) // length, processes.world, length)
     job = _agreed(processes, lambda: make_job(asked.corpora, asked.weights, recipe, config, processes.device))
-    _agreed(processes, lambda: memory.check(config, recipe, processes.world, processes.device))
+    _agreed(processes, lambda: memory.check(config, recipe, processes.world, asked.free))
     if processes.first and not asked.stored.exists():
         write_json(asked.stored, settled)
     budget = None if settled["asked"]["recipe"]["run"]["steps"] else settled["asked"]["recipe"]["run"]["budget"]
@@ -176,6 +179,7 @@ def _train(asked: _Asked, make_job: MakeJob) -> dict[str, Any]:
     if processes.first and run.state.step < run.schedule.steps:
         job.store.write_rest(out)
     references = explain.references(asked.corpora) if processes.first else {}
+    resumed = run.state.step > 0
     energy, interrupted = machine.energy_joules(), None
     try:
         run.train()
@@ -187,7 +191,8 @@ def _train(asked: _Asked, make_job: MakeJob) -> dict[str, Any]:
         raise
     if processes.first:
         used = machine.energy_joules()
-        joules = used - energy if used is not None and energy is not None and used > energy else None
+        known = used is not None and energy is not None and used > energy and not resumed  # else of a part of it
+        joules = used - energy if known and used is not None and energy is not None else None
         _finish(run, settled, asked, references, "interrupted" if interrupted else "finished", joules)
     processes.barrier()
     if interrupted:
@@ -326,10 +331,10 @@ def _finish(
     facts |= {"corpora": record.corpus_facts(asked.corpora, asked.weights)}
     facts |= {"environment": machine.facts(run.processes.device) | {"processes": world}}
     facts |= {"events": [r for r in rows if "event" in r], "curve": record.curve(rows)}
-    looks = [{k: r[k] for k in ("step", "seconds", "heldout_bits_per_byte", "sample")} for r in evaluated]
+    looks = [{k: r.get(k) for k in ("step", "seconds", "heldout_bits_per_byte", "sample")} for r in evaluated]
     facts |= {"looks": looks, "references": references, "command": asked.command}
     if evaluated:
-        facts |= {k: evaluated[-1][k] for k in ("by_source", "by_position")}
+        facts |= {k: evaluated[-1].get(k) for k in ("by_source", "by_position")}
         bits_per_byte = evaluated[-1]["heldout_bits_per_byte"]
         facts |= {"forecast": {"times": 10, "bits_per_byte": explain.forecast(bits_per_byte, 10)}}
     facts |= {"samples": [], "recitation": {}}

@@ -15,6 +15,8 @@ def export_gguf(folder: Path, path: Path, kind: str) -> dict[str, Any]:
         raise UserError(f"--type is {kind!r}; known: f16, bf16, f32")
     if path.suffix != ".gguf":
         raise UserError(f"{path}: give a file name that ends in .gguf")
+    if path.exists():
+        raise UserError(f"{path}: is there already; give another name, or remove it")
     network, tokenizer = load_network(folder), Tokenizer.open(folder)
     check_fit(network.config, tokenizer, folder)
     if only_pretrained(folder):  # older versions gave every model a template, which this one never learned

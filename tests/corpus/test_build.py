@@ -320,6 +320,63 @@ def test_given_tokenizer(tmp_path, corpus):
     ).read_bytes()
 
 
+def test_what_is_looked_for_is_part_of_a_corpus(tmp_path):
+    """An evaluation folder that got another file, once, was taken for the same."""
+    source = write(tmp_path / "a.jsonl", [prose(i) for i in range(30)])
+    (tmp_path / "held").mkdir()
+    (tmp_path / "held" / "a.txt").write_text(prose(900))
+    given = options(source, decontaminate=[str(tmp_path / "held")])
+    build(given, tmp_path / "c")
+    (tmp_path / "held" / "b.txt").write_text(prose(3))
+    with pytest.raises(UserError, match="another corpus"):
+        build(given, tmp_path / "c")
+
+
+def test_a_licence_of_some_is_not_that_of_all(tmp_path):
+    rows = [{"text": prose(i)} | ({"license": "MIT"} if i == 4 else {}) for i in range(20)]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    manifest = build(options(str(tmp_path / "a.jsonl")), tmp_path / "c")
+    assert manifest["sources"][0]["license"] == ["MIT", "not stated"]
+
+
+def test_corpora_of_the_version_before_are_shown(tmp_path, capsys):
+    from craton.corpus.show import show
+    from craton.corpus.store import manifest_digest
+
+    build(options(write(tmp_path / "a.jsonl", [prose(i) for i in range(20)])), tmp_path / "c")
+    path = tmp_path / "c" / "manifest.json"
+    manifest = json.loads(path.read_text())
+    manifest["passed_over"] = {"files": 2, "types": {".png": 2}, "bad": 0, "examples": []}
+    for source in manifest["sources"]:
+        del source["read_bytes"], source["dropped"]
+    del manifest["lost_by_tokenizer"]
+    manifest["digest"] = manifest_digest(manifest)
+    from craton.base import write_json
+
+    write_json(path, manifest)
+    show(tmp_path / "c", 2)
+    assert "20 documents" in capsys.readouterr().out
+
+
+def test_a_tokenizer_that_loses_text_is_told(tmp_path, capsys):
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import models, normalizers, pre_tokenizers, trainers
+
+    backend = Backend(models.WordLevel(unk_token="[UNK]"))
+    backend.normalizer, backend.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
+    special = ["[UNK]", "[CLS]", "[SEP]"]
+    backend.train_from_iterator([prose(i) for i in range(50)], trainers.WordLevelTrainer(special_tokens=special))
+    (tmp_path / "t").mkdir()
+    backend.save(str(tmp_path / "t" / "tokenizer.json"))
+    (tmp_path / "t" / "tokenizer_config.json").write_text(json.dumps({"bos_token": "[CLS]", "eos_token": "[SEP]"}))
+    source = write(tmp_path / "a.jsonl", [prose(i) for i in range(50)])
+    build(BuildOptions([source], [], [], tokenizer=str(tmp_path / "t")), tmp_path / "c")
+    assert "WARNING  the given tokenizer does not give texts back" in capsys.readouterr().out
+    build(BuildOptions([source], [], [], vocab_size=400), tmp_path / "own")
+    build(BuildOptions([source], [], [], tokenizer=str(tmp_path / "own" / "tokenizer")), tmp_path / "d")
+    assert "does not give texts back" not in capsys.readouterr().out
+
+
 def test_every_injected_fault_is_refused(tmp_path):
     out = tmp_path / "c"
     build(options(write(tmp_path / "a.jsonl", [prose(i) for i in range(60)])), out)

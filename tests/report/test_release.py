@@ -51,6 +51,33 @@ def test_licences_and_evaluation_files_are_named(model_folder, tmp_path):
     assert "license: apache-2.0" in card and "900 items of hellaswag.jsonl" in card and "not stated" not in card
 
 
+def test_licences_are_words(model_folder, tmp_path):
+    from craton.report.card import _front
+
+    def front(*names):
+        return _front({"corpora": [{"sources": [{"documents": 1, "license": list(names)}]}]}).splitlines()[1]
+
+    assert front("MIT License") == "license: mit" and front("Apache 2.0") == "license: apache-2.0"
+    for other in ("Use permitted for research only", "All rights reserved, limited use", "AGPL-3.0", "LGPL-3.0", ""):
+        assert front(other) == "license: other"
+    assert front("MIT", "not stated") == "license: other"
+
+
+def test_sources_of_one_name_stay_apart(model_folder, tmp_path):
+    source = tmp_path / "m"
+    shutil.copytree(model_folder, source)
+    record = json.loads((source / "record.json").read_text())
+    one = record["corpora"][0]["sources"][0]
+    names = ["/home/me/a/train.jsonl", "/home/me/b/train.jsonl", "ORG/data"]
+    record["corpora"][0]["sources"] = [one | {"name": n} for n in names]
+    record["by_source"] = {names[0]: 1.0, names[1]: 2.0}
+    (source / "record.json").write_text(json.dumps(record))
+    release(source, tmp_path / "out", gguf=False, push=None)
+    kept = json.loads((tmp_path / "out" / "record.json").read_text())
+    assert [s["name"] for s in kept["corpora"][0]["sources"]] == ["train.jsonl", "train.jsonl (2)", "ORG/data"]
+    assert kept["by_source"] == {"train.jsonl": 1.0, "train.jsonl (2)": 2.0}
+
+
 def test_a_model_without_a_record_says_so(model_folder, tmp_path):
     source = tmp_path / "m"
     shutil.copytree(model_folder, source)

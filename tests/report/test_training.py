@@ -27,6 +27,15 @@ def test_it_explains_itself(corpus, tmp_path):
     assert "0.01414213562" not in page and "FLOP" in page and "e+" not in page.split("<details>")[0].split("</svg>")[-1]
 
 
+def test_short_contexts_and_budgets_of_compute(corpus, tmp_path):
+    recipe = small(data__sequence_length=32, model__max_position_embeddings=32, run__budget="2e10flops")
+    recipe.run.steps = None
+    train([str(corpus)], tmp_path / "m", recipe)
+    assert "What to do next" in write_report(tmp_path / "m").read_text()
+    recited = json.loads((tmp_path / "m" / "record.json").read_text())["recitation"]
+    assert recited["tokens"] == 16 and recited["train"]["passages"]
+
+
 def test_many_sources_are_a_few_rows(tmp_path, model_folder):
     out = tmp_path / "m"
     shutil.copytree(model_folder, out)

@@ -147,6 +147,17 @@ def test_documents_are_made_a_corpus_first(tmp_path, capsys, monkeypatch):
     assert trace(out, 3)["documents"] and "docs" in trace(out, None, 2)["documents"][0]["document"]
 
 
+def test_a_corpus_of_ones_own_is_not_replaced(tmp_path):
+    from craton.corpus.build import BuildOptions, build
+
+    for i in range(20):
+        (tmp_path / f"{i}.txt").write_text(prose(i, 40))
+    before = build(BuildOptions([f"{tmp_path}/*.txt"], [], [], vocab_size=300), tmp_path / "m-corpus")
+    with pytest.raises(UserError, match="which this command did not make"):
+        train([f"{tmp_path}/*.txt"], tmp_path / "m", small(run__steps=2))
+    assert Corpus(tmp_path / "m-corpus").digest == before["digest"]
+
+
 def test_what_gave_up_can_be_traced_and_reported(corpus, tmp_path):
     out = tmp_path / "m"
     flags = (

@@ -91,6 +91,7 @@ export const history = {
 
   open(conversation) {
     if (this.comparing && conversation) this.toggleCompare(false);
+    this.saveNow();
     this.current = conversation;
     store.setPreference('current', conversation?.id ?? null);
     this.tokensShown.clear();
@@ -133,6 +134,7 @@ export const history = {
             onclick: async () => {
               close();
               if (this.answering?.conversation === conversation) this.stop();
+              if (this.unsaved === conversation) this.unsaved = null;
               await store.remove('conversations', conversation.id);
               this.conversations = this.conversations.filter(c => c !== conversation);
               if (this.current === conversation) this.open(null);

@@ -94,13 +94,26 @@ export const notebook = {
     book.written = moved(book.written, book.text, this.sheet.value);
     this.keep(book, this.sheet.value);
     this.drawSheet();
-    clearTimeout(this.saving);
-    this.saving = setTimeout(() => this.save(book), 600);
+    this.saveSoon(book);
   },
 
   keep(book, text) {
     book.text = text;
     if (!book.renamed) book.title = text.trim().replace(/\s+/g, ' ').slice(0, 60);
+  },
+
+  // Not with every letter, but before another notebook is opened (history.js).
+  saveSoon(book) {
+    clearTimeout(this.saving);
+    this.unsaved = book;
+    this.saving = setTimeout(() => this.saveNow(), 600);
+  },
+
+  saveNow() {
+    clearTimeout(this.saving);
+    const book = this.unsaved;
+    this.unsaved = null;
+    if (book && this.conversations.includes(book)) this.save(book);
   },
 
   // A state to come back to; typing without a pause is one.
@@ -163,7 +176,7 @@ export const notebook = {
     const show = out => {
       book.text = before + out.content;
       book.written = [...written, [from, book.text.length]];
-      if (this.current !== book) return;
+      if (this.current !== book || this.comparing) return;
       this.sheet.value = book.text;
       this.sheetMeter.textContent = meterText(out.meter);
       this.drawSheet();
@@ -190,8 +203,9 @@ export const notebook = {
       book.tokens = got.tokens;
     }
     this.keep(book, book.text);
+    if (!this.conversations.includes(book)) return; // deleted meanwhile
     await this.save(book);
-    if (this.current !== book) return;
+    if (this.current !== book || this.comparing) return;
     this.drawSheet();
     this.drawScores();
     if (got && !got.content && !problem) problem = 'The model ended the text here.';

@@ -114,10 +114,12 @@ export const thread = {
     const conversation = this.current;
     const before = { nodes: { ...conversation.nodes }, leaf: conversation.leaf };
     store.removeSubtree(conversation, node.id);
+    const end = conversation.leaf;
     this.save();
     this.draw();
     const undo = () => {
-      Object.assign(conversation, before);
+      conversation.nodes = { ...before.nodes, ...conversation.nodes }; // what was said since stays, on its own branch
+      if (conversation.leaf === end) conversation.leaf = before.leaf;
       this.save(conversation);
       if (this.current === conversation) this.draw();
     };
