@@ -14,7 +14,7 @@ from craton.weights.folder import only_pretrained, read_config
 
 _PRIVATE = ("command", "plan", "problem")  # of a record: what may name the user's folders
 _LEFT = {"record.json", "metrics.jsonl", "report.html", "README.md"}  # not copied as they are
-_TEXT = "In the beginning there was a text, and the text was long. It was read from the start, word by word."
+_TEXT = "In 1984 there was a text of 1234567 letters. It's read from the start, word by word:\n\n  x = 3.14159"
 
 
 def release(model: Path, out: Path, gguf: bool, push: str | None) -> dict[str, Any]:

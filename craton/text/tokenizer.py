@@ -21,10 +21,10 @@ from craton.base import UserError, read_json, read_text, write_json, write_text
 from craton.text import formats
 from craton.text.template import ChatTemplate
 
-# Qwen 2's pattern, but numbers in groups of at most two digits: for small vocabularies that lowers bits per byte
-# (nanochat measured 0.972 -> 0.965).
+# Llama 3's pattern, which llama.cpp knows exactly. (Numbers in groups of two digits instead of three would take up to
+# 0.3 % fewer tokens here, single digits 1 to 8 % more.)
 PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
     r"\s*[\r\n]+|\s+(?!\S)|\s+"
 )
 END = "<|endoftext|>"  # before every document, so it both starts and ends one

@@ -12,7 +12,7 @@ from craton.engine.engine import Engine
 from craton.engine.model import Model
 from craton.engine.request import Sampling
 
-_TEXT = 1 << 19  # tokens of held-out text that are compared
+_TEXT = 1 << 17  # tokens of held-out text that are compared
 _COUNTED = 4 << 20  # training tokens that frequencies are counted on
 _PASSAGES, _LENGTH = 16, 32  # of a prompt, and of what is to follow
 

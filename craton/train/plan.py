@@ -26,9 +26,9 @@ TOKENS_PER_PARAMETER = 12
 MOST_EPOCHS = 8
 LAYERS_TOKENS = 2_500_000  # from which three layers of 64 beat one (docs/train.md)
 FEWEST_STEPS = 20  # below, warm-up and decay leave nothing between them
-_LOOKS, _FEW_LOOKS = 8, 6  # at held-out text in a run, and in one of a few minutes
+_LOOKS, _FEW_LOOKS = 8, 4  # at held-out text in a run, and in one of a few minutes
 _LOOK_TOKENS = 65_536
-_LOOKING = 0.05  # of a time budget
+_LOOKING = 0.035  # of a time budget
 
 
 def parse_budget(text: str) -> tuple[str, float]:

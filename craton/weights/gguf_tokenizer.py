@@ -166,7 +166,9 @@ def _write_byte_level(writer: Any, state: dict[str, Any], tokens: list[str], typ
     steps = state["pre_tokenizer"].get("pretokenizers") or []
     patterns = [p["pattern"]["Regex"] for p in steps if p["type"] == "Split"]
     own = patterns[0] if len(patterns) == 1 else None
-    pre = next((name for name, known in _PATTERNS.items() if known == tuple(patterns)), None)
+    alike = [name for name, known in _PATTERNS.items() if known == tuple(patterns)]
+    whole = bool(state["model"].get("ignore_merges"))
+    pre = next((name for name in alike if (name in _WHOLE_WORDS) == whole), next(iter(alike), None))
     if pre is None:
         change = "there, numbers of several digits are cut into other tokens"
         say(f"llama.cpp knows no pre-tokenizer like this model's: written as 'qwen2'; {change}")
