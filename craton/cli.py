@@ -165,7 +165,9 @@ TRAINED_ON = (
 def train(
     corpora: Annotated[list[str], Argument(metavar="CORPUS...", help=TRAINED_ON)],
     out: Annotated[Path, Option(help="The model folder to make.")],
-    budget: Annotated[str | None, Option(help="Time (90s, 10m, 2h) or compute (1e16flop); all else follows.")] = None,
+    budget: Annotated[
+        str | None, Option(help="Time (90s, 10m, 2h) or compute (1e16flop); 10m if nothing is said.")
+    ] = None,
     depth: Annotated[int | None, Option(help="Layers; fixes the model's size instead.")] = None,
     steps: Annotated[int | None, Option(help="Steps; fixes the run's length instead.")] = None,
     seed: Annotated[int | None, Option(help="Of initialisation and data order.")] = None,
@@ -532,7 +534,16 @@ def demo(
     from craton.demo import chat_demo
     from craton.demo import demo as run
 
-    _emit(json_, chat_demo(out or Path("runs/chat")) if chat else run(out or Path("runs/demo"), budget))
+    if chat:
+        _emit(json_, chat_demo(out or Path("runs/chat")))
+        return
+    from craton.train.loop import Interrupted
+
+    try:
+        _emit(json_, run(out or Path("runs/demo"), budget))
+    except Interrupted as signal:
+        say("run the same command again to go on")
+        raise typer.Exit(130 if str(signal) == "SIGINT" else 143) from None
 
 
 def main() -> None:

@@ -34,6 +34,8 @@ def span(seconds: float) -> str:
 
 def speak_anywhere() -> None:
     """Let output show what it can: characters that the terminal's encoding lacks are escaped, not fatal."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 (closed by whoever started this process)
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")

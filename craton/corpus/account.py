@@ -30,11 +30,15 @@ def by_source(
 
 def passed_over(reading: Reading) -> dict[str, Any]:
     """What was not read, or not as it was written."""
-    types = Counter(entry.rpartition(": ")[2] for entry in reading.passed)
+    unnamed = [entry for entry in reading.passed if ": no text in this record" in entry]
+    others = [entry for entry in reading.passed if entry not in unnamed]
+    types = Counter(entry.rpartition(": ")[2] for entry in others)
     return {
-        "files": len(reading.passed),
+        "files": len(others),
         "types": dict(types.most_common(20)),
-        "names": reading.passed[:5],
+        "names": others[:5],
+        "without_text_field": len(unnamed),
+        "without_text_field_names": unnamed[:5],
         "bad": len(reading.bad),
         "examples": reading.bad[:5],
         "encodings": dict(reading.encodings),
@@ -110,6 +114,11 @@ def warnings(manifest: dict[str, Any]) -> list[str]:
         first = passed["names"][0].rpartition(": ")[0]
         types = ", ".join(f"{n} {kind}" for kind, n in list(passed["types"].items())[:6])
         out.append(f"{passed['files']} files or folders were passed over ({types}), such as {first}")
+    if passed.get("without_text_field"):
+        many, first = passed["without_text_field"], passed["without_text_field_names"][0]
+        out.append(
+            f"{many} files of records were passed over, such as {first}; --text-field names the field that is text"
+        )
     if passed["bad"]:
         out.append(f"{passed['bad']} unreadable files or records were passed over, such as {passed['examples'][0]}")
     if passed.get("replaced_files"):

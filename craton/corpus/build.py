@@ -55,6 +55,7 @@ from craton.text.tokenizer import Tokenizer, choose_vocab_size, train_tokenizer
 BATCH_CHARACTERS = 1 << 20
 TOKENIZER_SAMPLE = 48 << 20  # characters that a tokenizer is trained on
 HELDOUT_SHARE, HELDOUT_MOST = 0.02, 2 << 20  # of the bytes, and at most
+HELDOUT_DOCUMENTS = 5  # percent of the documents, at most: else small ones would be held out rather than large ones
 HELDOUT_LARGEST = 0.1  # of the bytes, that one document may be
 HELDOUT_END = 8 << 10  # bytes of the end of a document, at least, where no whole one can be held out
 
@@ -140,7 +141,7 @@ def _check(options: BuildOptions) -> None:
             raise UserError(f"--skip {name}: no such step{nearest(name, STEPS)}; steps: {', '.join(STEPS)}")
     if options.rules not in (None, "web", "own"):
         raise UserError(f"--rules {options.rules}: web (as pages of the web) or own (as documents of one's own)")
-    if options.encoding:
+    if options.encoding is not None:
         known(options.encoding)
     size = options.vocab_size
     if size is not None and options.tokenizer:
@@ -213,15 +214,20 @@ def heldout_documents(index: np.ndarray, keep: np.ndarray) -> np.ndarray:
     parts = np.split(kept, first[1:])
     size = np.add.reduceat(index["bytes"][kept].astype(np.int64), first)
     whole = int(size.sum())
-    room = min(HELDOUT_MOST, HELDOUT_SHARE * whole)
+    room, many = heldout_bytes(whole), -(-len(parts) * HELDOUT_DOCUMENTS // 100)
     for document in np.argsort(index["exact"][kept[first], 0], kind="stable"):
-        if size[document] <= room:
+        if many and size[document] <= room:
             chosen[parts[document]] = True
-            room -= int(size[document])
+            room, many = room - int(size[document]), many - 1
     smallest = int(np.argmin(size))
     if not chosen.any() and len(parts) > 1 and size[smallest] <= HELDOUT_LARGEST * whole:
         chosen[parts[smallest]] = True
     return chosen
+
+
+def heldout_bytes(whole: int) -> int:
+    """Bytes to hold out of so many."""
+    return int(min(HELDOUT_MOST, max(HELDOUT_SHARE * whole, min(HELDOUT_END, HELDOUT_LARGEST * whole))))
 
 
 def build(options: BuildOptions, out: Path) -> dict[str, Any]:
@@ -257,7 +263,8 @@ def build(options: BuildOptions, out: Path) -> dict[str, Any]:
             remove_inside(work, {".lock"})
             raise
         except OSError as error:
-            problem = f"{out}: cannot write ({error.strerror}); mend it and run the same command again, it will go on"
+            fix = "mend it and run the same command again, it will go on"
+            problem = f"{out}: cannot write ({error.strerror or error}); {fix}"
             raise UserError(problem, code="cannot_write") from None
         except _Killed:
             problem = "a worker process was killed, as systems do that run out of memory"
@@ -375,28 +382,34 @@ class _Build:
                 f"{self.options.sources[0]}: no document is left{account.why_none(self.dropped, self.reading)}"
             )
         self.held = heldout_documents(index, self.keep)
-        if not self.held.any():
-            self._hold_out_an_end()
+        wanted = heldout_bytes(int(index["bytes"][self.keep].sum())) - int(index["bytes"][self.held].sum())
+        if wanted > 0.75 * heldout_bytes(int(index["bytes"][self.keep].sum())):
+            self._hold_out_an_end(wanted)
         kept, held = self.keep.sum(), self.held.sum()
         say(f"dedup    {copy.sum()} exact and {near.sum()} near duplicates dropped, {kept} kept, {held} held out")
 
-    def _hold_out_an_end(self) -> None:
-        """Every document is a large part of all: the end of the largest is held out, cut off where need be."""
-        index, kept = self.index, np.flatnonzero(self.keep)
+    def _hold_out_an_end(self, wanted: int) -> None:
+        """The documents are few and large: about so many bytes at the end of the largest are held out, cut off where
+        need be."""
+        index, kept = self.index, np.flatnonzero(self.keep & ~self.held)
+        if not len(kept):
+            return
         names, inverse = np.unique(index["name"][kept], return_inverse=True)
         size = np.bincount(inverse, index["bytes"][kept].astype(np.float64))
         last = int(kept[np.flatnonzero(inverse == int(size.argmax()))[-1]])
-        whole = int(index["bytes"][kept].sum())
-        wanted = int(min(HELDOUT_MOST, max(HELDOUT_SHARE * whole, min(HELDOUT_END, HELDOUT_LARGEST * whole))))
         if index["bytes"][last] > 2 * wanted:
             number = int(np.searchsorted(self.offsets, last, "right")) - 1
-            if not split_part(self.batches[number], last - int(self.offsets[number]), wanted):
-                say("dedup    nothing is held out: the one document is too short to be cut")
+            cut = self.work / f"cut-{number:06d}"  # beside the batch: a build that goes on decides on the same parts
+            if not split_part(self.batches[number], last - int(self.offsets[number]), wanted, cut):
+                if not self.held.any():
+                    say("dedup    nothing is held out: the one document is too short to be cut")
                 return
+            self.batches[number] = cut
             self._load_index()
-            self.keep = np.insert(self.keep, last, True)
+            self.keep, self.held = np.insert(self.keep, last, True), np.insert(self.held, last, False)
             last += 1
-        self.held = np.zeros(len(self.index), bool)
+        elif inverse.max() == 0 and len(kept) == 1:
+            return  # a single part stays for training
         self.held[last] = True
         say(f"dedup    held out is the end of the largest document, {amount(int(self.index['bytes'][last]), 'B')}")
 

@@ -18,7 +18,7 @@ from craton.corpus.evaluation import Evaluation
 from craton.corpus.offsets import Offsets
 from craton.corpus.pages import html_text
 from craton.corpus.papers import docx_text, pdf_pages
-from craton.corpus.sources import PAPERS, Document, parts
+from craton.corpus.sources import PAPERS, Document, parts, plain
 from craton.corpus.words import Words, mix, ngrams
 
 STEPS = ("repair", "html", "quality", "english", "exact", "near", "decontaminate")
@@ -149,12 +149,12 @@ class _Batch:
         """The text of a paper; pages: where each begins."""
         try:
             if document.kind == "pdf":
-                texts, failed = pdf_pages(Path(document.path), document.name)
+                texts, failed = pdf_pages(plain(Path(document.path)), document.name)
                 self.bad += failed
                 pages += [0, *np.cumsum([len(t) + 2 for t in texts])[:-1].tolist()]
                 document.text = "\n\n".join(texts)
             else:
-                document.text = docx_text(Path(document.path), document.name)
+                document.text = docx_text(plain(Path(document.path)), document.name)
         except UserError as error:
             if document.named and not self.cleaning.skip_bad:
                 raise
@@ -236,9 +236,9 @@ def read_batch(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in data.split(b"\n") if line]
 
 
-def split_part(path: Path, row: int, size: int) -> bool:
-    """Cut about `size` bytes off the end of a part of a cleaned batch, which become a part of their own. Returns
-    whether that was possible. A build that is killed meanwhile cleans the batch again."""
+def split_part(path: Path, row: int, size: int, out: Path) -> bool:
+    """A cleaned batch again, under another name, with about `size` bytes at the end of a part as a part of their own.
+    Returns whether that was possible."""
     documents, index = read_batch(path), np.load(path.with_suffix(".npy"), allow_pickle=False)
     facts = json.loads(path.with_suffix(".json").read_text())
     text, whole = documents[row]["text"], index[row]
@@ -261,6 +261,5 @@ def split_part(path: Path, row: int, size: int) -> bool:
     plain = {k: documents[row][k] for k in ("name", "license")}
     lines = [json.dumps(d) for d in documents]
     lines[row : row + 1] = [json.dumps({**plain, "text": t}) for t in (text[:cut], text[cut:])]
-    path.with_suffix(".json").unlink()
-    _write(path, lines, [tuple(r) for r in np.concatenate([index[:row], pieces, index[row + 1 :]]).tolist()], facts)
+    _write(out, lines, [tuple(r) for r in np.concatenate([index[:row], pieces, index[row + 1 :]]).tolist()], facts)
     return True

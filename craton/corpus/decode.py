@@ -44,9 +44,10 @@ _CONTROLS = bytes([*range(1, 9), *range(14, 27), *range(28, 32)])
 def known(name: str) -> str:
     """The codec for an encoding's name. UserError if there is none that gives text."""
     try:
-        b"".decode(name)  # refuses codecs of other things than text
+        if not isinstance(b"a".decode(name, "replace"), str):  # refuses codecs of other things than text
+            raise LookupError
         found = codecs.lookup(name).name
-    except (LookupError, ValueError):
+    except (LookupError, TypeError, ValueError, AssertionError):
         fix = "write it as utf-8, windows-1251, shift_jis, ..."
         raise UserError(f"--encoding {name}: no such encoding; {fix}", field="encoding") from None
     return _MEANT.get(found, found)
@@ -59,6 +60,7 @@ class Decoder:
         """name: for messages. given: the encoding, of a file without a mark. kind: 'html' and 'code' declare theirs."""
         self.name, self.given, self.kind = name, known(given) if given else None, kind
         self.replaced = 0
+        self.unread = b""  # the beginning of a character at a block's end
         self.encodings: set[str] = set()
         self.legacy: str | None = None  # of what is not UTF-8, once it was told
 
@@ -80,7 +82,8 @@ class Decoder:
             whole = rest + data
             cut = _boundary(whole) if more else len(whole)
             rest, data = whole[cut:], more
-            yield self._block(whole[:cut], utf8=encoding is not None)
+            yield self._block(whole[:cut], encoding is not None, not more)
+            rest = self.unread + rest
 
     def _stated(self, head: bytes) -> tuple[str | None, int]:
         """The encoding that is given or that the file states, and the length of its mark; None where it states none."""
@@ -116,8 +119,9 @@ class Decoder:
             yield text[:cut]
             rest, data = text[cut:], more
 
-    def _block(self, data: bytes, utf8: bool) -> str:
+    def _block(self, data: bytes, utf8: bool, last: bool) -> str:
         """A block that is UTF-8, or mostly, or whose lines are of another encoding. utf8: the file says so."""
+        self.unread = b""
         try:
             text = data.decode("utf-8")
             if not data.isascii():
@@ -135,6 +139,9 @@ class Decoder:
         legacy = self._detect(b"\n".join(line for line in lines if not line.isascii() and not _valid(line)))
         sound_lines = _which_are_utf8(lines)
         out = [line.decode("utf-8" if ok else legacy, "replace") for line, ok in zip(lines, sound_lines, strict=True)]
+        if not last and not sound_lines[-1]:  # the block may end within a character
+            decoder = codecs.getincrementaldecoder(legacy)("replace")
+            out[-1], self.unread = decoder.decode(lines[-1]), decoder.getstate()[0]
         self.replaced += sum(line.count(LOST) for line, ok in zip(out, sound_lines, strict=True) if not ok)
         return "\n".join(out)
 

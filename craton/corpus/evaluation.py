@@ -58,11 +58,11 @@ def _values(file: sources.SourceFile) -> Iterator[Any]:
     name = sources.shown(file.path)
     decoder = Decoder(name, kind=file.kind)
     if file.kind == "pdf":
-        yield from pdf_pages(file.path, name)[0]
+        yield from pdf_pages(sources.plain(file.path), name)[0]
     elif file.kind == "docx":
-        yield docx_text(file.path, name)
+        yield docx_text(sources.plain(file.path), name)
     elif file.kind == "parquet":
-        yield from records.parquet_rows(file.path, name)
+        yield from records.parquet_rows(sources.plain(file.path), name)
     elif file.kind in ("jsonl", "json", "table"):
         with sources.open_binary(file.path) as f:
             pieces = decoder.pieces(f)

@@ -1,13 +1,12 @@
 """The text of PDF and Word documents."""
 
 import logging
-from pathlib import Path
 from typing import Any
 
 from craton.base import UserError
 
 
-def pdf_pages(path: Path, name: str) -> tuple[list[str], list[str]]:
+def pdf_pages(path: Any, name: str) -> tuple[list[str], list[str]]:
     """The text of each page, and what is wrong with those that cannot be read. UserError if none can, or none has text,
     as scanned pages have."""
     import pypdf
@@ -43,19 +42,30 @@ def _page_texts(reader: Any) -> tuple[list[str], list[str]]:
     return pages, failed
 
 
-def docx_text(path: Path, name: str) -> str:
+def docx_text(path: Any, name: str) -> str:
     """Paragraphs and tables, in order, with tracked insertions and without what was struck out. UserError if it cannot
     be read."""
     try:
         import docx
+        from lxml import etree
     except ImportError:
         raise UserError(f"{name}: reading Word documents needs python-docx; pip install 'craton[docx]'") from None
     try:
-        blocks = _blocks(docx.Document(str(path)).element.body)
+        part = docx.Document(path if hasattr(path, "read") else str(path)).part
+        blocks = _blocks(part.element.body)
+        for relation in part.rels.values():
+            if relation.reltype.endswith(("/footnotes", "/endnotes")):
+                notes = etree.fromstring(relation.target_part.blob)
+                blocks += [t for note in notes if not _kind_of_note(note) for t in _blocks(note)]
     except Exception as error:  # of many kinds, on files that are damaged in as many ways
         problem = str(error).partition("\n")[0] or type(error).__name__
         raise UserError(f"{name}: not a readable Word document ({problem}); --skip-bad passes over it") from None
     return "\n\n".join(text for text in blocks if text.strip())
+
+
+def _kind_of_note(note: Any) -> str:
+    """'' of a note; 'separator' and the like of what stands between notes and text."""
+    return next((value for key, value in note.attrib.items() if key.endswith("}type")), "")
 
 
 def _blocks(parent: Any) -> list[str]:
@@ -83,11 +93,23 @@ def _row_of(cell: Any) -> Any:
 
 
 def _paragraph(paragraph: Any) -> str:
-    out = []
-    for item in paragraph.iter():
+    out: list[str] = []
+    _runs(paragraph, out)
+    return "".join(out)
+
+
+def _runs(parent: Any, out: list[str]) -> None:
+    """Adds the text below an element. Of alternatives the first counts; what was moved away or struck out does not."""
+    for item in parent.iterchildren():
         kind = str(item.tag).rpartition("}")[2]
         if kind == "t":
             out.append(item.text or "")
-        elif kind in ("tab", "br", "cr") and str(item.getparent().tag).endswith("}r"):
-            out.append("\t" if kind == "tab" else "\n")
-    return "".join(out)
+        elif kind in _CHARACTERS and str(parent.tag).endswith("}r"):
+            out.append(_CHARACTERS[kind])
+        elif kind == "txbxContent":
+            out.append("\n" + "\n".join(text for text in _blocks(item) if text.strip()) + "\n")
+        elif kind not in ("Fallback", "moveFrom", "del", "pPr", "rPr"):
+            _runs(item, out)
+
+
+_CHARACTERS = {"tab": "\t", "br": "\n", "cr": "\n", "noBreakHyphen": "\u2011"}

@@ -7,13 +7,12 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from craton.base import UserError
 from craton.corpus.decode import Decoder
 
-TEXT_FIELDS = ("text", "content", "markdown", "code")
+TEXT_FIELDS = ("text", "content", "body", "article", "raw_content", "markdown", "code")
 _NAMES = ", ".join(TEXT_FIELDS)
 # Records of questions and answers: the fields that are text, the first and the last of which must be there.
 PAIRS = (("prompt", "response"), ("prompt", "completion"), ("question", "answer"), ("instruction", "input", "output"))
@@ -46,6 +45,8 @@ def text_of(row: Any, where: str, fields: list[str]) -> tuple[str, str]:
         return row, ""
     if isinstance(row, dict):
         for names in (*((f,) for f in TEXT_FIELDS), *PAIRS):
+            if len(names) == 1 and names[0] in row and row[names[0]] is None:
+                return "", _licence(row)
             if all(isinstance(row.get(f), str) for f in (names[0], names[-1])):
                 return "\n\n".join(row[f] for f in names if isinstance(row.get(f), str) and row[f]), _licence(row)
         for name in CONVERSATIONS:
@@ -210,15 +211,18 @@ def _inside(values: list[Any], name: str, fields: list[str]) -> list[Any]:
     """The records in the one object of a file, as {"data": [...]} or {"id": {...}, ...}; else the object itself."""
     if not values or not isinstance(values[0], dict):
         return values
+    inner = [v for v in values[0].values() if isinstance(v, list) and v and isinstance(v[0], dict)]
     try:
         text_of(values[0], name, fields)
+        if len(inner) == 1 and "messages" not in values[0] and "conversations" not in values[0]:
+            text_of(inner[0][0], name, fields)
+            return [values[0], *inner[0]]
     except NoText:
         for field in (*fields, *TEXT_FIELDS):  # columns, as pandas writes them
             column = values[0].get(field)
             texts = list(column.values()) if isinstance(column, dict) else column
             if isinstance(texts, list) and texts and all(isinstance(t, str) for t in texts):
                 return texts
-        inner = [v for v in values[0].values() if isinstance(v, list) and v and isinstance(v[0], dict)]
         if len(inner) == 1:
             return inner[0]
         if values[0] and all(isinstance(v, dict) for v in values[0].values()):
@@ -237,7 +241,7 @@ def notebook(f: Any, name: str, decoder: Decoder, fields: list[str]) -> Iterator
     """A Jupyter notebook: its text and code cells, in order, without what they printed."""
     try:
         book = next(json_items(decoder.pieces(f), name))
-        cells = book.get("cells") or [c for sheet in book["worksheets"] for c in sheet["cells"]]
+        cells = book["cells"] if "cells" in book else [c for sheet in book["worksheets"] for c in sheet["cells"]]
         sources = [c.get("source", c.get("input", "")) for c in cells]
         said = ["".join(s) if isinstance(s, list) else str(s) for s in sources]
     except UserError as error:
@@ -253,14 +257,19 @@ def csv_rows(pieces: Iterable[str], name: str) -> Iterator[list[str] | UserError
     """Rows of CSV or tab-separated values, the header first; a text may hold line ends, in quotes. The separator is
     what the header has most of."""
     csv.field_size_limit((1 << 31) - 1)
-    rows = (line + "\n" for line in lines(pieces))
-    first = next(rows, None)
+    ended = (piece.replace("\r\n", "\n").replace("\r", "\n") for piece in pieces)  # Excel for the Macintosh
+    rows = (line + "\n" for line in lines(ended))
+    first = next((row for row in rows if row.strip()), None)
     if first is None:
         return
-    tabs = "\t" if ".tsv" in name.lower() else ""
-    separators = tabs or max(",;\t|", key=first.count)
-    one = separators if separators in first else "\x1f"  # a single column may hold any of them
+    separator = "\t" if ".tsv" in name.lower() else ""
+    if said := re.fullmatch(r"sep=(.)\s*", first, re.I):  # Excel's first line
+        separator, first = said[1], next(rows, "")
+    bare = re.sub(r'"[^"]*"', "", first)
+    separator = separator or max(",;\t|", key=bare.count)
+    one = separator if separator in bare else "\x1f"  # a single column may hold any of them
     reader = csv.reader(itertools.chain([first], rows), delimiter=one, strict=True)
+    width = 0
     for number in itertools.count():
         try:
             row = next(reader)
@@ -270,8 +279,17 @@ def csv_rows(pieces: Iterable[str], name: str) -> Iterator[list[str] | UserError
             fix = "mend its quotes, or pass --skip-bad to pass over it"
             row = []
             yield UserError(f"{name}:{number}: broken row ({error}, near line {reader.line_num}); {fix}")
-        if any(row):
+        width = width or len(row)
+        if one == "\t" and width > 1 and (many := max((_lines_like_rows(field, width) for field in row), default=0)):
+            fix = "double the quotes within texts, or pass --skip-bad to pass over it"
+            yield UserError(f"{name}:{number}: a quote swallows {many} lines that look like rows; {fix}")
+        elif any(row):
             yield row
+
+
+def _lines_like_rows(field: str, width: int) -> int:
+    """Lines within a field that have as many tabs as a row."""
+    return sum(line.count("\t") == width - 1 for line in field.split("\n")[1:])
 
 
 def table(f: Any, name: str, decoder: Decoder, fields: list[str]) -> Iterator[Text | UserError]:
@@ -285,6 +303,9 @@ def table(f: Any, name: str, decoder: Decoder, fields: list[str]) -> Iterator[Te
                 return
         elif not header:
             header = [h.strip() for h in row]
+            if twice := [h for h in header if h and header.count(h) > 1]:
+                yield UserError(f"{name}: two columns are named {twice[0]}; rename one")
+                return
         else:
             number += 1
             where = f"{name}:{number}"
@@ -300,14 +321,14 @@ def table(f: Any, name: str, decoder: Decoder, fields: list[str]) -> Iterator[Te
                     return
 
 
-def parquet(path: Path, name: str, fields: list[str]) -> Iterator[Text | UserError]:
+def parquet(path: Any, name: str, fields: list[str]) -> Iterator[Text | UserError]:
     """Rows of a parquet file. UserError, NoText."""
     file = _parquet_file(path, name)
     there = file.schema_arrow.names
     wanted = {*TEXT_FIELDS, *CONVERSATIONS, *(f for pair in PAIRS for f in pair)}
     if fields:
         wanted = {f.partition(".")[0] for f in fields} | set(fields)
-    columns = [n for n in there if n in wanted]
+    columns = [n for n in there if n in wanted or (not fields and n.lower() in wanted)]
     if not columns:
         fix = f"name one with --text-field, or call it one of {_NAMES}"
         raise NoText(f"{name}: no column of text is known (it has {', '.join(there)}); {fix}")
@@ -316,7 +337,7 @@ def parquet(path: Path, name: str, fields: list[str]) -> Iterator[Text | UserErr
         yield row if isinstance(row, UserError) else _row(f"{name}:{number}", row, fields)
 
 
-def parquet_rows(path: Path, name: str) -> Iterator[dict[str, Any]]:
+def parquet_rows(path: Any, name: str) -> Iterator[dict[str, Any]]:
     """Rows with all columns; bytes are text too. UserError."""
     file = _parquet_file(path, name)
     for number, row in enumerate(_rows_of(file, name, file.schema_arrow.names), 1):
@@ -326,7 +347,7 @@ def parquet_rows(path: Path, name: str) -> Iterator[dict[str, Any]]:
         yield decoded
 
 
-def _parquet_file(path: Path, name: str) -> Any:
+def _parquet_file(path: Any, name: str) -> Any:
     try:
         import pyarrow.parquet as pq
     except ImportError:

@@ -46,7 +46,8 @@ def show(folder: Path, examples: int) -> dict[str, Any]:
     say("\ndropped")
     for why, d in sorted(m["dropped"].items(), key=lambda x: -x[1]["bytes"]):
         note = " (by language)" if why in LANGUAGE_RULES else ""
-        say(f"  {why.replace('_', ' ')}{note}: {d['documents']}, {amount(d['bytes'], 'B')}")
+        many = f"{d['documents']}, " if d["documents"] else ""
+        say(f"  {why.replace('_', ' ')}{note}: {many}{amount(d['bytes'], 'B')}")
         for e in d["examples"][: min(examples, 3)]:
             say(f"      {e['document']}: {e.get('measured', '')}{': ' if 'measured' in e else ''}{e['text'][:100]}")
     if not m["dropped"]:

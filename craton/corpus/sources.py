@@ -7,6 +7,7 @@ import gzip
 import io
 import lzma
 import os
+import re
 import sys
 import zipfile
 import zlib
@@ -97,8 +98,9 @@ UNREADABLE = (
 
 
 def shown(path: Path | str) -> str:
-    """A file's name as text, whatever its bytes."""
-    return os.fsencode(path).decode("utf-8", "backslashreplace")
+    """A file's name as text of one line, whatever its bytes."""
+    name = os.fsencode(path).decode("utf-8", "backslashreplace")
+    return re.sub(r"[\x00-\x1f\x7f]", lambda m: f"\\x{ord(m[0]):02x}", name)
 
 
 def _kind(path: Path) -> str | None:
@@ -113,15 +115,19 @@ def find(sources: list[str]) -> tuple[list[SourceFile], list[str]]:
     found: list[SourceFile] = []
     passed: list[str] = []
     for number, source in enumerate(sources):
+        if not source:
+            raise UserError("a source is empty text; name a file, a folder or '.'")
         path, before = Path(source), len(found)
         if source == "-":
             found.append(SourceFile(path, number, "", named=True))
         elif path.is_dir():
             others = _walk(path, number, found, passed)
             if len(found) == before:
-                what = (
-                    f"holds no text file ({len(others)} of other types, such as {others[0]})" if others else "is empty"
-                )
+                what = "is empty"
+                if others:
+                    what = f"holds no text file ({len(others)} of other types, such as {others[0]})"
+                elif passed:
+                    what = passed[-1].rpartition(": ")[2]
                 raise UserError(f"{shown(source)}: the folder {what}; read are {READ}")
         elif named := [path] if path.exists() else [Path(p) for p in sorted(glob.glob(source, recursive=True))]:
             seen = set[Path]()  # ** gives folders and what is in them
@@ -156,6 +162,11 @@ def _walk(folder: Path, number: int, found: list[SourceFile], passed: list[str])
         passed.append(f"{shown(error.filename)}: cannot be listed ({error.strerror})")
 
     for root, folders, names in os.walk(folder, followlinks=True, onerror=unreadable):
+        if (
+            "documents.npy" in names and "manifest.json" in names or ".work" in folders
+        ):  # a corpus, or one in the making
+            folders[:] = []
+            continue
         kept = []
         for name in sorted(folders):
             real = os.path.realpath(os.path.join(root, name))
@@ -239,12 +250,29 @@ def _told(f: Any, path: Path) -> str:
     if head.startswith(b"PK\x03\x04") and zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
             return "docx" if "word/document.xml" in archive.namelist() else "prose"
+    if head[257:262] == b"ustar":
+        raise UserError(f"{shown(path)}: an archive (tar); unpack it and give the folder", code="not_text")
+    if head.startswith(b"{\\rtf"):
+        raise UserError(f"{shown(path)}: RTF; save it as .docx or .txt", code="not_text")
     start = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if start.startswith((b"<!doctype html", b"<html")):
         return "html"
     if start.startswith(b"{") and b'"cells"' in start and b'"nbformat' in start:
         return "notebook"
     return "json" if start.startswith((b'{"', b"{\n", b"{\r", b"{ ", b"[{", b"[\n", b"[ {", b'["')) else "prose"
+
+
+def _one_value(f: Any) -> bool:
+    """Whether what is called JSON lines is an array, or an object over several lines."""
+    start = f.peek(1 << 12).lstrip(b"\xef\xbb\xbf \t\r\n")
+    return bool(start.startswith(b"[") or start.partition(b"\n")[0].strip() == b"{")
+
+
+def plain(path: Path) -> Any:
+    """A file for readers that need to seek: its path, or what is in it where it is compressed or no file on a disk."""
+    with open_binary(path) as f:
+        whole = path.is_file() and isinstance(getattr(f, "raw", None), io.FileIO)
+        return str(path) if whole else io.BytesIO(f.read())
 
 
 def parts(pieces: Iterable[str]) -> Iterator[tuple[int, str]]:
@@ -277,11 +305,13 @@ def _documents(file: SourceFile, reading: Reading) -> Iterator[Document | UserEr
             if str(file.path) == "-":
                 raise UserError(f"stdin: a {kind} file cannot be read from there; save it and give its name")
             if kind == "parquet":
-                yield from _rows(records.parquet(file.path, name, reading.fields), file, web)
+                yield from _rows(records.parquet(plain(file.path), name, reading.fields), file, web)
             else:
                 yield Document(name, "", file.source, kind, web=web, path=str(file.path), named=file.named)
             return
         decoder = Decoder(name, reading.encoding, kind)
+        if kind == "jsonl" and _one_value(f):
+            kind = "json"
         if kind in RECORDS:
             yield from _rows(RECORDS[kind](f, name, decoder, reading.fields), file, web)
         elif kind == "html":

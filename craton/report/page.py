@@ -51,6 +51,21 @@ def _comparison(record: dict[str, Any]) -> list[dict[str, Any]]:
     return [dict(name=n, bits=f"{b:.3f}", width=round(100 * b / most, 1), own=own) for n, b, own in rows]
 
 
+def _verdict(record: dict[str, Any]) -> str:
+    """In words, what the comparison says."""
+    found, bits = record.get("references") or {}, record["heldout_bits_per_byte"]
+    if "unigram" not in found:
+        return ""
+    if bits >= found["unigram"]:
+        return "It has learned nothing yet that token frequencies do not say: train it for longer, or on more text."
+    packers = [(found["gzip"], "gzip"), (found["xz"], "xz")]
+    beaten = [name for value, name in packers if bits < value]
+    if len(beaten) == 2:
+        return "It guesses better than both compressors, which know nothing but what they have just read."
+    worse = " and ".join(name for value, name in packers if bits >= value)
+    return f"It still guesses worse than {worse}: what it needs is more training, and more text if this was read often."
+
+
 def _tiles(record: dict[str, Any]) -> list[tuple[str, str]]:
     held = record.get("heldout_bits_per_byte")
     tiles = [
@@ -106,7 +121,7 @@ def _next(out: Path, record: dict[str, Any]) -> list[tuple[str, str]]:
         (f"craton generate {folder} 'Once upon a time'", "let it write"),
         (f"craton serve {folder}", "a page and an API over it"),
         (f"craton inspect {folder} --prompt 'Once upon a time'", "what each layer computes"),
-        (f"craton quantize {folder} --bits 4 --out {folder}-4", "a quarter of the size"),
+        (f"craton quantize {folder} --bits 4 --out {folder}-4", "smaller, in 4 bits a weight"),
         (f"craton export {folder} --gguf {folder}.gguf", "for llama.cpp"),
     ]
     if kind == "seconds":
@@ -171,6 +186,7 @@ def write_report(out: Path) -> Path:
         "events": _events(record),
     }
     values |= {"comparison": _comparison(record) if record.get("heldout_bits_per_byte") else []}
+    values |= {"verdict": _verdict(record) if record.get("heldout_bits_per_byte") else ""}
     values |= {"held": record.get("heldout_bits_per_byte"), "forecast": record.get("forecast")}
     values |= {"looks": _looks(record), "recitation": record.get("recitation")}
     values |= {"parts": [(n, v, round(100 * v / whole, 1)) for n, v in sorted(by_part.items(), key=lambda x: -x[1])]}

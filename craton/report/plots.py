@@ -56,7 +56,7 @@ def _loss(rows: list[dict[str, Any]], x: str, scale: float, label: str) -> Any:
         if held:
             axes.plot([r[x] / scale for r in held], held_bits, "o-", color=SECOND, markersize=4, label="held out")
         top = sorted(bits)[int(0.97 * (len(bits) - 1))]
-        axes.set_ylim(min(bits + held_bits) * 0.97, max(top, _smooth(bits)[-1]) * 1.05)
+        axes.set_ylim(min(bits + held_bits) * 0.97, max([top, _smooth(bits)[-1], *held_bits]) * 1.05)
         axes.set_xlabel(label)
         axes.set_ylabel("bits per byte")
         axes.legend(frameon=False, labelcolor=INK, fontsize=8)
@@ -114,7 +114,7 @@ def plots(record: dict[str, Any]) -> list[tuple[str, str, str]]:
         out.append(
             (
                 "Loss by context",
-                "The more of a document it has read, the better it should guess on.",
+                "To the right it has read more of the document, and should guess better. The first are of few tokens.",
                 _position(record["by_position"]),
             )
         )

@@ -1,12 +1,14 @@
 """`craton release`: a folder to give away, with a model card, checked to open where people will open it."""
 
+import contextlib
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from craton.base import UserError, amount, claim, read_json, say, write_json, write_text
+from craton.base import UserError, amount, claim, read_json, remove_inside, say, write_json, write_text
 from craton.engine.model import load_model
 from craton.report.card import card
 from craton.weights.export import export_gguf
@@ -25,7 +27,7 @@ def release(model: Path, out: Path, gguf: bool, push: str | None) -> dict[str, A
         raise UserError(f"--push {push}: write it as ORG/NAME", field="push")
     config = read_config(model)
     name = push or out.resolve().name
-    with claim(out, hint="give another --out, or remove it first"):
+    with claim(out, hint="give another --out, or remove it first"), _emptied(out):
         for path in sorted(model.iterdir()):
             if path.is_file() and path.name not in _LEFT and not path.name.startswith("."):
                 shutil.copyfile(path, out / path.name)
@@ -51,6 +53,16 @@ def release(model: Path, out: Path, gguf: bool, push: str | None) -> dict[str, A
     return result
 
 
+@contextlib.contextmanager
+def _emptied(out: Path) -> Iterator[None]:
+    """Where something is wrong with the model nothing of it is left, which could be taken for a release."""
+    try:
+        yield
+    except BaseException:
+        remove_inside(out, {".lock"})
+        raise
+
+
 def _without_template(out: Path) -> None:
     """Older versions gave every model a chat template, which a base model never learned."""
     path = out / "tokenizer_config.json"
@@ -62,14 +74,15 @@ def _record(model: Path, out: Path) -> dict[str, Any] | None:
     """The record without what names the user's folders; written to `out` too."""
     if not (model / "record.json").is_file():
         return None
-    record: dict[str, Any] = read_json(model / "record.json")
-    if "corpora" not in record:
+    record: Any = read_json(model / "record.json")
+    if not isinstance(record, dict) or "corpora" not in record:
         return None
     for key in _PRIVATE:
         record.pop(key, None)
     names: dict[str, str] = {}
     for corpus in record["corpora"]:
         corpus["folder"] = Path(corpus["folder"]).name
+        corpus.pop("notes", None)  # they name files
         for source in corpus["sources"]:
             source["name"] = names.setdefault(source["name"], _public(source["name"], set(names.values())))
     record["by_source"] = {names.get(k, k): v for k, v in (record.get("by_source") or {}).items()}

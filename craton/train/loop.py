@@ -312,7 +312,10 @@ class Run:
         metrics.write(row)
         self.logger.write(row)
         bits = f"{row['bits_per_byte']:.3f} bits/byte  " if "bits_per_byte" in row else ""
-        left, flops = span((steps - state.step) * seconds), amount(rows * cost.flops / seconds, "FLOP/s")
+        ahead = (steps - state.step) * seconds
+        if self.pace and ahead > 0:
+            ahead = max(0.0, self.pace.deadline - time.monotonic())
+        left, flops = span(ahead), amount(rows * cost.flops / seconds, "FLOP/s")
         speed = f"{count(rate)} {cost.unit}/s  {100 * peak_share:.0f}% of peak  {flops}"
         line.show(f"step {state.step}/{steps}  {left} left  loss {row['loss']:.3f}  {bits}{speed}")
         if looked is not None and looked.line:

@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from craton.base import read_json
+from craton.corpus import account
 from craton.corpus.store import Corpus
 
 CURVE = """step tokens seconds loss bits_per_byte tokens_per_second peak_share lr_share gradient_norm
@@ -19,6 +20,7 @@ def corpus_facts(corpora: list[Corpus], weights: list[float]) -> list[dict[str, 
         facts: dict[str, Any] = {"folder": str(c.folder), "weight": weight, "digest": c.digest}
         facts |= {"tokens": c.length("train"), "heldout_tokens": c.length("heldout"), "documents": train["documents"]}
         facts |= {"sources": m["sources"], "counts": m["counts"], "dropped": c.dropped()}
+        facts["notes"] = account.warnings(m)
         if m.get("evaluation"):
             files = [Path(f).name for f in m["options"]["decontaminate"]]
             facts["evaluation"] = {**m["evaluation"], "files": files}

@@ -126,13 +126,23 @@ def _with_documents(texts: list[str], out: Path, resume: bool) -> tuple[list[str
         return texts, 0.0
     if len({w for _, w in documents}) > 1:
         raise UserError("documents with different weights: make a corpus of each with 'craton corpus build'")
+    if machine.world()[0] == 0:  # a folder that is in use is refused before anything is made
+        with claim(out, "training", resume=resume, hint=_hint(out)):
+            pass
     start, folder = time.monotonic(), out.with_name(f"{out.name}-corpus")
-    if machine.world()[0] == 0 and not (resume and (folder / "manifest.json").exists()):
+    there = resume and (folder / "manifest.json").exists()
+    if there and read_json(folder / "manifest.json")["options"]["sources"] != [name for name, _ in documents]:
+        raise UserError(f"{out}: the run was started on other documents; give the same ones to --resume")
+    if machine.world()[0] == 0 and not there:
         tokenizer = str(parse_corpora(corpora)[0][0] / "tokenizer") if corpora else None
         say(f"1. A corpus of the documents, in {folder}\n")
         options = BuildOptions([name for name, _ in documents], [], [], tokenizer=tokenizer, for_run=True)
         remove_corpus(folder, options)
-        build(options, folder)
+        try:
+            build(options, folder)
+        except UserError as error:
+            fix = f"'craton corpus build ... --out {folder}' has these options; then 'craton train {folder}'"
+            raise UserError(f"{error} ({fix})" if "--" in str(error) else str(error), field=error.field) from None
         say("\n2. A model of it\n")
     while not (folder / "manifest.json").exists():  # on other processes than the first
         time.sleep(0.5)
@@ -154,9 +164,12 @@ def _agreed(processes: Processes, call: Callable[[], Any]) -> Any:
 
 def _claim(asked: _Asked, held: ExitStack) -> None:
     """The folder is this run's, until `held` is closed."""
-    started = (asked.out / "training").exists()
-    hint = "add --resume to go on with it, or give another --out" if started else "give another --out"
-    held.enter_context(claim(asked.out, "training", resume=asked.resume, hint=hint))
+    held.enter_context(claim(asked.out, "training", resume=asked.resume, hint=_hint(asked.out)))
+
+
+def _hint(out: Path) -> str:
+    started = (out / "training").exists()
+    return "add --resume to go on with it, or give another --out" if started else "give another --out"
 
 
 def _train(asked: _Asked, make_job: MakeJob) -> dict[str, Any]:
@@ -193,7 +206,7 @@ def _train(asked: _Asked, make_job: MakeJob) -> dict[str, Any]:
         used = machine.energy_joules()
         known = used is not None and energy is not None and used > energy and not resumed  # else of a part of it
         joules = used - energy if known and used is not None and energy is not None else None
-        _finish(run, settled, asked, references, "interrupted" if interrupted else "finished", joules)
+        _finish(run, settled, asked, references, "interrupted" if interrupted else "finished", joules, resumed=resumed)
     processes.barrier()
     if interrupted:
         raise interrupted
@@ -303,6 +316,7 @@ def _finish(
     status: str,
     joules: float | None,
     problem: str = "",
+    resumed: bool = False,
 ) -> None:
     """record.json, and a last line. problem: why it was given up."""
     out, job, state = run.out, run.job, run.state
@@ -345,7 +359,7 @@ def _finish(
     if status == "finished":
         bits = f", held-out {evaluated[-1]['heldout_bits_per_byte']:.4f} bits/byte" if evaluated else ""
         say(f"{out}: {count(tokens)} {unit} in {span(seconds)}{bits}")
-        if run.pace:
+        if run.pace and not resumed:
             took = time.monotonic() - asked.began
             say(f"planned {settled['recipe']['run']['budget']}, took {span(took)} so far; the report is next")
     elif status == "interrupted":

@@ -93,7 +93,8 @@ def write_config(
 def only_pretrained(folder: Path) -> bool:
     """Whether the folder's record says that the model has seen no conversation."""
     record = folder / "record.json"
-    return record.is_file() and read_json(record).get("objective") == "pretraining"
+    found = read_json(record) if record.is_file() else None
+    return isinstance(found, dict) and found.get("objective") == "pretraining"
 
 
 def published(config: ModelConfig, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

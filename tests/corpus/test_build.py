@@ -190,6 +190,45 @@ def test_killed_builds_go_on_and_end_the_same(tmp_path):
     assert not (out / ".work").exists()
 
 
+def test_a_build_that_stops_after_the_end_was_cut_off_ends_the_same(tmp_path, monkeypatch):
+    """Pieces of a repetitive text are near duplicates of each other: they were compared once when it went on."""
+    text = "\n\n".join(f"{prose(i % 7, 6)} {i}" for i in range(120))
+    (tmp_path / "a.txt").write_text(text)
+    whole = build(options(str(tmp_path / "a.txt")), tmp_path / "whole")
+    from craton.corpus import build as module
+
+    def stop(job):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module._Build, "publish", stop)
+    with pytest.raises(KeyboardInterrupt):
+        build(options(str(tmp_path / "a.txt")), tmp_path / "c")
+    monkeypatch.undo()
+    again = build(options(str(tmp_path / "a.txt")), tmp_path / "c")
+    assert again["files"] == whole["files"] and again["dropped"] == whole["dropped"]
+
+
+def test_few_large_documents_do_not_have_all_small_ones_held_out(tmp_path):
+    for i in range(4):
+        (tmp_path / f"novel{i}.txt").write_text(" ".join(prose(1000 * i + j, 40) for j in range(80)))
+    for i in range(14):
+        (tmp_path / f"note{i}.txt").write_text(prose(90_000 + i, 8))
+    build(options(f"{tmp_path}/*.txt"), tmp_path / "c")
+    corpus = Corpus(tmp_path / "c")
+    names = {corpus.name_of(r).rpartition("/")[2][:4] for r in corpus.rows("heldout")}
+    held = corpus.manifest["splits"]["heldout"]
+    assert held["documents"] <= 2 and "nove" in names
+    assert 0.01 < held["bytes"] / sum(s["bytes"] for s in corpus.manifest["splits"].values()) < 0.06
+
+
+def test_a_corpus_within_its_source_is_no_source(tmp_path):
+    (tmp_path / "a.txt").write_text(prose(1, 60))
+    first = build(options(str(tmp_path)), tmp_path / "corpus")
+    assert build(options(str(tmp_path)), tmp_path / "corpus")["digest"] == first["digest"]
+    with pytest.raises(UserError, match="empty text"):
+        build(options(""), tmp_path / "d")
+
+
 def _built(source, out, *more):
     command = [
         sys.executable,
@@ -264,7 +303,7 @@ BAD = {
     "only other types": lambda p: ([str(make(p / "bin" / "x.png", b"\0\1"))], "no text file"),
     "binary file": lambda p: ([str(make(p / "t" / "x.txt", bytes(range(256)) * 50))], "binary file"),
     "broken line": lambda p: ([str(make(p / "t" / "x.jsonl", b'{"text": "a"}\n{"text": \n'))], "x.jsonl:2"),
-    "no text field": lambda p: ([str(make(p / "t" / "x.jsonl", b'{"body": "a"}\n'))], "x.jsonl:1: no text"),
+    "no text field": lambda p: ([str(make(p / "t" / "x.jsonl", b'{"note": "a"}\n'))], "x.jsonl:1: no text"),
     "cut archive": lambda p: (
         [str(make(p / "t" / "x.jsonl.xz", lzma.compress(b'{"text": "a"}\n' * 999)[:-20]))],
         "x.jsonl.xz",

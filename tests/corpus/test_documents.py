@@ -113,6 +113,30 @@ def test_a_declaration_in_the_text_of_another_kind_is_none():
     assert decoded(said.encode())[0] == said
 
 
+@pytest.mark.parametrize("encoding", ["gb18030", "shift_jis", "euc-kr", "utf-8"])
+def test_long_lines_of_two_bytes_a_character(encoding):
+    text = "，".join([SAYINGS["gb18030" if encoding != "euc-kr" else "euc-kr"].replace(" ", "")] * 50_000)
+    text = "".join(c for c in dict.fromkeys(text) for _ in range(1)) and text
+    data = text.encode(encoding, "ignore")
+    found, decoder = decoded(data)
+    assert found == data.decode(encoding) and not decoder.replaced
+
+
+def test_archives_and_rtf_are_no_prose(tmp_path):
+    import tarfile
+
+    write(tmp_path / "a.txt", "text " * 300_000)
+    with tarfile.open(tmp_path / "a.tar.gz", "w:gz") as archive:
+        archive.add(tmp_path / "a.txt")
+    write(tmp_path / "b.rtf", "{\\rtf1\\ansi caf\\'e9}")
+    for name, word in (("a.tar.gz", "an archive"), ("b.rtf", "RTF")):
+        with pytest.raises(UserError, match=word):
+            read(tmp_path / name)
+    for name in ("rot13", "hex", "zlib", "idna", "", "utf-99"):
+        with pytest.raises(UserError, match="no such encoding"):
+            build(BuildOptions([str(tmp_path / "a.txt")], [], [], encoding=name), tmp_path / "c")
+
+
 def test_what_is_no_text_is_refused():
     for data in (bytes(range(256)) * 40, b"\x7fELF\2\1\1" + bytes(900), os.urandom(4000)):
         with pytest.raises(UserError, match="here.txt: (binary|not UTF-8)"):
@@ -246,6 +270,38 @@ def test_damaged_archives_end_with_a_line(tmp_path):
         read(write(tmp_path / "a.jsonl.gz", bytes(data)))
     with pytest.raises(UserError, match="cannot be read"):
         build(BuildOptions([str(write(tmp_path / "b.txt", "x"))], [], [str(tmp_path / "a.jsonl.gz")]), tmp_path / "c")
+
+
+def test_tables_of_excel(tmp_path):
+    rows = [["1", "a, b"], ["2", 'c "d"']]
+    for name, data in {
+        "macintosh": "id,text\r1,x\r2,y\r",
+        "named separator": "sep=;\r\nid;text\r\n1;x\r\n2;y\r\n",
+        "commas in the header": '"id, or number, of it";"text"\n1;x\n2;y\n',
+        "blank lines first": "\n\nid\ttext\n1\tx\n2\ty\n",
+    }.items():
+        assert texts(write(tmp_path / "a.csv", data)) == ["x", "y"], name
+    with pytest.raises(UserError, match="two columns are named text"):
+        read(write(tmp_path / "b.csv", "text,text\na,b\n"))
+    swallowing = "id\ttext\n" + "".join(
+        f"{i}\t{chr(34) if i == 2 else ''}t{i}{chr(34) if i == 9 else ''}\n" for i in range(20)
+    )
+    with pytest.raises(UserError, match="a quote swallows 7 lines"):
+        read(write(tmp_path / "c.tsv", swallowing))
+    assert texts(write(tmp_path / "d.csv", table([dict(zip(["id", "text"], r, strict=True)) for r in rows]))) == [
+        "a, b",
+        'c "d"',
+    ]
+
+
+def test_json_lines_that_are_not(tmp_path):
+    for data in (json.dumps(ROWS), json.dumps(ROWS, indent=1), "\n".join(json.dumps(r, indent=2) for r in ROWS)):
+        assert texts(write(tmp_path / "a.jsonl", data)) == [r["text"] for r in ROWS]
+    both = {"text": "about these", "data": ROWS}
+    assert texts(write(tmp_path / "b.json", json.dumps(both))) == ["about these", *(r["text"] for r in ROWS)]
+    nothing = {"cells": [], "metadata": {}, "nbformat": 4, "nbformat_minor": 5}
+    assert texts(write(tmp_path / "c.ipynb", json.dumps(nothing))) == [""]
+    assert texts(write(tmp_path / "d.jsonl", '{"text": null}\n{"text": "x"}\n')) == ["", "x"]
 
 
 def test_tables_as_other_programs_write_them(tmp_path):
@@ -384,7 +440,24 @@ def test_word_documents_lose_and_repeat_nothing(tmp_path):
     grid.cell(0, 0).merge(grid.cell(0, 2)).text = "Title"
     grid.cell(1, 0).add_table(1, 1).cell(0, 0).text = "within"
     word.save(tmp_path / "a.docx")
+    box = (
+        "<mc:AlternateContent xmlns:mc='http://schemas.openxmlformats.org/markup-compatibility/2006'><mc:Choice><w:txbxContent>"
+        "<w:p><w:r><w:t>Box one</w:t></w:r></w:p><w:p><w:r><w:t>box two</w:t></w:r></w:p></w:txbxContent></mc:Choice>"
+        "<mc:Fallback><w:txbxContent><w:p><w:r><w:t>Box one</w:t></w:r></w:p></w:txbxContent></mc:Fallback>"
+        "</mc:AlternateContent>"
+    )
+    moved = "<w:moveFrom w:id='3' w:author='a'><w:r><w:t>moved away</w:t></w:r></w:moveFrom>"
+    hyphen = "<w:r><w:t>non</w:t><w:noBreakHyphen/><w:t>breaking</w:t></w:r>"
+    word.add_paragraph()._p.append(parse_xml(f"<w:r {nsdecls('w')}>{box}</w:r>"))
+    last = word.add_paragraph()._p
+    for child in parse_xml(f"<w:p {nsdecls('w')}>{moved}{hyphen}</w:p>"):
+        last.append(child)
+    word.save(tmp_path / "a.docx")
     found = docx_text(tmp_path / "a.docx", "a.docx")
+    assert "Box one\nbox two" in found and found.count("Box one") == 1 and "moved away" not in found
+    assert "non\u2011breaking" in found
+    packed = write(tmp_path / "b.docx.gz", gzip.compress((tmp_path / "a.docx").read_bytes()))
+    assert docx_text(sources.plain(packed), "b") == found
     assert found.startswith("The price is not fixed.\n\nIn a control.") and "surely" not in found
     assert found.count("Title") == 1 == found.count("within")
 

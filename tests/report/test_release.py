@@ -103,6 +103,7 @@ def test_a_damaged_folder_is_not_released(model_folder, tmp_path, monkeypatch):
     monkeypatch.setattr(module, "load_model", other)
     with pytest.raises(UserError, match="transformers computes other logits"):
         release(source, tmp_path / "out", gguf=False, push=None)
+    assert not list((tmp_path / "out").glob("*"))
     with pytest.raises(UserError, match="no model folder"):
         release(tmp_path, tmp_path / "o2", gguf=False, push=None)
 

@@ -147,6 +147,18 @@ def test_documents_are_made_a_corpus_first(tmp_path, capsys, monkeypatch):
     assert trace(out, 3)["documents"] and "docs" in trace(out, None, 2)["documents"][0]["document"]
 
 
+def test_a_refused_run_leaves_the_corpus_of_another(tmp_path):
+    (tmp_path / "a.txt").write_text(prose(1, 400))
+    (tmp_path / "b.txt").write_text(prose(2, 400))
+    train([str(tmp_path / "a.txt")], tmp_path / "m", small(run__steps=2))
+    before = Corpus(tmp_path / "m-corpus").digest
+    with pytest.raises(UserError, match="folder in use"):
+        train([str(tmp_path / "b.txt")], tmp_path / "m", small(run__steps=2))
+    with pytest.raises(UserError, match="other documents"):
+        train([str(tmp_path / "b.txt")], tmp_path / "m", small(run__steps=2), resume=True)
+    assert Corpus(tmp_path / "m-corpus").digest == before
+
+
 def test_a_corpus_of_ones_own_is_not_replaced(tmp_path):
     from craton.corpus.build import BuildOptions, build
 

@@ -86,7 +86,7 @@ export const history = {
     this.toggleCompare(false);
     this.open(null);
     if (this.narrow()) this.toggleSide(false);
-    this.input.focus();
+    (this.isNotebook ? this.sheet : this.input).focus();
   },
 
   open(conversation) {
@@ -116,9 +116,11 @@ export const history = {
       Object.assign(conversation, { title: input.value.trim(), renamed: true });
       this.save(conversation);
     };
-    dialog('Rename', input, [
+    const box = dialog('Rename', input, [
       close => h('button', { type: 'button', class: 'primary', onclick: () => keep(close) }, 'Keep'),
     ]);
+    input.addEventListener('keydown', e => e.key === 'Enter' && (e.preventDefault(), keep(() => box.close())));
+    input.focus();
     input.select();
   },
 

@@ -26,7 +26,7 @@ const labelled = (name, word, label, onclick, more = {}) => {
   button.append(h('span', { class: 'wide-only', 'aria-hidden': 'true' }, word));
   return button;
 };
-const short = n => (n >= 1e9 ? `${(n / 1e9).toPrecision(3)}B` : n >= 1e6 ? `${(n / 1e6).toPrecision(3)}M` : `${n}`);
+const short = n => (n >= 1e9 ? `${(n / 1e9).toPrecision(3)}B` : n >= 1e6 ? `${(n / 1e6).toPrecision(3)}M` : n >= 1e3 ? `${(n / 1e3).toPrecision(3)}k` : `${n}`);
 
 const whole = json => {
   try {
