@@ -136,7 +136,7 @@ def test_it_learns_and_the_control_does_not(tmp_path):
             corpus = tmp_path / f"corpus-{shuffled}"
             corpus = corpus if corpus.exists() else patterned(tmp_path, shuffled)
             out = tmp_path / f"model-{optimizer}-{shuffled}"
-            train([str(corpus)], out, small(run__steps=120 if optimizer == "muon" else 400, optimizer__name=optimizer))
+            train([str(corpus)], out, small(run__steps=160 if optimizer == "muon" else 500, optimizer__name=optimizer))
             scores[shuffled] = accuracy(out, corpus)
         assert scores[False] > 0.95, optimizer
         assert scores[True] < 0.6, optimizer  # words are several tokens, so their ends can be known
@@ -278,7 +278,7 @@ def test_accumulation_changes_nothing(corpus, tmp_path, model_folder):
 
 BAD = {
     "no corpus": (["{tmp}/absent", "--out", "{tmp}/m", "--steps", "5"], "no such corpus"),
-    "no source": (["{tmp}", "--out", "{tmp}/m", "--steps", "5"], "not a finished corpus"),
+    "no source": (["{tmp}", "--out", "{tmp}/m", "--steps", "5"], "the folder is empty"),
     "weight": (["{corpus}=-1", "--out", "{tmp}/m", "--steps", "5"], "positive weight"),
     "unknown key": (["{corpus}", "--out", "{tmp}/m", "--set", "run.stepz=5"], "did you mean 'run.steps'"),
     "small budget": (["{corpus}", "--out", "{tmp}/m", "--budget", "1s"], "too small for any model"),
