@@ -8,19 +8,12 @@
 
 import itertools
 import json
-import multiprocessing
-import os
 import shutil
-import signal
-import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
 from functools import cache
-from multiprocessing import connection
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +28,6 @@ from craton.base import (
     count,
     digest,
     nearest,
-    processors,
     read_json,
     remove_inside,
     say,
@@ -50,6 +42,7 @@ from craton.corpus.dedup import exact_copies, near_copies
 from craton.corpus.evaluation import Evaluation, read_evaluation
 from craton.corpus.shards import FORMAT, NOT_STATED, Shards
 from craton.corpus.store import manifest_digest
+from craton.corpus.workers import Killed, Pool
 from craton.text.tokenizer import Tokenizer, choose_vocab_size, train_tokenizer
 
 BATCH_CHARACTERS = 1 << 20
@@ -76,63 +69,6 @@ class BuildOptions:
     encoding: str | None = None  # of text files; None: told from each
     title: str | None = None  # all sources count as one of this name
     for_run: bool = False  # made by 'craton train' for a run, which may make it again
-
-
-class _Pool:
-    """Worker processes with a bounded number of batches in flight. They end with this process, however it ends."""
-
-    def __init__(self, lock: int | None) -> None:
-        """lock: a descriptor that workers must not hold."""
-        self.workers = processors()
-        method = "fork" if "fork" in multiprocessing.get_all_start_methods() else "spawn"
-        context = multiprocessing.get_context(method)
-        inherited = lock if method == "fork" else None
-        self.executor = ProcessPoolExecutor(self.workers, context, _begin_worker, (inherited,))
-        self.pending: set[Future[Any]] = set()
-
-    def submit(self, *call: Any) -> None:
-        """A call in a worker; waits while enough are on their way. Raises what an earlier one raised."""
-        while len(self.pending) >= 2 * self.workers:
-            self._collect(FIRST_COMPLETED)
-        try:
-            self.pending.add(self.executor.submit(*call))
-        except BrokenProcessPool:
-            raise _Killed from None
-
-    def _collect(self, when: str) -> None:
-        done, self.pending = wait(self.pending, return_when=when)
-        for future in done:
-            try:
-                future.result()
-            except BrokenProcessPool:
-                raise _Killed from None
-
-    def finish(self) -> None:
-        """Wait for all."""
-        self._collect("ALL_COMPLETED")
-
-    def close(self) -> None:
-        """No more workers."""
-        self.executor.shutdown(cancel_futures=True)
-
-
-class _Killed(Exception):
-    """A worker process was killed."""
-
-
-def _begin_worker(lock: int | None) -> None:
-    """In a worker: it does not hold the folder, leaves Ctrl-C to its parent, and ends when that is gone."""
-    if lock is not None:
-        os.close(lock)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        threading.Thread(target=_end_with, args=(parent.sentinel,), daemon=True).start()
-
-
-def _end_with(sentinel: int) -> None:
-    connection.wait([sentinel])
-    os._exit(1)
 
 
 def _check(options: BuildOptions) -> None:
@@ -266,7 +202,7 @@ def build(options: BuildOptions, out: Path) -> dict[str, Any]:
             fix = "mend it and run the same command again, it will go on"
             problem = f"{out}: cannot write ({error.strerror or error}); {fix}"
             raise UserError(problem, code="cannot_write") from None
-        except _Killed:
+        except Killed:
             problem = "a worker process was killed, as systems do that run out of memory"
             raise UserError(f"{out}: {problem}; run the same command again, it will go on", code="killed") from None
         finally:
@@ -307,7 +243,7 @@ class _Build:
     def __post_init__(self) -> None:
         o = self.options
         self.work = self.out / ".work"
-        self.began, self.progress, self.pool = time.monotonic(), Progress(), _Pool(self.lock)
+        self.began, self.progress, self.pool = time.monotonic(), Progress(), Pool(self.lock)
         self.reading = sources.Reading(o.skip_bad, list(o.text_fields), o.encoding, o.rules, passed=self.passed)
         self.counts: Counter[str] = Counter()
         self.read_bytes: Counter[str] = Counter()  # by number of the source, after markup was taken away
