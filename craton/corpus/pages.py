@@ -5,9 +5,8 @@ from html import unescape
 
 from craton.corpus import quality
 
-FRAGMENT = (
-    1 << 20
-)  # characters; a longer page is taken apart in pieces of about so many, since a tree needs 80 times that
+# Characters; a longer page is taken apart in pieces of about so many, since a tree needs 80 times that.
+FRAGMENT = 1 << 20
 MAIN = 0.6  # of what a reader sees, that the main text of an own page is at least
 _UNSEEN = re.compile(r"<(script|style|svg|noscript|template)\b[^>]*>.*?</\1\s*>|<!--.*?-->", re.I | re.S)
 _TAG = re.compile(r"<[a-zA-Z/!?][^<>]*>")

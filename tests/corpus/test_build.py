@@ -163,19 +163,7 @@ def test_killed_builds_go_on_and_end_the_same(tmp_path):
     source = write(tmp_path / "a.jsonl", [prose(i, 60) for i in range(4000)])
     whole = build(options(source), tmp_path / "whole")
     out, r = tmp_path / "killed", random.Random(0)
-    command = [
-        sys.executable,
-        "-m",
-        "craton",
-        "corpus",
-        "build",
-        source,
-        "--out",
-        str(out),
-        "--vocab-size",
-        "400",
-        "--json",
-    ]
+    command = _command(source, out)
     for _ in range(6):
         process = subprocess.Popen(
             command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True
@@ -229,20 +217,12 @@ def test_a_corpus_within_its_source_is_no_source(tmp_path):
         build(options(""), tmp_path / "d")
 
 
+def _command(source, out, *more):
+    return [sys.executable, "-m", "craton", "corpus", "build", source, "--out", str(out), "--vocab-size", "400", *more]
+
+
 def _built(source, out, *more):
-    command = [
-        sys.executable,
-        "-m",
-        "craton",
-        "corpus",
-        "build",
-        source,
-        "--out",
-        str(out),
-        "--vocab-size",
-        "400",
-        *more,
-    ]
+    command = _command(source, out, *more)
     return subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
 
