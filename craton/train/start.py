@@ -183,8 +183,8 @@ def _train(asked: _Asked, make_job: MakeJob) -> dict[str, Any]:
     if processes.first and not asked.stored.exists():
         write_json(asked.stored, settled)
     budget = None if settled["asked"]["recipe"]["run"]["steps"] else settled["asked"]["recipe"]["run"]["budget"]
-    kind, amount = parse_budget(budget) if budget else ("", 0.0)
-    run = Run(out, job, recipe, processes, peak, asked.began + amount if kind == "seconds" else None)
+    kind, budgeted = parse_budget(budget) if budget else ("", 0.0)
+    run = Run(out, job, recipe, processes, peak, asked.began + budgeted if kind == "seconds" else None)
     if processes.first:
         _say_plan(config, settled, processes.device)
         _say_passes(asked, recipe)
