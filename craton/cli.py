@@ -24,6 +24,10 @@ app = typer.Typer(
 )
 corpus_app = typer.Typer(no_args_is_help=True, help="Make or see a corpus: cleaned, deduplicated, tokenised documents.")
 app.add_typer(corpus_app, name="corpus")
+tasks_app = typer.Typer(
+    invoke_without_command=True, help="What a model can be asked to do: list the tasks, or see one."
+)
+app.add_typer(tasks_app, name="tasks")
 
 
 def _json_alone(context: typer.Context, wanted: bool) -> bool:
@@ -232,6 +236,103 @@ def train(
     if result:  # empty in all but the first process
         say(f"{write_report(out)}: how it went")
         _emit(json_, result)
+
+
+@tasks_app.callback()
+def tasks(context: typer.Context, json_: Json = False) -> None:
+    """What a model can be asked to do: list the tasks, or see one."""
+    if context.invoked_subcommand is None:
+        from craton.tasks.show import list_tasks
+
+        _emit(json_, list_tasks())
+
+
+TASK = "NAME, NAME=PATH for a local file, NAME=N for a generated one, or a .toml file."
+
+
+@tasks_app.command("show")
+def tasks_show(
+    name: Annotated[str, Argument(metavar="TASK", help=TASK)],
+    items: Annotated[int, Option("-n", help="Items.")] = 3,
+    shots: Annotated[int | None, Option(help="Worked examples before each; the task's own number if left out.")] = None,
+    chat: Annotated[bool | None, Option("--chat/--no-chat", help="Through the chat template, or not.")] = None,
+    model: Annotated[
+        str | None, Option(help="A folder or GGUF file, whose template and special tokens to show.")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Exactly what a model will see of a task.
+
+    \b
+    craton tasks show hellaswag=hellaswag_val.jsonl.xz -n 2
+    craton tasks show gsm8k=test.jsonl --shots 2 --chat --model SmolLM2
+    """
+    from craton.tasks.show import show_task
+
+    _emit(json_, show_task(name, items, shots, chat, model))
+
+
+@tasks_app.command("rows")
+def tasks_rows(
+    name: Annotated[str, Argument(metavar="TASK", help=TASK)],
+    out: Annotated[Path, Option(help="The .jsonl file to make: prompt and response, or with --shots text.")],
+    part: Annotated[str, Option(help="train, dev or test.")] = "train",
+    shots: Annotated[
+        int | None, Option(help="At most so many worked examples before each, a number drawn anew.")
+    ] = None,
+    n: Annotated[int | None, Option("--n", "-n", help="Rows; of a generated task as many as wanted.")] = None,
+    seed: Annotated[int, Option()] = 0,
+    json_: Json = False,
+) -> None:
+    """Write a task's rows as training data.
+
+    \b
+    craton tasks rows addition:scratchpad=4 --n 50000 --out sums.jsonl
+    craton tasks rows my-task.toml --out rows.jsonl
+    """
+    from craton.tasks.export import write_rows
+
+    _emit(json_, write_rows(name, out, part, shots, n, seed))
+
+
+MODELS = "Folders, GGUF files, openai:NAME, anthropic:NAME, gemini:NAME, mistral:NAME, deepseek:NAME, or URL#NAME."
+
+
+@app.command("eval")
+def eval_(
+    models: Annotated[list[str], Argument(metavar="MODEL...", help=MODELS)],
+    tasks: Annotated[str, Option(help="TASK,TASK,... each " + TASK)],
+    shots: Annotated[
+        int | None, Option(help="Worked examples before each item; each task's own number if left out.")
+    ] = None,
+    limit: Annotated[int | None, Option(help="Only the first so many items of each task.")] = None,
+    seed: Annotated[int, Option(help="Of the choice of shots.")] = 0,
+    chat: Annotated[
+        bool | None,
+        Option("--chat/--no-chat", help="Through the chat template: if left out, where answers are written."),
+    ] = None,
+    corpus: Annotated[list[Path] | None, Option(help="A corpus to look for the items in. Repeatable.")] = None,
+    out: Annotated[
+        Path | None, Option(help="The folder for results, samples and page; in the cache if left out.")
+    ] = None,
+    json_: Json = False,
+) -> None:
+    """Score models on tasks, with intervals, every item to look at, and the difference between models.
+
+    \b
+    craton eval model --tasks hellaswag=hellaswag_val.jsonl.xz --limit 200
+    craton eval SmolLM2 model --tasks arc_easy=arc.jsonl,my-task.toml --shots 5 --out scores
+    craton eval http://127.0.0.1:8000#small --tasks addition=3
+    """
+    with waiting("loading"):
+        from craton.evaluate.run import Settings, evaluate
+        from craton.report.evaluation import write_evaluation
+        from craton.tasks.find import find_tasks
+
+    settings = Settings(shots, limit, seed, chat, tuple(corpus or ()))
+    found = evaluate(models, find_tasks(tasks), settings, out)
+    say(f"{write_evaluation(Path(found['out']))}: every item, to browse")
+    _emit(json_, found)
 
 
 EXACT = "Round no activations to 8 bits where weights have few; several times slower, and fp32 weights in memory."

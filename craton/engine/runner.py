@@ -54,7 +54,7 @@ class Runner:
             self.fused = FusedStep(network, self.cache, self.context)
         self.wide: Decoder | None = None
 
-    def _modules(self) -> Decoder:
+    def modules(self) -> Decoder:
         """The network as it runs module by module: on a CPU in fp32, packed matrices shared."""
         if self.wide is None:
             self.wide = network = self.source
@@ -94,7 +94,7 @@ class Runner:
         if self.fused is not None and not self.exact:
             return self.fused.run(ids, batch, rows, want_logits)
         with modes.batch_invariant(), modes.exact_activations() if self.exact else contextlib.nullcontext():
-            network = self._modules()
+            network = self.modules()
             hidden = network.model(ids.long()[None], past=batch)
             hidden = hidden[0, rows.long()]
             logits = network.head(hidden).float().cpu() if want_logits else None

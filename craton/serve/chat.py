@@ -14,11 +14,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import httpx
-
 from craton.base import UserError, read_json, say, write_text
 from craton.engine.converse import EFFORT, Ask, Prepared, answer, open_talker, prepare
-from craton.serve.guard import local
+from craton.engine.remote import Client, api_root
 from craton.text.calls import Part
 
 FAINT, PLAIN = "\033[2m", "\033[0m"
@@ -105,94 +103,43 @@ class Local:
         return prepared
 
 
-def key_for(url: str) -> str:
-    """The API key for an address, '' for none: CRATON_API_KEY, which is for whatever server is named, but not over an
-    open network; OPENAI_API_KEY for OpenAI alone, or the server that OPENAI_BASE_URL names."""
-    if _overheard(url):
-        return ""
-    if key := os.environ.get("CRATON_API_KEY", "").split(",")[0].strip():
-        return key
-    theirs = httpx.URL(os.environ.get("OPENAI_BASE_URL") or "https://api.openai.com")
-    return os.environ.get("OPENAI_API_KEY", "") if httpx.URL(url).host == theirs.host else ""
-
-
-def _overheard(url: str) -> bool:
-    parts = httpx.URL(url)
-    return parts.scheme != "https" and not local(parts.host)
-
-
-def _withheld(url: str) -> str:
-    """Why a key that is set was not sent."""
-    if _overheard(url):
-        return "; keys are sent over https only, and this address is not"
-    return "; OPENAI_API_KEY goes to OpenAI alone" if os.environ.get("OPENAI_API_KEY") else ""
-
-
 class Remote:
     """A server that speaks OpenAI's API."""
 
     def __init__(self, url: str, model: str | None):
-        url = url.rstrip("/")
-        self.url = url if url.endswith("/v1") else f"{url}/v1"
-        key = key_for(self.url)
-        headers = {"authorization": f"Bearer {key}"} if key else {}
-        self.client = httpx.Client(headers=headers, timeout=httpx.Timeout(30, read=600))
-        listed = self._json("GET", "/models").get("data") or []
+        self.client = Client(api_root(url), model or "")
+        listed = self._models()
         names = [m["id"] for m in listed]
         if model is not None and names and model not in names:
             raise UserError(f"--model {model}: the server has {', '.join(names[:20])}")
         if model is None and not names:
-            raise UserError(f"{self.url}: the server lists no models; name one with --model")
+            raise UserError(f"{self.client.url}: the server lists no models; name one with --model")
         self.name = model or names[0]
         own: dict[str, Any] = next((m for m in listed if m["id"] == self.name), {})
         self.base, self.defaults = bool(own.get("pretrained_only")), dict(own.get("defaults") or {})
 
-    def _json(self, method: str, path: str) -> dict[str, Any]:
+    def _models(self) -> list[dict[str, Any]]:
         try:
-            got = self.client.request(method, self.url + path)
-            self._check(got)
-            value: dict[str, Any] = got.json()
-        except (httpx.HTTPError, httpx.InvalidURL, json.JSONDecodeError) as error:
-            why = error or type(error).__name__
-            raise UserError(f"{self.url}: no OpenAI-compatible server there ({why})") from None
-        return value
-
-    def _check(self, got: httpx.Response) -> None:
-        if got.status_code == 401:
-            raise UserError(f"{self.url}: the server wants an API key; set CRATON_API_KEY{_withheld(self.url)}")
-        if got.is_error:
-            try:
-                message = str(got.json()["error"]["message"])
-            except (ValueError, KeyError, TypeError):
-                message = got.text[:200]
-            raise UserError(f"{self.url}: {got.status_code} {message}")
+            return self.client.request("GET", "/models").get("data") or []
+        except UserError as error:
+            if "no answer" in str(error) or "no JSON" in str(error):
+                raise UserError(f"{self.client.url}: no OpenAI-compatible server there ({error})") from None
+            raise
 
     def answer(self, c: Conversation) -> Iterator[Part]:
-        body: dict[str, Any] = {"model": c.settings.get("model", self.name), "stream": True, **c.sampling()}
+        body: dict[str, Any] = {"model": c.settings.get("model", self.name), **c.sampling()}
         if thinking := c.settings.get("thinking"):
             body["reasoning_effort"] = "none" if thinking == "off" else thinking
         if self.base:
             path, body = "/completions", {"max_tokens": 256, **body, "prompt": c.text()}
         else:
             path, body["messages"] = "/chat/completions", c.all()
-        try:
-            with self.client.stream("POST", self.url + path, json=body) as got:
-                if got.is_error:
-                    got.read()
-                    self._check(got)
-                for line in got.iter_lines():
-                    if not line.startswith("data: {"):
-                        continue
-                    chunk = json.loads(line[6:])
-                    if "error" in chunk:
-                        raise UserError(f"{self.url}: {chunk['error'].get('message')}")
-                    for choice in chunk.get("choices", ()):
-                        delta = choice.get("delta") or {"content": choice.get("text")}
-                        for name, kind in (("reasoning_content", "reasoning"), ("content", "content")):
-                            if delta.get(name):
-                                yield Part(kind, delta[name])
-        except (httpx.HTTPError, json.JSONDecodeError) as error:
-            raise UserError(f"{self.url}: the connection broke ({error or type(error).__name__})") from None
+        for chunk in self.client.stream(path, body):
+            for choice in chunk.get("choices", ()):
+                delta = choice.get("delta") or {"content": choice.get("text")}
+                for name, kind in (("reasoning_content", "reasoning"), ("content", "content")):
+                    if delta.get(name):
+                        yield Part(kind, delta[name])
 
 
 def _inputs() -> Iterator[str]:

@@ -1,0 +1,218 @@
+"""Log-likelihoods of many continuations at once. What requests begin with together is computed once: they become a
+tree of token runs (a radix tree, as SGLang's, arXiv 2312.07104), which is walked depth first in batches without
+padding. The choices of an item share its context, and items share their shots, to the token.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from craton.model import plain
+from craton.model.attention import AttentionSpec
+from craton.model.decoder import Decoder
+
+_BATCH_TOKENS = 2048
+_LOGIT_BYTES = 64 << 20  # logits that exist at once
+_KEPT_BYTES = 1 << 30  # keys and values of one batch, about
+
+Pair = tuple[Sequence[int], Sequence[int]]  # context, continuation
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """Of a continuation: its log-probability in nats, and whether each token was the likeliest."""
+
+    total: float
+    greedy: bool
+
+
+@dataclass(eq=False)
+class Run:
+    """Tokens from `start` on of every sequence that comes this way."""
+
+    start: int
+    tokens: list[int]
+    parent: "Run | None"
+    children: list["Run"] = field(default_factory=list)
+    # Position in the sequence -> requests that want the next token's probability there, with that token.
+    wanted: dict[int, list[tuple[int, int]]] = field(default_factory=dict)
+    kept: list[tuple[Tensor, Tensor]] = field(default_factory=list)  # keys and values, a pair a layer
+
+    def path(self) -> list["Run"]:
+        """From the root to this one."""
+        out, run = list["Run"](), self
+        while run is not None:
+            out.append(run)
+            run = run.parent  # type: ignore[assignment]
+        return out[::-1]
+
+
+def build_tree(sequences: list[list[int]]) -> tuple[list[Run], dict[tuple[int, ...], Run]]:
+    """Runs that no other comes before, and for each sequence the run it ends in."""
+    roots: list[Run] = []
+    ends: dict[tuple[int, ...], Run] = {}
+    path: list[Run] = []
+    before: list[int] = []
+    for sequence in sorted(sequences):
+        same = _shared(before, sequence)
+        while path and path[-1].start >= same:
+            path.pop()
+        if path and path[-1].start + len(path[-1].tokens) > same:
+            path.append(_cut(path.pop(), same, roots, path[-1] if path else None))
+        if same < len(sequence):
+            parent = path[-1] if path else None
+            run = Run(same, sequence[same:], parent)
+            (roots if parent is None else parent.children).append(run)
+            path.append(run)
+        ends[tuple(sequence)] = path[-1]
+        before = sequence
+    return roots, ends
+
+
+def _shared(a: list[int], b: list[int]) -> int:
+    """Tokens that two sequences begin with together."""
+    most = min(len(a), len(b))
+    return next((i for i in range(most) if a[i] != b[i]), most)
+
+
+def _cut(run: Run, at: int, roots: list[Run], parent: Run | None) -> Run:
+    """Divide a run before position `at`; returns the upper part, which takes its place."""
+    upper = Run(run.start, run.tokens[: at - run.start], parent, [run])
+    siblings = roots if parent is None else parent.children
+    siblings[siblings.index(run)] = upper
+    run.start, run.tokens, run.parent = at, run.tokens[at - run.start :], upper
+    return upper
+
+
+class _Batch:
+    """The past that a network sees: runs one after the other, each behind its own ancestors."""
+
+    def __init__(self, runs: list[Run], device: torch.device):
+        self.runs = runs
+        self.inside = {run: i for i, run in enumerate(runs)}
+        places = [p for run in runs for p in range(run.start, run.start + len(run.tokens))]
+        self.positions = torch.tensor(places, device=device)
+        self.ids = torch.tensor([[t for run in runs for t in run.tokens]], device=device)
+        self.sizes = [len(run.tokens) for run in runs]
+
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, sinks: Tensor | None) -> Tensor:
+        """As `craton.model.cache.Past` says."""
+        queries, keys, values = (x.split(self.sizes, 1) for x in (q, k, v))
+        out = []
+        for i, run in enumerate(self.runs):
+            if run.children:
+                run.kept.append((keys[i], values[i]))
+            before = [self._of(r, layer, keys, values) for r in run.path()[:-1]]
+            own_k = torch.cat([*(b[0] for b in before), keys[i]], 1)
+            own_v = torch.cat([*(b[1] for b in before), values[i]], 1)
+            out.append(_attention(queries[i], own_k, own_v, run.start, spec, sinks))
+        return torch.cat(out, 1)
+
+    def _of(self, run: Run, layer: int, keys: Sequence[Tensor], values: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        at = self.inside.get(run)
+        return run.kept[layer] if at is None else (keys[at], values[at])
+
+
+def _attention(q: Tensor, k: Tensor, v: Tensor, past: int, spec: AttentionSpec, sinks: Tensor | None) -> Tensor:
+    """q (1, new, heads, size) at positions past...; k, v (1, past + new, kv_heads, size)."""
+    at = torch.arange(past, past + q.shape[1], device=q.device)[:, None]
+    key = torch.arange(k.shape[1], device=q.device)[None, :]
+    mask = key <= at
+    if spec.window is not None:
+        mask &= key > at - spec.window
+    return plain.masked_attention(q, k, v, mask[None, None], spec.scale, spec.softcap, sinks)
+
+
+def _depth_first(roots: list[Run]) -> Iterator[Run]:
+    waiting = roots[::-1]
+    while waiting:
+        run = waiting.pop()
+        yield run
+        waiting += run.children[::-1]
+
+
+def _batches(roots: list[Run], most: int) -> Iterator[list[Run]]:
+    """Runs in order, together not much more than `most` tokens; a longer one is cut first."""
+    batch, room = list[Run](), most
+    for run in _depth_first(roots):
+        while len(run.tokens) > most:
+            upper = _cut(run, run.start + most, roots, run.parent)
+            upper.wanted = {p: w for p, w in run.wanted.items() if p < run.start}
+            run.wanted = {p: w for p, w in run.wanted.items() if p >= run.start}
+            if batch:
+                yield batch
+            yield [upper]
+            batch, room = [], most
+        if batch and len(run.tokens) > room:
+            yield batch
+            batch, room = [], most
+        batch.append(run)
+        room -= len(run.tokens)
+    if batch:
+        yield batch
+
+
+@torch.inference_mode()
+def loglikelihoods(
+    network: Decoder, pairs: Sequence[Pair], progress: Callable[[int, int], None] = lambda done, of: None
+) -> Iterator[tuple[int, Likelihood]]:
+    """For each (context, continuation), both with a token at least: its number and its likelihood, as they become
+    known, in another order. network: in fp32 on a CPU. progress: called with tokens computed, and in all."""
+    sequences = [[*context, *continuation[:-1]] for context, continuation in pairs]
+    roots, ends = build_tree(sequences)
+    left = [len(continuation) for _, continuation in pairs]
+    for number, (context, continuation) in enumerate(pairs):
+        run: Run | None = ends[tuple(sequences[number])]
+        for position in range(len(sequences[number]) - 1, len(context) - 2, -1):
+            while run is not None and run.start > position:
+                run = run.parent
+            assert run is not None
+            run.wanted.setdefault(position, []).append((number, continuation[position - len(context) + 1]))
+    total, greedy = [0.0] * len(pairs), [True] * len(pairs)
+    tokens, done = sum(len(run.tokens) for run in _depth_first(roots)), 0
+    heads, key, value = network.config.cache_dims
+    most = max(64, min(_BATCH_TOKENS, _KEPT_BYTES // (4 * network.config.num_hidden_layers * heads * (key + value))))
+    live: list[Run] = []
+    for batch in _batches(roots, most):
+        live = [run for run in live if run in batch[0].path()]
+        live += batch
+        for number, logprob, likeliest in _compute(network, batch):
+            total[number] += logprob
+            greedy[number] &= likeliest
+            left[number] -= 1
+            if not left[number]:
+                yield number, Likelihood(total[number], greedy[number])
+        for run in live:
+            if run not in batch[-1].path():
+                run.kept.clear()
+        done += sum(len(run.tokens) for run in batch)
+        progress(done, tokens)
+
+
+def _compute(network: Decoder, batch: list[Run]) -> Iterator[tuple[int, float, bool]]:
+    """(request, log-probability of a token it asks for, whether that is the likeliest), for all in the batch."""
+    made = _Batch(batch, network.model.norm.weight.device)
+    hidden = network.model(made.ids, past=made)[0]
+    rows: list[int] = []
+    asked: list[tuple[int, int, int]] = []  # row of `rows`, request, token
+    begin = 0
+    for run in batch:
+        for position, requests in run.wanted.items():
+            asked += [(len(rows), request, token) for request, token in requests]
+            rows.append(begin + position - run.start)
+        begin += len(run.tokens)
+    if not rows:
+        return
+    piece = max(1, _LOGIT_BYTES // (4 * network.config.vocab_size))
+    at = 0
+    for first in range(0, len(rows), piece):
+        logits = network.head(hidden[rows[first : first + piece]]).float()
+        best, normaliser = logits.argmax(-1).tolist(), logits.logsumexp(-1)
+        here = [a for a in asked[at:] if a[0] < first + piece]
+        at += len(here)
+        which = torch.tensor([[row - first, token] for row, _, token in here], device=logits.device)
+        values = (logits[which[:, 0], which[:, 1]] - normaliser[which[:, 0]]).tolist()
+        for (row, request, token), value in zip(here, values, strict=True):
+            yield request, value, best[row - first] == token

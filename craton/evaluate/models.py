@@ -1,0 +1,207 @@
+"""Models as evaluation sees them: something that says how likely a continuation is, or writes an answer; in this
+process or behind an API."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Protocol
+
+from craton.base import UserError
+from craton.engine.request import Sampling
+from craton.engine.score import loglikelihoods
+
+Progress = Callable[[int, int], None]
+Answers = tuple[int, list["Written"]]  # the number of a prompt, and what was written
+LIKELIHOOD_BATCH = 4096  # requests whose tree is made at once
+_AHEAD = 512  # answers that are asked for at once
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A continuation's log-probability in nats, whether greedy decoding gives it, and its tokens."""
+
+    total: float
+    greedy: bool
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What an answer is wanted to: a text, or messages where they are to go through the chat template."""
+
+    text: str
+    messages: tuple[dict[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class Written:
+    """finish: "stop" or "length"."""
+
+    text: str
+    finish: str
+    prompt_tokens: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How answers are written. n: answers to each prompt."""
+
+    max_tokens: int
+    stop: tuple[str, ...] = ()
+    temperature: float = 0.0
+    n: int = 1
+    seed: int = 0
+
+
+class Subject(Protocol):
+    """A model that can be evaluated."""
+
+    name: str
+    local: bool
+
+    @property
+    def identity(self) -> str:
+        """What its results are kept under."""
+        ...
+
+    @property
+    def chats(self) -> bool:
+        """Whether it has a chat template of its own use."""
+        ...
+
+    def longest(self) -> int | None:
+        """Tokens of its context, where they are known."""
+        ...
+
+    def count(self, prompt: Prompt) -> int | None:
+        """Tokens of a prompt, where they can be counted."""
+        ...
+
+    def score(self, requests: Sequence[tuple[Prompt, str]], progress: Progress) -> Iterator[tuple[int, Scored]]:
+        """For each (context, continuation): its number and likelihood, as they become known."""
+        ...
+
+    def write(self, prompts: Sequence[Prompt], how: Decoding, progress: Progress) -> Iterator[Answers]:
+        """For each prompt: its number and how.n answers, as they become known."""
+        ...
+
+
+class LocalModel:
+    """A folder, a GGUF file or MODEL+ADAPTER, on our own engine: activations in fp32, weights as they are stored."""
+
+    local = True
+
+    def __init__(self, name: str, identity: str):
+        self.name, self.identity = name, identity
+
+    @cached_property
+    def talker(self) -> Any:
+        """Opened when something has to be computed."""
+        from craton.engine.converse import open_talker
+
+        return open_talker(self.name, self.name, exact=True)
+
+    @cached_property
+    def chats(self) -> bool:
+        return self.talker.dialogue is not None and not self.talker.pretrained_only
+
+    def longest(self) -> int:
+        return int(self.talker.engine.context)
+
+    def _ids(self, prompt: Prompt) -> list[int]:
+        from craton.engine.converse import Ask, prepare
+
+        tokenizer = self.talker.tokenizer
+        if prompt.messages:
+            return list(prepare(self.talker, Ask({"max_tokens": 1}, messages=list(prompt.messages), thinking=None)).ids)
+        return list(tokenizer.encode(prompt.text))
+
+    def count(self, prompt: Prompt) -> int:
+        return len(self._ids(prompt))
+
+    def pair(self, prompt: Prompt, continuation: str) -> tuple[list[int], list[int]]:
+        """Tokens of both, as lm-eval divides them: spaces that end the context go to the continuation, and where an
+        empty context gives no token, the one that begins documents stands for it."""
+        tokenizer = self.talker.tokenizer
+        if prompt.messages:
+            return self._ids(prompt), tokenizer.encode_rendered(continuation)
+        context = prompt.text.rstrip(" ") if prompt.text.strip() else prompt.text
+        continuation = prompt.text[len(context) :] + continuation
+        if not context:
+            return [tokenizer.document_id], tokenizer.encode_rendered(continuation)
+        before, whole = self._context(context), tokenizer.encode(context + continuation)
+        return before, whole[len(before) :]
+
+    def _context(self, text: str) -> list[int]:
+        if getattr(self, "_last", ("",))[0] != text:
+            self._last: tuple[Any, ...] = (text, self.talker.tokenizer.encode(text))
+        return list(self._last[1])
+
+    def score(self, requests: Sequence[tuple[Prompt, str]], progress: Progress) -> Iterator[tuple[int, Scored]]:
+        from craton.model import modes
+
+        context = self.longest()
+        for first in range(0, len(requests), LIKELIHOOD_BATCH):
+            pairs = []
+            for prompt, continuation in requests[first : first + LIKELIHOOD_BATCH]:
+                before, after = self.pair(prompt, continuation)
+                if not after:
+                    raise UserError(f"{self.name}: a continuation has no token: {continuation!r}")
+                if len(after) >= context:
+                    raise UserError(f"{self.name}: a continuation has {len(after)} tokens, the context is {context}")
+                pairs.append((before[max(0, len(before) + len(after) - 1 - context) :], after))
+
+            def shown(done: int, of: int, first: int = first, n: int = len(pairs)) -> None:
+                progress(first + done * n // of, len(requests))
+
+            network = self.talker.engine.runner.modules()
+            with modes.exact_activations():
+                for number, found in loglikelihoods(network, pairs, shown):
+                    yield first + number, Scored(found.total, found.greedy, len(pairs[number][1]))
+
+    def write(self, prompts: Sequence[Prompt], how: Decoding, progress: Progress) -> Iterator[Answers]:
+        engine, waiting, done = self.talker.engine, list(enumerate(prompts))[::-1], 0
+        running: dict[int, tuple[int, list[Any]]] = {}
+        while waiting or running:
+            while waiting and len(running) < _AHEAD:
+                number, prompt = waiting.pop()
+                ids = self._ids(prompt)
+                room = engine.context - len(ids)
+                sampling = Sampling(
+                    max_tokens=min(how.max_tokens, room), temperature=how.temperature, stop=how.stop, n=how.n,
+                    seed=how.seed + number,
+                )  # fmt: skip
+                running[engine.add(ids, sampling)] = number, []
+            for event in engine.step():
+                if event.finished and event.completion.request in running:
+                    number, found = running[event.completion.request]
+                    found.append(event.completion)
+                    if len(found) == how.n:
+                        del running[event.completion.request]
+                        done += 1
+                        progress(done, len(prompts))
+                        found.sort(key=lambda c: c.index)
+                        yield number, [self._written(c) for c in found]
+
+    def _written(self, c: Any) -> Written:
+        finish = c.finish_reason or "stop"
+        return Written(c.text, finish, c.prompt_tokens, len(c.token_ids))
+
+
+def open_subject(name: str, store: Any) -> Subject:
+    """The model that a text names: a path, or one behind an API. UserError if it is neither."""
+    from craton.engine.remote import is_remote
+    from craton.evaluate.store import fingerprint, key_of
+
+    if is_remote(name):
+        from craton.evaluate.remote import RemoteModel
+
+        return RemoteModel(name)
+    path, _, adapter = (name, "", "") if Path(name).exists() else name.partition("+")
+    if not Path(path).exists():
+        forms = "a folder, a GGUF file, URL#NAME, or openai:, anthropic:, gemini:, mistral: or deepseek:NAME"
+        raise UserError(f"{name}: no such model; MODEL is {forms}")
+    parts = [fingerprint(store, Path(p)) for p in (path, adapter) if p]
+    return LocalModel(name, key_of("local-fp32", parts))

@@ -1,0 +1,71 @@
+"""A task's rows as files: training data, and text that a corpus must not contain."""
+
+import hashlib
+import json
+import random
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from craton.base import UserError, publish, say
+from craton.tasks.find import find_task
+from craton.tasks.generated import GENERATED, generate
+from craton.tasks.task import PARTS, Task
+
+
+def training_rows(task: Task, part: str, shots: int | None, n: int | None, seed: int) -> Iterator[dict[str, str]]:
+    """Pairs of prompt and response; with shots, whole texts, each behind a number of worked examples drawn anew."""
+    base, _, dial = task.name.partition("=")
+    if base in GENERATED and part == "train" and n is not None:
+        asked = {row["question"] for row in task.part("test")} if "shots" not in task.part("test")[0] else set()
+        made = generate(base, 2 + seed, n, int(dial) if dial else None)
+        rows = [row for row in made if row["question"] not in asked]
+    else:
+        rows = task.part(part)[:n]
+    formulation = next(iter(task.formulations))
+    f = task.formulations[formulation]
+    r = random.Random(seed)
+    for row in rows:
+        e = task.example(row, formulation)
+        prompt, target = task.worked(row, f)
+        if shots is None:
+            yield {"prompt": e.prompts[0] if len(e.prompts) == 1 else prompt, "response": target.strip()}
+        else:
+            before = task.shots_for(row, r.randint(0, shots), seed)
+            text = task.example(row, formulation, before).prompts[0] if not f.context else prompt
+            yield {"text": text + target + f.between.rstrip(" ")}
+
+
+def write_rows(name: str, out: Path, part: str, shots: int | None, n: int | None, seed: int) -> dict[str, Any]:
+    """Write a part of a task as JSON lines. UserError for a part that it lacks."""
+    if part not in PARTS:
+        raise UserError(f"--part is {part!r}; known: {', '.join(PARTS)}", field="part")
+    if n is not None and n < 1:
+        raise UserError(f"--n is {n}, must be at least 1", field="n")
+    if out.is_dir() or not out.absolute().parent.is_dir():
+        raise UserError(f"{out}: not a place for a file", field="out")
+    task = find_task(name)
+    count = 0
+    with publish(out) as temporary, open(temporary, "w", encoding="utf-8", errors="replace") as f:
+        for row in training_rows(task, part, shots, n, seed):
+            f.write(json.dumps(row, ensure_ascii=False) + "\n")
+            count += 1
+    say(f"{out}: {count} rows of the {part} part of {task.name}")
+    return {"out": str(out), "rows": count, "task": task.name, "part": part}
+
+
+def as_file(text: str, folder: Path, part: str = "test") -> str:
+    """A TASK, as a path of a file that holds its rows: of the same content the same path. Any other text as it is."""
+    name = text.removeprefix("task:")
+    path = Path(text)
+    if name == text and (path.exists() or not (path.suffix == ".toml" or "=" in text)):
+        return text
+    if name == text and path.suffix == ".toml" and not path.exists():
+        return text
+    lines = [json.dumps(row, ensure_ascii=False) for row in training_rows(find_task(name), part, None, None, 0)]
+    whole = "\n".join(lines) + "\n"
+    folder.mkdir(parents=True, exist_ok=True)
+    out = folder / f"{hashlib.sha256(whole.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}.jsonl"
+    with publish(out) as temporary:
+        temporary.write_text(whole, encoding="utf-8", errors="replace")
+    return str(out)

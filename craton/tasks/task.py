@@ -1,0 +1,208 @@
+"""A task: what a model is to do, and how one sees whether it did it.
+
+One object gives the prompts of an evaluation, with worked examples before them (shots), the rows of a fine-tuning run,
+rewards, scores, and the text that a corpus must not contain.
+"""
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
+from pathlib import Path
+from typing import Any
+
+from craton.base import UserError
+from craton.tasks.rows import Row
+
+PARTS = ("train", "dev", "test")
+CHOICE, COMPLETION = "choice", "completion"  # scorers by likelihood; the others look at what was written
+LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
+
+
+@dataclass(frozen=True)
+class Formulation:
+    """One way to put a task into words. prompt, target, context: Jinja over a row; in `choice` (and `target`) also
+    `choice`, the text of one, and `letter`.
+
+    joint: what stands between prompt and continuation. context: where it is given each choice has a prompt of its own,
+    and what is scored is the one target (partial evaluation, arXiv 1806.02847).
+    """
+
+    prompt: str
+    target: str = ""
+    choice: str = "{{choice}}"
+    context: str = ""
+    joint: str = " "
+    between: str = "\n\n"  # shots
+    chat: str = ""  # the prompt where it is put through a chat template, if that is to be another
+
+
+@dataclass(frozen=True)
+class Example:
+    """What is asked once, ready to be put to a model. prompts: one, or one a choice. choices: continuations as they are
+    scored. gold: which is right. targets: answers that count as right. messages: the same as a conversation."""
+
+    id: str | int
+    prompts: tuple[str, ...]
+    choices: tuple[str, ...] = ()
+    texts: tuple[str, ...] = ()  # of the choices, without what joins them to the prompt
+    gold: int | None = None
+    targets: tuple[str, ...] = ()
+    messages: tuple[dict[str, Any], ...] = ()
+    group: str = ""
+    row: Row = field(default_factory=dict)
+
+
+@dataclass
+class Task:
+    """parts: rows of "train", "dev" and "test", or a function that reads them at first use. formulations: by name; all
+    are tried, and the best counts. shots: worked examples by default. neutral: the prompt without the question, for
+    scores that are normalised by what a choice is worth by itself."""
+
+    name: str
+    parts: dict[str, list[Row]] | Callable[[], dict[str, list[Row]]]
+    formulations: dict[str, Formulation]
+    scorer: str
+    metric: str
+    shots: int = 0
+    max_tokens: int = 256
+    stop: tuple[str, ...] = ()
+    introduction: str = ""  # Jinja over a row, before the shots
+    neutral: str = "Answer:"
+    options: dict[str, Any] = field(default_factory=dict)  # of the scorer
+    summary: str = ""
+    kind: str = "file"
+    licence: str = "unknown"
+    source: str = ""
+    documents: Path | None = None
+
+    @property
+    def by_likelihood(self) -> bool:
+        """Whether given continuations are scored, rather than written ones."""
+        return self.scorer in (CHOICE, COMPLETION)
+
+    @cached_property
+    def rows(self) -> dict[str, list[Row]]:
+        """Of each part that there is."""
+        return self.parts if isinstance(self.parts, dict) else self.parts()
+
+    def part(self, name: str) -> list[Row]:
+        """The rows of a part. UserError if there are none."""
+        rows = self.rows.get(name, [])
+        if not rows:
+            has = ", ".join(p for p in PARTS if self.rows.get(p)) or "nothing"
+            raise UserError(f"task {self.name}: has no {name} part ({has}); name a file for it", field=name)
+        return rows
+
+    def items(self, limit: int | None = None) -> list[Row]:
+        """The rows that are scored: the first `limit` of the test part."""
+        return self.part("test")[:limit]
+
+    def shots_for(self, row: Row, shots: int, seed: int) -> list[Row]:
+        """The worked examples before a row: its own where it brings some; else of its group in the train part, or dev,
+        the first ones where a group has its own few, else drawn by seed, the same for all rows; else of the test part,
+        never the row itself."""
+        if shots == 0:
+            return []
+        if "shots" in row:
+            return row["shots"][:shots]
+        pool, drawn = self._pool(row.get("group", ""))
+        if len(pool) <= shots and pool is self.rows.get("test"):
+            raise UserError(f"task {self.name}: {shots} shots, but only {len(pool)} rows to take them from")
+        if len(pool) < shots:
+            raise UserError(f"task {self.name}: {shots} shots, but its train part has {len(pool)} rows")
+        chosen = _draw(len(pool), min(len(pool), shots + 1), seed) if drawn else range(shots)
+        return [pool[i] for i in chosen if pool[i] is not row][:shots]
+
+    def _pool(self, group: str) -> tuple[list[Row], bool]:
+        for part in ("train", "dev"):
+            if rows := self.rows.get(part):
+                own = self._groups(part).get(group) if group else None
+                return (own, False) if own else (rows, True)
+        return self.part("test"), True
+
+    @lru_cache(4)  # noqa: B019 (a task lives as long as the program)
+    def _groups(self, part: str) -> dict[str, list[Row]]:
+        out: dict[str, list[Row]] = {}
+        for row in self.rows.get(part, []):
+            out.setdefault(row.get("group", ""), []).append(row)
+        return out
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    def example(self, row: Row, formulation: str, shots: Sequence[Row] = ()) -> Example:
+        """A row as it is put to a model, behind its shots. UserError names the row where a template fails."""
+        f = self.formulations[formulation]
+        head = self._fill(self.introduction, row)
+        worked = [self.worked(shot, f) for shot in shots]
+        start = head + "".join(prompt + target + f.between for prompt, target in worked)
+        turns = []
+        for prompt, target in worked:
+            turns += [{"role": "user", "content": prompt}, {"role": "assistant", "content": target.strip()}]
+        if f.context:
+            own = [self._fill(f.context, row, choice=c, letter=LETTERS[i]) for i, c in enumerate(row["choices"])]
+            target = f.joint + self._fill(f.target, row)
+            texts = tuple(target.strip() for _ in own)
+            prompts = tuple(start + o for o in own)
+            return Example(row["id"], prompts, (target,) * len(own), texts, row["gold"], row=row)
+        asked = self._fill(f.prompt, row)
+        said = self._fill(f.chat, row) if f.chat else asked
+        turns.append({"role": "user", "content": head + said if not worked else said})
+        if head and worked:
+            turns[0] = {"role": "user", "content": head + turns[0]["content"]}
+        about: dict[str, Any] = dict(messages=tuple(turns), group=str(row.get("group", "")), row=row)
+        prompts = (start + asked,)
+        if self.scorer == CHOICE:
+            filled = tuple(self._choice(row, f, i) for i in range(len(row["choices"])))
+            choices = tuple(f.joint + c for c in filled)
+            return Example(row["id"], prompts, choices, filled, row["gold"], (filled[row["gold"]],), **about)
+        target = self._fill(f.target, row) if f.target else ""
+        if self.scorer == COMPLETION:
+            return Example(row["id"], prompts, (f.joint + target,), (target,), 0, (target,), **about)
+        return Example(row["id"], prompts, targets=tuple(row.get("answers") or (target,)), **about)
+
+    def _choice(self, row: Row, f: Formulation, number: int) -> str:
+        text, letter = row["choices"][number], LETTERS[number % len(LETTERS)]
+        return self._fill(f.choice, row, choice=text, letter=letter)
+
+    def worked(self, row: Row, f: Formulation) -> tuple[str, str]:
+        """The prompt of a shot, and its right answer with what joins them."""
+        if f.context:
+            right = self._fill(f.context, row, choice=row["choices"][row["gold"]], letter=LETTERS[row["gold"]])
+            return right, f.joint + self._fill(f.target, row)
+        if self.scorer == CHOICE:
+            return self._fill(f.prompt, row), f.joint + self._choice(row, f, row["gold"])
+        target = self._fill(f.target, row) if f.target else (row.get("answers") or [""])[0]
+        return self._fill(f.prompt, row), f.joint + target
+
+    def _fill(self, template: str, row: Row, **more: str) -> str:
+        if "{" not in template:
+            return template
+        if template == "{{choice}}":
+            return more["choice"]
+        import jinja2
+
+        try:
+            return compiled(template).render(**row, letters=LETTERS, **more)
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+            where = row.get("where", f"row {row.get('id')}")
+            raise UserError(f"{where}: the template of task {self.name} fails ({error})", field="prompt") from None
+
+
+@lru_cache(64)
+def compiled(template: str) -> Any:
+    """A Jinja template that can do no harm and refuses names that a row lacks. UserError if it is wrong."""
+    import jinja2
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    try:
+        return environment.from_string(template)
+    except jinja2.TemplateError as error:
+        raise UserError(f"prompt: not a Jinja template ({error})", field="prompt") from None
+
+
+@lru_cache(16)
+def _draw(size: int, wanted: int, seed: int) -> tuple[int, ...]:
+    return tuple(random.Random(seed).sample(range(size), wanted))
