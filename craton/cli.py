@@ -71,8 +71,9 @@ def _emit(wanted: bool, value: dict[str, Any]) -> None:
 
 
 SOURCES = (
-    "Files, folders, globs (quoted), - for stdin, or hub datasets (hf://ORG/NAME). Text, Markdown, HTML, PDF, Word, "
-    "source code, .jsonl, .json, .csv, .ipynb, .parquet; compressed with gzip, xz, zstd or bzip2 too."
+    "Files, folders, globs (quoted), - for stdin, hub datasets (hf://ORG/NAME), or task:TASK for its rows. "
+    "Text, Markdown, HTML, PDF, Word, source code, .jsonl, .json, .csv, .ipynb, .parquet; compressed with gzip, xz, zstd "
+    "or bzip2 too."
 )
 
 
@@ -94,7 +95,7 @@ def corpus_build(
     encoding: Annotated[str | None, Option(help="Of text files, as windows-1251; told from each if left out.")] = None,
     decontaminate: Annotated[
         list[str] | None,
-        Option(help="Evaluation files; documents that share 13 words in a row with one are dropped. Repeatable."),
+        Option(help="Evaluation files or TASKs; documents that share 13 words in a row with one go. Repeatable."),
     ] = None,
     mask_pii: Annotated[bool, Option("--mask-pii", help="Mask e-mail and public IP addresses, phone numbers.")] = False,
     tokenizer: Annotated[str | None, Option(help="A folder with tokenizer.json to use; else one is trained.")] = None,
@@ -113,9 +114,12 @@ def corpus_build(
     craton corpus build hf://HuggingFaceFW/fineweb --out corpus
     """
     from craton.corpus.build import BuildOptions, build
+    from craton.tasks.export import as_file
 
+    held = [as_file(text, out.parent / ".craton-tasks", "test") for text in decontaminate or []]
+    sources = [as_file(text, out.parent / ".craton-tasks", "train") for text in sources]
     more: dict[str, Any] = dict(rules=rules, text_fields=tuple(text_field or ()), encoding=encoding)
-    given = (decontaminate or [], mask_pii, tokenizer, vocab_size, skip_bad)
+    given = (held, mask_pii, tokenizer, vocab_size, skip_bad)
     options = BuildOptions(sources, sorted(skip or []), *given, **more)
     manifest = build(options, out)
     kept = {s: {k: v for k, v in facts.items() if k != "shards"} for s, facts in manifest["splits"].items()}
@@ -332,6 +336,40 @@ def eval_(
     settings = Settings(shots, limit, seed, chat, tuple(corpus or ()))
     found = evaluate(models, find_tasks(tasks), settings, out)
     say(f"{write_evaluation(Path(found['out']))}: every item, to browse")
+    _emit(json_, found)
+
+
+def _numbers(text: str, flag: str) -> list[int]:
+    try:
+        return [int(word) for word in text.split(",") if word.strip()]
+    except ValueError:
+        raise UserError(f"{flag} is {text!r}; write whole numbers with commas between them") from None
+
+
+@app.command()
+def emerge(
+    models: Annotated[list[str], Argument(metavar="MODEL...", help="Folders of a ladder, or checkpoints of one run.")],
+    tasks: Annotated[str, Option(help="TASK,TASK,... each " + TASK)],
+    shots: Annotated[str, Option(help="Numbers of worked examples to try.")] = "0,1,4,16",
+    limit: Annotated[int, Option(help="Items of each task.")] = 200,
+    samples: Annotated[str, Option(help="Answers to each item, for what more computing gives; empty for none.")] = "",
+    out: Annotated[Path | None, Option(help="The folder for results and page; in the cache if left out.")] = None,
+    json_: Json = False,
+) -> None:
+    """Abilities over size and training, with a sharp and a smooth measure of each.
+
+    \b
+    craton emerge ladder/* --tasks maps,hops,hops:scratchpad --shots 0,1,4,16 --samples 1,4,16
+    craton emerge model/training/step-* --tasks my-task.toml
+    """
+    with waiting("loading"):
+        from craton.evaluate.emerge import emerge as run
+        from craton.report.emergence import write_emergence
+        from craton.tasks.find import find_tasks
+
+    counts = _numbers(shots, "--shots"), _numbers(samples, "--samples")
+    found = run(models, find_tasks(tasks), counts[0], limit, counts[1], out)
+    say(f"{write_emergence(Path(found['out']))}: the curves")
     _emit(json_, found)
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from craton.model import plain
 from craton.model.attention import AttentionSpec
 from craton.model.decoder import Decoder
+from craton.text.tokenizer import Tokenizer
 
 _BATCH_TOKENS = 2048
 _LOGIT_BYTES = 64 << 20  # logits that exist at once
@@ -22,10 +23,23 @@ Pair = tuple[Sequence[int], Sequence[int]]  # context, continuation
 
 @dataclass(frozen=True)
 class Likelihood:
-    """Of a continuation: its log-probability in nats, and whether each token was the likeliest."""
+    """Of a continuation: its log-probability in nats, whether each token was the likeliest, and how many there are."""
 
     total: float
     greedy: bool
+    tokens: int
+
+
+def encode_pair(tokenizer: Tokenizer, context: str, continuation: str) -> tuple[list[int], list[int]]:
+    """Tokens of a context and of what follows it, as lm-eval divides them: spaces that end the context go to the
+    continuation, and the token that begins documents stands for an empty context."""
+    spaces = len(context) - len(context.rstrip())
+    if spaces:
+        context, continuation = context[:-spaces], context[-spaces:] + continuation
+    if not context:
+        return [tokenizer.document_id], tokenizer.encode_rendered(continuation)
+    before = tokenizer.encode(context)
+    return before, tokenizer.encode(context + continuation)[len(before) :]
 
 
 @dataclass(eq=False)
@@ -183,7 +197,7 @@ def loglikelihoods(
             greedy[number] &= likeliest
             left[number] -= 1
             if not left[number]:
-                yield number, Likelihood(total[number], greedy[number])
+                yield number, Likelihood(total[number], greedy[number], len(pairs[number][1]))
         for run in live:
             if run not in batch[-1].path():
                 run.kept.clear()

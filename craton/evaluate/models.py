@@ -9,21 +9,12 @@ from typing import Any, Protocol
 
 from craton.base import UserError
 from craton.engine.request import Sampling
-from craton.engine.score import loglikelihoods
+from craton.engine.score import Likelihood, encode_pair, loglikelihoods
 
 Progress = Callable[[int, int], None]
 Answers = tuple[int, list["Written"]]  # the number of a prompt, and what was written
 LIKELIHOOD_BATCH = 4096  # requests whose tree is made at once
 _AHEAD = 512  # answers that are asked for at once
-
-
-@dataclass(frozen=True)
-class Scored:
-    """A continuation's log-probability in nats, whether greedy decoding gives it, and its tokens."""
-
-    total: float
-    greedy: bool
-    tokens: int
 
 
 @dataclass(frozen=True)
@@ -79,7 +70,7 @@ class Subject(Protocol):
         """Tokens of a prompt, where they can be counted."""
         ...
 
-    def score(self, requests: Sequence[tuple[Prompt, str]], progress: Progress) -> Iterator[tuple[int, Scored]]:
+    def score(self, requests: Sequence[tuple[Prompt, str]], progress: Progress) -> Iterator[tuple[int, Likelihood]]:
         """For each (context, continuation): its number and likelihood, as they become known."""
         ...
 
@@ -121,32 +112,19 @@ class LocalModel:
     def count(self, prompt: Prompt) -> int:
         return len(self._ids(prompt))
 
-    def pair(self, prompt: Prompt, continuation: str) -> tuple[list[int], list[int]]:
-        """Tokens of both, as lm-eval divides them: spaces that end the context go to the continuation, and where an
-        empty context gives no token, the one that begins documents stands for it."""
-        tokenizer = self.talker.tokenizer
+    def _pair(self, prompt: Prompt, continuation: str) -> tuple[list[int], list[int]]:
         if prompt.messages:
-            return self._ids(prompt), tokenizer.encode_rendered(continuation)
-        context = prompt.text.rstrip(" ") if prompt.text.strip() else prompt.text
-        continuation = prompt.text[len(context) :] + continuation
-        if not context:
-            return [tokenizer.document_id], tokenizer.encode_rendered(continuation)
-        before, whole = self._context(context), tokenizer.encode(context + continuation)
-        return before, whole[len(before) :]
+            return self._ids(prompt), self.talker.tokenizer.encode_rendered(continuation)
+        return encode_pair(self.talker.tokenizer, prompt.text, continuation)
 
-    def _context(self, text: str) -> list[int]:
-        if getattr(self, "_last", ("",))[0] != text:
-            self._last: tuple[Any, ...] = (text, self.talker.tokenizer.encode(text))
-        return list(self._last[1])
-
-    def score(self, requests: Sequence[tuple[Prompt, str]], progress: Progress) -> Iterator[tuple[int, Scored]]:
+    def score(self, requests: Sequence[tuple[Prompt, str]], progress: Progress) -> Iterator[tuple[int, Likelihood]]:
         from craton.model import modes
 
         context = self.longest()
         for first in range(0, len(requests), LIKELIHOOD_BATCH):
             pairs = []
             for prompt, continuation in requests[first : first + LIKELIHOOD_BATCH]:
-                before, after = self.pair(prompt, continuation)
+                before, after = self._pair(prompt, continuation)
                 if not after:
                     raise UserError(f"{self.name}: a continuation has no token: {continuation!r}")
                 if len(after) >= context:
@@ -159,7 +137,7 @@ class LocalModel:
             network = self.talker.engine.runner.modules()
             with modes.exact_activations():
                 for number, found in loglikelihoods(network, pairs, shown):
-                    yield first + number, Scored(found.total, found.greedy, len(pairs[number][1]))
+                    yield first + number, found
 
     def write(self, prompts: Sequence[Prompt], how: Decoding, progress: Progress) -> Iterator[Answers]:
         engine, waiting, done = self.talker.engine, list(enumerate(prompts))[::-1], 0

@@ -5,7 +5,8 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 
 from craton.base import UserError
 from craton.engine.remote import open_client
-from craton.evaluate.models import Answers, Decoding, Progress, Prompt, Scored, Written
+from craton.engine.score import Likelihood
+from craton.evaluate.models import Answers, Decoding, Progress, Prompt, Written
 
 _AT_ONCE = 8
 _TEXTS = 16  # in one request
@@ -31,7 +32,7 @@ class RemoteModel:
         """Not known."""
         return
 
-    def score(self, requests: Sequence[tuple[Prompt, str]], progress: Progress) -> Iterator[tuple[int, Scored]]:
+    def score(self, requests: Sequence[tuple[Prompt, str]], progress: Progress) -> Iterator[tuple[int, Likelihood]]:
         if any(prompt.messages for prompt, _ in requests):
             raise UserError(f"{self.name}: choices cannot be scored through a chat API; use --no-chat", field="chat")
         pieces = range(0, len(requests), _TEXTS)
@@ -45,7 +46,7 @@ class RemoteModel:
             finally:
                 pool.shutdown(wait=False, cancel_futures=True)
 
-    def _score(self, requests: Sequence[tuple[Prompt, str]]) -> list[Scored]:
+    def _score(self, requests: Sequence[tuple[Prompt, str]]) -> list[Likelihood]:
         """A continuation begins at the first token that does not end before it."""
         rows = self.client.prompt_logprobs([prompt.text + continuation for prompt, continuation in requests])
         out = []
@@ -54,7 +55,7 @@ class RemoteModel:
             own = [(value, best) for offset, value, best in tokens if offset >= start and value is not None]
             if not own:
                 raise UserError(f"{self.name}: the server gave no log-probability for a continuation")
-            out.append(Scored(sum(v for v, _ in own), all(b for _, b in own), len(own)))
+            out.append(Likelihood(sum(v for v, _ in own), all(b for _, b in own), len(own)))
         return out
 
     def write(self, prompts: Sequence[Prompt], how: Decoding, progress: Progress) -> Iterator[Answers]:

@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from craton.base import Progress, UserError, publish, say, span, write_json
+from craton.engine.score import Likelihood
 from craton.evaluate.contamination import check_corpus, contaminated, corpora_of
-from craton.evaluate.models import Decoding, Prompt, Scored, Subject, Written, open_subject
+from craton.evaluate.models import Decoding, Prompt, Subject, Written, open_subject
 from craton.evaluate.statistics import calibration, interval, paired, standard_error
 from craton.evaluate.store import Store, cache_folder, key_of
-from craton.tasks.scorers import SCORERS, Verdict, judge_prompt, judged
+from craton.tasks.scorers import SCORERS, Verdict, judge_choices, judge_prompt, judged
 from craton.tasks.task import CHOICE, Example, Task
 
 FORMAT = "craton-evaluation-1"
@@ -74,8 +75,7 @@ class Evaluation:
             chat = not task.by_likelihood and self._chats()
         elif chat and not self._chats():
             raise UserError(f"{self.subject.name}: has no chat template; leave out --chat", field="chat")
-        rows = task.items(self.settings.limit)
-        examples = [task.example(r, name, task.shots_for(r, shots, self.settings.seed)) for r in rows]
+        examples = self.examples(task, name)
         if chat and any(not e.messages for e in examples):
             raise UserError(f"task {task.name}: {name} has no chat form; leave out --chat", field="chat")
         label = f"{self.subject.name}: {task.name} ({name})"
@@ -85,6 +85,12 @@ class Evaluation:
             outcome = self._by_answer(task, name, examples, chat, label)
         outcome.shots = shots
         return outcome
+
+    def examples(self, task: Task, formulation: str) -> list[Example]:
+        """The items with their shots."""
+        shots = task.shots if self.settings.shots is None else self.settings.shots
+        rows = task.items(self.settings.limit)
+        return [task.example(r, formulation, task.shots_for(r, shots, self.settings.seed)) for r in rows]
 
     def _chats(self) -> bool:
         known = key_of("chats-1", self.subject.identity)
@@ -136,14 +142,14 @@ class Evaluation:
         asked = len(requests)
         if task.metric == "acc_mutual_info":
             requests += [(Prompt(task.neutral), c) for e in examples for c in e.choices]
-        scored, cut = self._scores(task, name, examples, requests, label)
+        scored, cut = self.scores(task, name, examples, requests, label)
         outcome = Outcome(name, 0, chat, [], {})
         at = 0
         for e in examples:
             found = scored[at : at + len(e.choices)]
             alone = scored[asked + at : asked + at + len(e.choices)]
             at += len(e.choices)
-            values, sample = _judge_choices(task, e, found, alone)
+            values, sample = judge_choices(task, e, found, alone)
             for metric, value in values.items():
                 outcome.values.setdefault(metric, []).append(value)
             prompt: Any = e.prompts[0] if len(e.prompts) == 1 else list(e.prompts)
@@ -163,9 +169,9 @@ class Evaluation:
             outcome.warnings.append(f"{cut} items are longer than the context: their beginnings were cut off")
         return outcome
 
-    def _scores(
+    def scores(
         self, task: Task, name: str, examples: list[Example], requests: list[tuple[Prompt, str]], label: str
-    ) -> tuple[list[Scored], int]:
+    ) -> tuple[list[Likelihood], int]:
         keys = [key_of("likelihood-2", self.subject.identity, p.text, p.messages, c) for p, c in requests]
         known = [self.store.get(key) for key in keys]
         missing = [i for i, value in enumerate(known) if value is None]
@@ -179,7 +185,7 @@ class Evaluation:
                     known[missing[i]] = [found.total, found.greedy, found.tokens]
                     self.store.put(keys[missing[i]], known[missing[i]])
             self.store.save()
-        return [Scored(*value) for value in known], self.store.get(room_key) or 0
+        return [Likelihood(*value) for value in known], self.store.get(room_key) or 0
 
     # ---- by what was written ----
 
@@ -245,27 +251,6 @@ class Evaluation:
         return [judged(reply[0].text) for reply in replies]
 
 
-def _judge_choices(task: Task, e: Example, found: list[Scored], alone: list[Scored]) -> tuple[dict[str, float], Sample]:
-    """An item's score by each metric, as the field names them, and its part of a sample."""
-    sums = [s.total for s in found]
-    if task.scorer != CHOICE:
-        right = float(found[0].greedy)
-        answer = e.choices[0] if found[0].greedy else None
-        return {"acc": right}, {"target": e.choices[0], "answer": answer, "loglikelihoods": sums}
-    assert e.gold is not None
-    normalised = {
-        "acc": sums,
-        "acc_norm": [s / max(1, len(t)) for s, t in zip(sums, e.texts, strict=True)],
-        "acc_bytes": [s / max(1, len(t.encode())) for s, t in zip(sums, e.texts, strict=True)],
-        "acc_per_token": [s.total / max(1, s.tokens) for s in found],
-    }
-    if alone:
-        normalised["acc_mutual_info"] = [s - a.total for s, a in zip(sums, alone, strict=True)]
-    picks = {metric: max(range(len(v)), key=v.__getitem__) for metric, v in normalised.items()}
-    values = {metric: float(pick == e.gold) for metric, pick in picks.items()}
-    return values, {"target": e.gold, "answer": picks[task.metric], "loglikelihoods": sums}
-
-
 def _mean(values: list[float]) -> float:
     return sum(values) / len(values) if values else 0.0
 
@@ -304,7 +289,7 @@ def evaluate(models: list[str], tasks: list[Task], settings: Settings, out: Path
     for task in tasks:
         task.items()
     store = Store()
-    folder = _folder(out, models, tasks, settings)
+    folder = evaluation_folder(out, "results.json", models, [(t.name, t.source) for t in tasks], settings)
     results: dict[str, Any] = {"format": FORMAT, "models": {}, "settings": _written(settings), "out": str(folder)}
     outcomes: dict[str, dict[str, Outcome]] = {}
     for name in models:
@@ -330,11 +315,12 @@ def evaluate(models: list[str], tasks: list[Task], settings: Settings, out: Path
     return results
 
 
-def _folder(out: Path | None, models: list[str], tasks: list[Task], settings: Settings) -> Path:
+def evaluation_folder(out: Path | None, own: str, *what: Any) -> Path:
+    """Where results go: OUT, or a place in the cache that is the same for the same command. own: the file by which a
+    folder is known to be one of these. UserError where OUT holds anything else."""
     if out is None:
-        name = key_of(models, [(t.name, t.source) for t in tasks], str(settings))[:16]
-        return (cache_folder() / "evaluations" / name).resolve()
-    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / "results.json").exists())):
+        return (cache_folder() / "evaluations" / key_of([str(w) for w in what])[:16]).resolve()
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / own).exists())):
         raise UserError(f"{out}: in use, and not by an evaluation; give another --out", field="out")
     return out.resolve()
 

@@ -75,6 +75,19 @@ def _position(found: list[list[float]]) -> Any:
     return draw
 
 
+def _tasks(looks: list[dict[str, Any]]) -> Any:
+    def draw(axes: Any) -> None:
+        for number, name in enumerate(looks[0]["tasks"]):
+            colour = (ACCENT, SECOND, "#22c55e", "#a855f7", "#94a3b8")[number % 5]
+            values = [look["tasks"].get(name) for look in looks]
+            axes.plot([look["step"] for look in looks], values, "o-", color=colour, markersize=4, label=name)
+        axes.set_ylim(0, 1.02)
+        axes.set_xlabel("step")
+        axes.legend(frameon=False, labelcolor=INK, fontsize=8)
+
+    return draw
+
+
 def plots(record: dict[str, Any]) -> list[tuple[str, str, str]]:
     """(title, what it shows, SVG) of each."""
     rows = record["curve"]
@@ -118,6 +131,9 @@ def plots(record: dict[str, Any]) -> list[tuple[str, str, str]]:
                 _position(record["by_position"]),
             )
         )
+    if any(look.get("tasks") for look in record.get("looks", [])):
+        words = "How well the first items of each task were done meanwhile."
+        out.append(("Tasks", words, _tasks([look for look in record["looks"] if look.get("tasks")])))
     out += [
         ("Throughput", "Even, unless the machine had other work.", rate),
         (

@@ -10,6 +10,7 @@ from typing import Any
 from craton.base import UserError, publish, say
 from craton.tasks.find import find_task
 from craton.tasks.generated import GENERATED, generate
+from craton.tasks.published import ALIASES, PUBLISHED
 from craton.tasks.task import PARTS, Task
 
 
@@ -55,12 +56,13 @@ def write_rows(name: str, out: Path, part: str, shots: int | None, n: int | None
 
 
 def as_file(text: str, folder: Path, part: str = "test") -> str:
-    """A TASK, as a path of a file that holds its rows: of the same content the same path. Any other text as it is."""
+    """task:TASK as a path of a file that holds a part of its rows, of the same content the same path; where text is
+    looked for that must not be seen, NAME=PATH and a .toml file too. Any other text as it is."""
     name = text.removeprefix("task:")
-    path = Path(text)
-    if name == text and (path.exists() or not (path.suffix == ".toml" or "=" in text)):
-        return text
-    if name == text and path.suffix == ".toml" and not path.exists():
+    base = name.partition("=")[0]
+    known = base in PUBLISHED or base in ALIASES or base in GENERATED or Path(name).suffix == ".toml"
+    held = part == "test" and known and ("=" in name or Path(name).is_file())
+    if name == text and (not held or (Path(text).exists() and Path(text).suffix != ".toml")):
         return text
     lines = [json.dumps(row, ensure_ascii=False) for row in training_rows(find_task(name), part, None, None, 0)]
     whole = "\n".join(lines) + "\n"

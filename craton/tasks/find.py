@@ -5,6 +5,7 @@ from typing import Any
 
 from craton.base import UserError, nearest
 from craton.tasks.generated import GENERATED, generated_task
+from craton.tasks.memorised import canary_task, memorised_task
 from craton.tasks.own import gym_task, harness_task, read_task
 from craton.tasks.published import ALIASES, PUBLISHED, published_task
 from craton.tasks.task import Task
@@ -19,6 +20,10 @@ def find_task(text: str) -> Task:
         if value and not value.isdigit():
             raise UserError(f"{text}: the dial of {name} is a whole number ({GENERATED[name].dial})", field="tasks")
         return generated_task(name, int(value) if value else None)
+    if text == "canaries":
+        return canary_task()
+    if name == "memorised":
+        return memorised_task(Path(value or "."))
     if name.startswith("gym:"):
         return gym_task(name.removeprefix("gym:"))
     if equals:
@@ -63,10 +68,12 @@ def known_tasks() -> list[dict[str, Any]]:
         out.append({"name": name, "kind": kind, "metric": p.metric, "size": size, "source": source} | about)
         out[-1]["summary"] = p.summary
     for name, g in GENERATED.items():
-        about = {"shots": 0, "licence": "none needed", "formulations": ["generation"]}
+        about = {"shots": g.shots, "licence": "none needed", "formulations": ["generation"]}
         source = f"made by rule; {name}=N sets {g.dial}"
         out.append(
             {"name": name, "kind": "generated", "metric": "exact_match", "size": "any", "source": source} | about
         )
         out[-1]["summary"] = g.summary
-    return out
+    more = {"kind": "memorisation", "metric": "acc", "shots": 0, "licence": "the corpus's own"}
+    named = (("memorised", "training text word for word (memorised=CORPUS)"), ("canaries", "planted secrets"))
+    return out + [{"name": name, "size": "", "source": "", "summary": what} | more for name, what in named]

@@ -9,7 +9,7 @@ import itertools
 import random
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from craton.base import UserError, nearest
@@ -164,30 +164,37 @@ def _program(r: random.Random, steps: int) -> Row:
     return _row(f"{shown} :", " ".join(words), cases=cases, most=2 * steps + 2)
 
 
-def _maps(r: random.Random, size: int) -> Row:
-    """A made-up function, to be learned from the shots: how often the key was among them bounds what can be known."""
-    keys = r.sample(_SYMBOLS, size)
-    values = dict(zip(keys, r.sample(_SYMBOLS, size), strict=True))
-    shots = [_row(f"{key} >", values[key]) for key in r.choices(keys, k=32)]
-    key = r.choice(keys)
-    return _row(f"{key} >", values[key], shots=shots)
+def _maps(made_up: bool) -> Maker:
+    def make(r: random.Random, size: int) -> Row:
+        """A made-up function, to be learned from the shots, or values that follow no function. How often the key was
+        among the shots bounds what can be known."""
+        keys, given = r.sample(_SYMBOLS, size), r.sample(_SYMBOLS, size)
+        values = dict(zip(keys, given, strict=True))
+        shots = [_row(f"{key} >", values[key] if made_up else r.choice(given)) for key in r.choices(keys, k=32)]
+        key = r.choice(keys)
+        return _row(f"{key} >", values[key], shots=shots)
+
+    return make
 
 
 def _hops(scratchpad: bool) -> Maker:
     def make(r: random.Random, hops: int) -> Row:
-        """A table of a cycle; the entry so many steps on, at once or with the steps between."""
-        ring = r.sample(_SYMBOLS, 8)
+        """A table of a cycle; the entry so many steps on, at once or with the steps between. Shots ask the same table
+        from other starts."""
+        ring = r.sample(_SYMBOLS, 6)
         after = dict(zip(ring, ring[1:] + ring[:1], strict=True))
         lines = [f"{a} > {b}" for a, b in after.items()]
         r.shuffle(lines)
-        start = r.choice(ring)
-        steps = [start]
-        for _ in range(hops):
-            steps.append(after[steps[-1]])
-        table = "\n".join(lines)
-        if scratchpad:
-            return _row(f"{table}\n{start} :", steps[-1], " ".join(steps[1:]))
-        return _row(f"{table}\n{start} {'>' * hops}", steps[-1])
+
+        def ask(start: str) -> Row:
+            steps = [start]
+            for _ in range(hops):
+                steps.append(after[steps[-1]])
+            mark = ":" if scratchpad else ">" * hops
+            return _row(f"{start} {mark}", steps[-1], " ".join(steps[1:]) if scratchpad else "")
+
+        first, *others = r.sample(ring, 6)
+        return ask(first) | {"head": "\n".join(lines) + "\n", "shots": [ask(start) for start in others]}
 
     return make
 
@@ -247,7 +254,8 @@ class Generated:
     dial: str
     verifier: str = ""
     joint: str = ""
-    options: dict[str, Any] = field(default_factory=dict)
+    shots: int = 0
+    introduction: str = ""
 
 
 GENERATED: dict[str, Generated] = {
@@ -265,9 +273,12 @@ GENERATED: dict[str, Generated] = {
     "maze": Generated("the way through a maze", _maze, 3, "cells a side", "maze", joint=" "),
     "dates": Generated("days and weekdays", _dates, 5, "years"),
     "program": Generated("a program from its inputs and outputs", _program, 2, "steps", "program", joint=" "),
-    "maps": Generated("a made-up function, from the shots", _maps, 8, "keys", joint=" "),
-    "hops": Generated("a table followed some steps, at once", _hops(False), 2, "steps", joint=" "),
-    "hops:scratchpad": Generated("the same with the steps written", _hops(True), 2, "steps", "last", joint=" "),
+    "maps": Generated("a made-up function, from the shots", _maps(True), 6, "keys", joint=" ", shots=16),
+    "maps:unrelated": Generated("a control: values without a function", _maps(False), 6, "keys", joint=" ", shots=16),
+    "hops": Generated("a table followed some steps, at once", _hops(False), 3, "steps", "", " ", 0, "{{head}}"),
+    "hops:scratchpad": Generated(
+        "the same with the steps written", _hops(True), 3, "steps", "last", " ", 0, "{{head}}"
+    ),
 }
 
 
@@ -300,7 +311,7 @@ def generated_task(name: str, difficulty: int | None = None) -> Task:
     scorer = "verified" if g.verifier else "exact"
     title = name if difficulty is None else f"{name}={difficulty}"
     return Task(
-        title, parts, {"generation": formulation}, scorer, "exact_match", max_tokens=160, stop=("\n",),
+        title, parts, {"generation": formulation}, scorer, "exact_match", introduction=g.introduction, max_tokens=160, stop=("\n",), shots=g.shots,
         options={"verifier": g.verifier} if g.verifier else {}, summary=f"{g.summary} ({g.dial}: {g.difficulty})",
         kind="generated", licence="none needed", source=f"made by rule, dial {difficulty or g.difficulty}",
     )  # fmt: skip

@@ -1,8 +1,8 @@
 """Runs inside the sandbox, started by sandbox.py with nothing but the standard library: shuts the doors, one after the
 other, then runs a program and reports on it. Not imported by anything.
 
-argv: a JSON object {level, root, binds, seconds, memory, processes, uid}. stdin: the program, then its tests, as JSON.
-Descriptor 3: where the verdict is written.
+argv: a JSON object {level, root, binds, seconds, memory, processes, uid, report}. stdin: the program, then its tests,
+as JSON. report: the descriptor that the verdict is written to, 3 from then on.
 """
 
 import ctypes
@@ -199,6 +199,9 @@ def child(settings: dict, given: dict) -> None:
 
 def main() -> None:
     settings, given = json.loads(sys.argv[1]), json.loads(sys.stdin.buffer.read())
+    if settings["report"] != 3:
+        os.dup2(settings["report"], 3)
+        os.close(settings["report"])
     LIBC.prctl(1, signal.SIGKILL, 0, 0, 0)  # PR_SET_PDEATHSIG: nothing outlives the run
     try:
         if settings["level"] == "namespaces":

@@ -1,5 +1,5 @@
 """How an answer is judged: each scorer looks at what was written and says how good it is, from 0 to 1, and what it took
-for the answer. By likelihood is craton/evaluate/choices.py's work.
+for the answer; choices are judged by how likely they are.
 """
 
 import json
@@ -7,14 +7,15 @@ import re
 import string
 import unicodedata
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from craton.base import UserError
+from craton.engine.score import Likelihood
 from craton.tasks.generated import VERIFIERS
 from craton.tasks.layouts import boxed
-from craton.tasks.task import Example, Task
+from craton.tasks.task import CHOICE, Example, Task
 
 
 @dataclass(frozen=True)
@@ -223,6 +224,29 @@ SCORERS: dict[str, Callable[[Task, Example, str], Verdict]] = {
 METRIC = {"exact": "exact_match", "normalized": "exact_match", "f1": "f1", "numeric": "exact_match", "json": "fields"}
 METRIC |= {"math": "exact_match", "regex": "match", "code": "pass@1", "choice": "acc", "judge": "grade"}
 METRIC |= {"verified": "exact_match", "chrf": "chrf", "bleu": "bleu", "rouge": "rougeL", "completion": "acc"}
+
+
+def judge_choices(
+    task: Task, e: Example, found: Sequence[Likelihood], alone: Sequence[Likelihood]
+) -> tuple[dict[str, float], dict[str, Any]]:
+    """An item's score by each metric, as the field names them, and its part of a sample."""
+    sums = [s.total for s in found]
+    if task.scorer != CHOICE:
+        right = float(found[0].greedy)
+        answer = e.choices[0] if found[0].greedy else None
+        return {"acc": right}, {"target": e.choices[0], "answer": answer, "loglikelihoods": sums}
+    assert e.gold is not None
+    normalised = {
+        "acc": sums,
+        "acc_norm": [s / max(1, len(t)) for s, t in zip(sums, e.texts, strict=True)],
+        "acc_bytes": [s / max(1, len(t.encode())) for s, t in zip(sums, e.texts, strict=True)],
+        "acc_per_token": [s.total / max(1, s.tokens) for s in found],
+    }
+    if alone:
+        normalised["acc_mutual_info"] = [s - a.total for s, a in zip(sums, alone, strict=True)]
+    picks = {metric: max(range(len(v)), key=v.__getitem__) for metric, v in normalised.items()}
+    values = {metric: float(pick == e.gold) for metric, pick in picks.items()}
+    return values, {"target": e.gold, "answer": picks[task.metric], "loglikelihoods": sums}
 
 
 def judge_prompt(task: Task, example: Example, answer: str) -> str:

@@ -16,6 +16,8 @@ from craton.engine.model import greedy
 from craton.model.config import ModelConfig
 from craton.model.decoder import Decoder
 from craton.model.initialise import initial_rows
+from craton.tasks.find import find_tasks
+from craton.tasks.live import Probe
 from craton.text.tokenizer import Tokenizer
 from craton.train.distributed import Processes
 from craton.train.job import Cost, Job, Looked, Losses, on
@@ -85,6 +87,8 @@ class Heldout:
         self.config, self.device, self.bf16 = config, device, recipe.run.precision == "bf16"
         self.tokenizer = corpora[0].tokenizer
         self.token_bytes = torch.from_numpy(self.tokenizer.token_bytes())
+        asked = recipe.run.evaluate_tasks
+        self.probe = Probe(find_tasks(asked), self.tokenizer, config.max_position_embeddings) if asked else None
 
     def __call__(self, network: Any, processes: Processes) -> Looked:
         """Rows are shared out; where there are too few, some are computed twice and counted once."""
@@ -105,7 +109,16 @@ class Heldout:
         loss, bits, sample = total / tokens, total / math.log(2) / max(1, size), self.sample(network, processes)
         figures = {"heldout_loss": loss, "heldout_bits_per_byte": bits, "sample": sample}
         figures |= {"by_source": self._by_source(each), "by_position": self._by_position(each)}
-        return Looked(figures, f"held-out {bits:.4f} bits/byte, loss {loss:.4f}  {sample[:100]!r}")
+        tasks = self._tasks(network, processes)
+        said = "".join(f"  {name} {value:.3f}" for name, value in tasks.items())
+        figures |= {"tasks": tasks} if tasks else {}
+        return Looked(figures, f"held-out {bits:.4f} bits/byte, loss {loss:.4f}{said}  {sample[:100]!r}")
+
+    def _tasks(self, network: Any, processes: Processes) -> dict[str, float]:
+        """Scores of the tasks that are asked for; none where the network is sharded."""
+        if self.probe is None or processes.mesh is not None:
+            return {}
+        return self.probe(network)
 
     def _by_source(self, nats: Tensor) -> dict[str, float]:
         """Bits per byte of each source; nats: (rows, time)."""

@@ -345,7 +345,8 @@ def _finish(
     facts |= {"corpora": record.corpus_facts(asked.corpora, asked.weights)}
     facts |= {"environment": machine.facts(run.processes.device) | {"processes": world}}
     facts |= {"events": [r for r in rows if "event" in r], "curve": record.curve(rows)}
-    looks = [{k: r.get(k) for k in ("step", "seconds", "heldout_bits_per_byte", "sample")} for r in evaluated]
+    kept = ("step", "seconds", "heldout_bits_per_byte", "sample", "tasks")
+    looks = [{k: r.get(k) for k in kept} for r in evaluated]
     facts |= {"looks": looks, "references": references, "command": asked.command}
     if evaluated:
         facts |= {k: evaluated[-1].get(k) for k in ("by_source", "by_position")}
