@@ -195,7 +195,8 @@ def _timed(folder: Path, task: dict, batch: int) -> float:
     code = (
         "import sys, json; sys.path.insert(0, 'benchmarks')\n"
         "from pathlib import Path\nfrom evaluate import harness, theirs\n"
-        f"lm = harness(Path({str(folder)!r}), {batch})\nprint('SECONDS', theirs(lm, [json.loads({json.dumps(task)!r})])[1])"
+        f"lm = harness(Path({str(folder)!r}), {batch})\n"
+        f"print('SECONDS', theirs(lm, [json.loads({json.dumps(task)!r})])[1])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     line = next((x for x in done.stdout.splitlines() if x.startswith("SECONDS")), None)

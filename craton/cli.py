@@ -72,8 +72,8 @@ def _emit(wanted: bool, value: dict[str, Any]) -> None:
 
 SOURCES = (
     "Files, folders, globs (quoted), - for stdin, hub datasets (hf://ORG/NAME), or task:TASK for its rows. "
-    "Text, Markdown, HTML, PDF, Word, source code, .jsonl, .json, .csv, .ipynb, .parquet; compressed with gzip, xz, zstd "
-    "or bzip2 too."
+    "Text, Markdown, HTML, PDF, Word, source code, .jsonl, .json, .csv, .ipynb, .parquet; compressed with gzip, xz, "
+    "zstd or bzip2 too."
 )
 
 

@@ -76,18 +76,16 @@ def overheard(url: str) -> bool:
 
 
 def key_for(url: str) -> str:
-    """The API key for an address, '' for none: that of the provider whose host it is; OPENAI_API_KEY also for the
-    server that OPENAI_BASE_URL names; CRATON_API_KEY for whatever other server is named. Never over an open network."""
+    """The API key for an address, '' for none: that of the provider whose host it is (OPENAI_API_KEY is for the server
+    that OPENAI_BASE_URL names, if it does); else CRATON_API_KEY. Never over an open network."""
     if overheard(url):
         return ""
     host = httpx.URL(url).host
-    for provider in PROVIDERS.values():
-        if httpx.URL(provider.url).host == host and os.environ.get(provider.key):
+    for name, provider in PROVIDERS.items():
+        own = os.environ.get("OPENAI_BASE_URL") if name == "openai" else None
+        if httpx.URL(own or provider.url).host == host and os.environ.get(provider.key):
             return os.environ[provider.key].strip()
-    base = os.environ.get("OPENAI_BASE_URL")
-    if key := os.environ.get("CRATON_API_KEY", "").split(",")[0].strip():
-        return key
-    return os.environ.get("OPENAI_API_KEY", "").strip() if base and httpx.URL(base).host == host else ""
+    return os.environ.get("CRATON_API_KEY", "").split(",")[0].strip()
 
 
 def withheld(url: str) -> str:

@@ -51,7 +51,6 @@ def emerge(
     results["findings"] = _findings(results["models"], tasks, scores)
     for finding in results["findings"]:
         say(finding["text"])
-    store.save()
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "emergence.json", results)
     return results

@@ -184,7 +184,6 @@ class Evaluation:
                 for i, found in self.subject.score([requests[i] for i in missing], progress):
                     known[missing[i]] = [found.total, found.greedy, found.tokens]
                     self.store.put(keys[missing[i]], known[missing[i]])
-            self.store.save()
         return [Likelihood(*value) for value in known], self.store.get(room_key) or 0
 
     # ---- by what was written ----
@@ -235,7 +234,6 @@ class Evaluation:
                 for i, found in self.subject.write([prompts[i] for i in missing], how, progress):
                     known[missing[i]] = [[w.text, w.finish, w.prompt_tokens, w.tokens] for w in found]
                     self.store.put(keys[missing[i]], known[missing[i]])
-            self.store.save()
         return [[Written(*w) for w in value] for value in known]
 
     def _verdicts(self, task: Task, examples: list[Example], written: list[Written]) -> list[Verdict]:
@@ -307,7 +305,6 @@ def evaluate(models: list[str], tasks: list[Task], settings: Settings, out: Path
             results["models"].setdefault(name, {"tasks": {}})["tasks"][task.name] = facts
             _say_result(name, task, facts)
     results["differences"] = _differences(models, tasks, outcomes)
-    store.save()
     _write(folder, results, outcomes)
     for line in results["differences"]:
         what = f"{line['difference']:+.3f} ({line['low']:+.3f} to {line['high']:+.3f}), p = {line['p']:.3g}"

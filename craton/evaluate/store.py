@@ -5,7 +5,6 @@ import hashlib
 import json
 import os
 import sqlite3
-import time
 from pathlib import Path
 from typing import Any
 
@@ -25,13 +24,14 @@ class Store:
         path = cache_folder() / "evaluations.sqlite"
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self.db = sqlite3.connect(path, timeout=30)
+            self.db = sqlite3.connect(path, timeout=60, isolation_level=None)  # several evaluations share it
+            self.db.execute("PRAGMA journal_mode = WAL")
+            self.db.execute("PRAGMA synchronous = NORMAL")
             self.db.execute("CREATE TABLE IF NOT EXISTS seen (key TEXT PRIMARY KEY, value TEXT)")
         except (OSError, sqlite3.Error) as error:
             say(f"{path}: cannot be used ({error}); what is computed is not kept for a rerun")
-            self.db = sqlite3.connect(":memory:")
+            self.db = sqlite3.connect(":memory:", isolation_level=None)
             self.db.execute("CREATE TABLE seen (key TEXT PRIMARY KEY, value TEXT)")
-        self.saved = time.monotonic()
 
     def get(self, key: str) -> Any:
         """The value, or None."""
@@ -39,14 +39,8 @@ class Store:
         return None if row is None else json.loads(row[0])
 
     def put(self, key: str, value: Any) -> None:
-        """Keep a value; on the disk within two seconds of work."""
+        """Keep a value, on the disk from then on."""
         self.db.execute("INSERT OR REPLACE INTO seen VALUES (?, ?)", (key, json.dumps(value)))
-        if time.monotonic() - self.saved > 2:
-            self.save()
-
-    def save(self) -> None:
-        self.db.commit()
-        self.saved = time.monotonic()
 
 
 def key_of(*parts: Any) -> str:

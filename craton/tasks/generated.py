@@ -170,9 +170,9 @@ def _maps(made_up: bool) -> Maker:
         among the shots bounds what can be known."""
         keys, given = r.sample(_SYMBOLS, size), r.sample(_SYMBOLS, size)
         values = dict(zip(keys, given, strict=True))
-        shots = [_row(f"{key} >", values[key] if made_up else r.choice(given)) for key in r.choices(keys, k=32)]
+        shots = [_row(key, values[key] if made_up else r.choice(given)) for key in r.choices(keys, k=32)]
         key = r.choice(keys)
-        return _row(f"{key} >", values[key], shots=shots)
+        return _row(key, values[key], shots=shots)
 
     return make
 
@@ -183,18 +183,19 @@ def _hops(scratchpad: bool) -> Maker:
         from other starts."""
         ring = r.sample(_SYMBOLS, 6)
         after = dict(zip(ring, ring[1:] + ring[:1], strict=True))
-        lines = [f"{a} > {b}" for a, b in after.items()]
+        lines = [f"{a} {b}" for a, b in after.items()]
         r.shuffle(lines)
 
         def ask(start: str) -> Row:
             steps = [start]
             for _ in range(hops):
                 steps.append(after[steps[-1]])
-            mark = ":" if scratchpad else ">" * hops
-            return _row(f"{start} {mark}", steps[-1], " ".join(steps[1:]) if scratchpad else "")
+            return _row(start, steps[-1], " ".join(steps[1:]) if scratchpad else "")
 
         first, *others = r.sample(ring, 6)
-        return ask(first) | {"head": "\n".join(lines) + "\n", "shots": [ask(start) for start in others]}
+        mark = "step by step" if scratchpad else "at once"
+        head = "\n".join([*lines, f"{hops} on, {mark}:"]) + "\n"
+        return ask(first) | {"head": head, "shots": [ask(start) for start in others]}
 
     return make
 
@@ -310,8 +311,9 @@ def generated_task(name: str, difficulty: int | None = None) -> Task:
     formulation = Formulation("{{question}}", "{{worked}}", joint=g.joint, between="\n")
     scorer = "verified" if g.verifier else "exact"
     title = name if difficulty is None else f"{name}={difficulty}"
+    about = dict(kind="generated", licence="none needed", source=f"made by rule, dial {difficulty or g.difficulty}")
+    options = {"verifier": g.verifier} if g.verifier else {}
     return Task(
-        title, parts, {"generation": formulation}, scorer, "exact_match", introduction=g.introduction, max_tokens=160, stop=("\n",), shots=g.shots,
-        options={"verifier": g.verifier} if g.verifier else {}, summary=f"{g.summary} ({g.dial}: {g.difficulty})",
-        kind="generated", licence="none needed", source=f"made by rule, dial {difficulty or g.difficulty}",
+        title, parts, {"generation": formulation}, scorer, "exact_match", shots=g.shots, max_tokens=160, stop=("\n",),
+        introduction=g.introduction, options=options, summary=f"{g.summary} ({g.dial}: {g.difficulty})", **about,  # type: ignore[arg-type]
     )  # fmt: skip

@@ -281,8 +281,6 @@ def normalise(row: Row, read: Read) -> Row:
         raise UserError(f"{row['where']}: a field holds what it cannot ({error})") from None
     gold, choices = found.get("gold"), found.get("choices")
     if gold is not None and choices is not None and not 0 <= gold < len(choices):
-        raise UserError(
-            f"{row['where']}: the right choice is number {gold}, but there are {len(choices)}", field="gold"
-        )
+        raise UserError(f"{row['where']}: the right choice is number {gold} of {len(choices)}", field="gold")
     group = found.pop("group", "")
     return row | found | ({"group": row.get("group") or str(group)} if row.get("group") or group else {})

@@ -105,6 +105,10 @@ class Task:
         if shots == 0:
             return []
         if "shots" in row:
+            if len(row["shots"]) < shots:
+                raise UserError(
+                    f"task {self.name}: {shots} shots, but its rows bring {len(row['shots'])}", field="shots"
+                )
             return row["shots"][:shots]
         pool, drawn = self._pool(row.get("group", ""))
         if len(pool) <= shots and pool is self.rows.get("test"):

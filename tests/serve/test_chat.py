@@ -139,7 +139,7 @@ def test_terminal(chat_folder, tmp_path):
 @pytest.mark.parametrize(
     "url, ours, theirs",
     [
-        ("https://api.openai.com/v1", "c", "o"),
+        ("https://api.openai.com/v1", "o", "o"),
         ("https://elsewhere.example/v1", "c", ""),
         ("http://elsewhere.example/v1", "", ""),
         ("http://api.openai.com/v1", "", ""),
@@ -150,7 +150,7 @@ def test_terminal(chat_folder, tmp_path):
 )
 def test_keys_go_where_they_belong(monkeypatch, url, ours, theirs):
     """Either key went to any address once, over plain http as well."""
-    from craton.serve.chat import key_for
+    from craton.engine.remote import key_for
 
     monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
     monkeypatch.delenv("CRATON_API_KEY", raising=False)

@@ -189,19 +189,19 @@ def _verdicts(task, answers):
         return list(pool.map(lambda x: SCORERS["code"](task, x[0], x[1]), zip(examples, answers, strict=True)))
 
 
-def _small(task, opened, tmp_path, name, n):
+def _small(task, opener, source, path, n):
     """The first n rows of a data set as a file of its own."""
-    with opened as f:
-        (tmp_path / name).write_text("".join(line for _, line in zip(range(n), f, strict=False)))
-    return find_task(f"{task}={tmp_path / name}")
+    with opener(source, "rt") as f:
+        path.write_text("".join(line for _, line in zip(range(n), f, strict=False)))
+    return find_task(f"{task}={path}")
 
 
 @pytest.mark.skipif(not DATA.exists(), reason="the data is not here")
 def test_reference_solutions(tmp_path):
     """All of them pass, another problem's none, and most mutants none."""
     tasks = [
-        _small("humaneval", gzip.open(DATA / "HumanEval_even.jsonl.gz", "rt"), tmp_path, "he.jsonl", 82),
-        _small("mbpp", lzma.open(DATA / "mbpp.jsonl.xz", "rt"), tmp_path, "mbpp.jsonl", 100),
+        _small("humaneval", gzip.open, DATA / "HumanEval_even.jsonl.gz", tmp_path / "he.jsonl", 82),
+        _small("mbpp", lzma.open, DATA / "mbpp.jsonl.xz", tmp_path / "mbpp.jsonl", 100),
     ]
     rejected = tried = 0
     for task in tasks:
