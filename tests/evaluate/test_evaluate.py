@@ -217,7 +217,7 @@ def test_shots_that_do_not_fit(model_folder, tmp_path):
     with pytest.raises(UserError, match=r"30 shots and item .* are \d+ tokens.*context is 1024; \d+ would fit"):
         evaluate([str(model_folder)], [task], Settings(shots=30), tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    long = [{"query": " ".join(WORDS * 30), "choices": ["a", "b"], "gold": 0}]
+    long = [{"query": " ".join(WORDS * 100), "choices": ["a", "b"], "gold": 0}]
     (tmp_path / "long.jsonl").write_text(json.dumps(long[0]) + "\n")
     found = evaluate([str(model_folder)], [find_task(f"l={tmp_path / 'long.jsonl'}")], Settings(), tmp_path / "out")
     assert "1 items are longer than the context" in next(iter(found["models"].values()))["tasks"]["l"]["warnings"][0]
