@@ -27,7 +27,7 @@ def run(code: str) -> dict:
 
 def test_every_block_is_run_here():
     titles = re.findall(r"^## (.*)$", PAGE.read_text(), re.M)
-    assert titles == ["A family", "A job", "An operation on a device", "An endpoint"]
+    assert titles == ["A family", "A job", "A task", "An operation on a device", "An endpoint"]
 
 
 def test_a_family(tmp_path, monkeypatch):
@@ -118,3 +118,14 @@ def test_an_endpoint(model_folder):
         assert client.post("/ask", json={"text": "x", "model": "other"}).status_code == 404
         wrong = client.post("/ask", json={"text": "x", "max_tokens": -1})
         assert wrong.status_code == 400 and "max_tokens" in wrong.json()["error"]["message"]
+
+
+def test_a_task(model_folder, tmp_path, monkeypatch):
+    from craton.evaluate.run import Settings, evaluate
+
+    monkeypatch.setenv("CRATON_CACHE", str(tmp_path / "cache"))
+    space = run(block("A task"))
+    assert space["rows"](0, 5) == space["rows"](0, 9)[:5]
+    found = evaluate([str(model_folder)], [space["TASK"]], Settings(limit=20), tmp_path / "out")
+    facts = found["models"][str(model_folder)]["tasks"]["longest"]
+    assert facts["n"] == 20 and facts["shots"] == 2 and facts["interval"][0] <= facts["value"] <= facts["interval"][1]

@@ -21,6 +21,7 @@ from craton.tasks.task import Example, Task
 FORMAT = "craton-emergence-1"
 _CLEAR = 0.01  # p below which a gain is there
 _GAIN = 0.1  # and at least so large
+_BUDGETS = (0, 64, 256, 1024)  # tokens of thinking
 
 
 def emerge(
@@ -113,7 +114,7 @@ def _more_computing(evaluation: Evaluation, task: Task, shots: int, samples: lis
     most = max(samples)
     how = Decoding(task.max_tokens, task.stop, temperature=1.0, n=most)
     written = evaluation.answers(task, name, examples, prompts, how, f"{evaluation.subject.name}: {task.name} x {most}")
-    out = []
+    out = _thinking(evaluation, task, shots, name, examples) if evaluation.subject.thinks else []
     for n in sorted(samples):
         votes, best, spent = [], [], 0.0
         for e, answers in zip(examples, written, strict=True):
@@ -125,6 +126,24 @@ def _more_computing(evaluation: Evaluation, task: Task, shots: int, samples: lis
         low, high = interval(votes)
         line = {"n": n, "shots": shots, "tokens": spent / len(examples), "majority": sum(votes) / len(votes)}
         out.append(line | {"low": low, "high": high, "best": sum(best) / len(best)})
+    return out
+
+
+def _thinking(
+    evaluation: Evaluation, task: Task, shots: int, name: str, examples: list[Example]
+) -> list[dict[str, Any]]:
+    """One answer to each item, after thinking for as long as each budget allows."""
+    out: list[dict[str, Any]] = []
+    prompts = [Prompt(e.prompts[0], e.messages) for e in examples]
+    for budget in _BUDGETS:
+        how = Decoding(task.max_tokens, thinking=budget)
+        label = f"{evaluation.subject.name}: {task.name}, thinking {budget}"
+        written = [w[0] for w in evaluation.answers(task, name, examples, prompts, how, label)]
+        scores = [SCORERS[task.scorer](task, e, w.text).score for e, w in zip(examples, written, strict=True)]
+        low, high = interval(scores)
+        line = {"n": 1, "shots": shots, "thinking": budget, "tokens": sum(w.tokens for w in written) / len(written)}
+        out.append(line | {"majority": sum(scores) / len(scores), "low": low, "high": high})
+        out[-1]["best"] = out[-1]["majority"]
     return out
 
 

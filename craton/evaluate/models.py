@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from craton.base import UserError
-from craton.engine.request import Sampling
 from craton.engine.score import Likelihood, encode_pair, loglikelihoods
 
 Progress = Callable[[int, int], None]
 Answers = tuple[int, list["Written"]]  # the number of a prompt, and what was written
 LIKELIHOOD_BATCH = 4096  # requests whose tree is made at once
 _AHEAD = 512  # answers that are asked for at once
+_THINKING = 2048  # tokens, where a model thinks and nothing else is said
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,14 @@ class Written:
 
 @dataclass(frozen=True)
 class Decoding:
-    """How answers are written. n: answers to each prompt."""
+    """How answers are written. n: answers to each prompt. thinking: tokens of it, for models that think; 0 for none."""
 
     max_tokens: int
     stop: tuple[str, ...] = ()
     temperature: float = 0.0
     n: int = 1
     seed: int = 0
+    thinking: int | None = None
 
 
 class Subject(Protocol):
@@ -60,6 +61,11 @@ class Subject(Protocol):
     @property
     def chats(self) -> bool:
         """Whether it has a chat template of its own use."""
+        ...
+
+    @property
+    def thinks(self) -> bool:
+        """Whether it can think before it answers, for as long as it is told."""
         ...
 
     def longest(self) -> int | None:
@@ -141,31 +147,66 @@ class LocalModel:
 
     def write(self, prompts: Sequence[Prompt], how: Decoding, progress: Progress) -> Iterator[Answers]:
         engine, waiting, done = self.talker.engine, list(enumerate(prompts))[::-1], 0
-        running: dict[int, tuple[int, list[Any]]] = {}
+        running: dict[int, _Answering] = {}
         while waiting or running:
             while waiting and len(running) < _AHEAD:
                 number, prompt = waiting.pop()
-                ids = self._ids(prompt)
-                room = engine.context - len(ids)
-                sampling = Sampling(
-                    max_tokens=min(how.max_tokens, room), temperature=how.temperature, stop=how.stop, n=how.n,
-                    seed=how.seed + number,
-                )  # fmt: skip
-                running[engine.add(ids, sampling)] = number, []
+                one = self._answering(number, prompt, how)
+                running[engine.add(one.prepared.ids, one.prepared.sampling, matcher=one.prepared.matcher)] = one
             for event in engine.step():
-                if event.finished and event.completion.request in running:
-                    number, found = running[event.completion.request]
-                    found.append(event.completion)
-                    if len(found) == how.n:
-                        del running[event.completion.request]
-                        done += 1
-                        progress(done, len(prompts))
-                        found.sort(key=lambda c: c.index)
-                        yield number, [self._written(c) for c in found]
+                if event.completion.request not in running:
+                    continue
+                one = running[event.completion.request]
+                one.take(event)
+                if len(one.finished) == how.n:
+                    del running[event.completion.request]
+                    done += 1
+                    progress(done, len(prompts))
+                    yield one.number, one.written()
 
-    def _written(self, c: Any) -> Written:
-        finish = c.finish_reason or "stop"
-        return Written(c.text, finish, c.prompt_tokens, len(c.token_ids))
+    def _answering(self, number: int, prompt: Prompt, how: Decoding) -> "_Answering":
+        """An answer to come, along the same path as in chat and server. Thinking is given room of its own."""
+        from craton.engine.converse import NEUTRAL, AnswerParts, Ask, prepare
+
+        sampling: dict[str, Any] = NEUTRAL | {"temperature": how.temperature, "stop": how.stop, "n": how.n}
+        sampling |= {"seed": how.seed + number, "max_tokens": how.max_tokens}
+        ask = Ask(sampling, prompt=None if prompt.messages else self.talker.tokenizer.encode(prompt.text))
+        if prompt.messages:
+            ask.messages, ask.budget = list(prompt.messages), how.thinking
+            ask.thinking = None if how.thinking is None else how.thinking > 0
+            if self.thinks and how.thinking != 0:
+                ask.budget = how.thinking or _THINKING
+                sampling["max_tokens"] += ask.budget
+        prepared = prepare(self.talker, ask)
+        return _Answering(number, prepared, AnswerParts(self.talker, prepared))
+
+    @property
+    def thinks(self) -> bool:
+        """Whether its chat template has a place for thinking."""
+        return self.chats and self.talker.dialogue.thinking is not None
+
+
+class _Answering:
+    """The answers to one prompt, in the making."""
+
+    def __init__(self, number: int, prepared: Any, parts: Any):
+        self.number, self.prepared, self.parts = number, prepared, parts
+        self.texts = [""] * prepared.sampling.n
+        self.finished: dict[int, Any] = {}
+
+    def take(self, event: Any) -> None:
+        """What a step added: only what is the answer itself, not thinking, counts as its text."""
+        for delta in self.parts.feed([event]):
+            self.texts[delta.index] += "".join(p.text for p in delta.parts if p.kind == "content")
+            if delta.finished is not None:
+                self.finished[delta.index] = delta.finished
+
+    def written(self) -> list[Written]:
+        """All of them, in their order."""
+        return [
+            Written(self.texts[i], c.finish_reason or "stop", c.prompt_tokens, len(c.token_ids))
+            for i, c in sorted(self.finished.items())
+        ]
 
 
 def open_subject(name: str, store: Any) -> Subject:

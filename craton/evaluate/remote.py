@@ -22,7 +22,7 @@ class RemoteModel:
         self.client = open_client(name)
         self.identity = f"{self.client.url}#{self.client.model}"
 
-    chats = True
+    chats, thinks = True, False
 
     def longest(self) -> None:
         """Not known; the server refuses what is too long."""

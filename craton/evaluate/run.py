@@ -221,7 +221,7 @@ class Evaluation:
         self, task: Task, name: str, examples: list[Example], prompts: list[Prompt], how: Decoding, label: str
     ) -> list[list[Written]]:
         """how.n answers to each prompt, from the store where they are there."""
-        settings = [how.max_tokens, how.stop, how.temperature, how.n]
+        settings = [how.max_tokens, how.stop, how.temperature, how.n, how.thinking]
         keys = []
         for i, p in enumerate(prompts):
             seed = how.seed + i if how.temperature else 0

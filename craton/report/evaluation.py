@@ -22,12 +22,29 @@ def write_evaluation(folder: Path) -> Path:
     rows = [_row(m, t, results["models"][m]["tasks"][t]) for t in tasks for m in models]
     items = {task: [_items(Path(results["models"][m]["tasks"][task]["samples"])) for m in models] for task in tasks}
     left_out = sum(max(0, results["models"][models[0]]["tasks"][t]["n"] - _MOST_ITEMS) for t in tasks)
-    curves = [_curve(m, t, f["calibration"]) for m, t, f in _each(results) if "calibration" in f]
-    values: dict[str, Any] = {"models": models, "tasks": tasks, "rows": rows, "differences": results["differences"]}
+    curves = [_curve(_labels(models)[m], t, f["calibration"]) for m, t, f in _each(results) if "calibration" in f]
+    short = _labels(models)
+    rows = [row | {"model": short[row["model"]]} for row in rows]
+    for difference in results["differences"]:
+        difference |= {key: short[difference[key]] for key in ("a", "b")}
+    values: dict[str, Any] = {
+        "models": list(short.values()),
+        "tasks": tasks,
+        "rows": rows,
+        "differences": results["differences"],
+    }
     values |= {"curves": curves, "settings": results["settings"], "left_out": left_out, "most": _MOST_ITEMS}
-    values["data"] = json.dumps({"models": models, "items": items}, ensure_ascii=False).replace("</", "<\\/")
+    values["data"] = json.dumps({"models": list(short.values()), "items": items}, ensure_ascii=False).replace(
+        "</", "<\\/"
+    )
     write_text(folder / "report.html", filled("evaluation", style="training", **values))
     return folder / "report.html"
+
+
+def _labels(models: list[str]) -> dict[str, str]:
+    """The last part of each model's name, where that tells them apart."""
+    last = [m.rstrip("/").rpartition("/")[2].removesuffix(".gguf") for m in models]
+    return dict(zip(models, last if len(set(last)) == len(last) else models, strict=True))
 
 
 def _each(results: dict[str, Any]) -> list[tuple[str, str, dict[str, Any]]]:
