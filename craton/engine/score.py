@@ -15,6 +15,7 @@ from craton.model.decoder import Decoder
 from craton.text.tokenizer import Tokenizer
 
 _BATCH_TOKENS = 2048
+_FAMILY_TOKENS = 256  # more would be masked than is saved
 _LOGIT_BYTES = 64 << 20  # logits that exist at once
 _KEPT_BYTES = 1 << 30  # keys and values of one batch, about
 
@@ -100,43 +101,72 @@ def _cut(run: Run, at: int, roots: list[Run], parent: Run | None) -> Run:
     return upper
 
 
+@dataclass
+class _Siblings:
+    """Runs behind the same ancestors, one after the other in a batch from token `begin` to `end`: a single one, or
+    several that nothing follows."""
+
+    runs: list[Run]
+    begin: int
+    end: int
+
+    def mask(self, window: int | None, device: torch.device) -> Tensor:
+        """(new tokens, tokens before + new tokens): which keys each sees, its ancestors' and its own run's."""
+        past, sizes = self.runs[0].start, [len(run.tokens) for run in self.runs]
+        own = torch.cat([torch.arange(past, past + n) for n in sizes])
+        which = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
+        keys, of = torch.cat([torch.arange(past), own]), torch.cat([torch.full((past,), -1), which])
+        seen = (keys <= own[:, None]) & ((of == -1) | (of == which[:, None]))
+        if window is not None:
+            seen &= keys > own[:, None] - window
+        return seen.to(device)
+
+
 class _Batch:
     """The past that a network sees: runs one after the other, each behind its own ancestors."""
 
     def __init__(self, runs: list[Run], device: torch.device):
-        self.runs = runs
-        self.inside = {run: i for i, run in enumerate(runs)}
+        self.place: dict[Run, slice] = {}
+        self.families: list[_Siblings] = []
+        at = 0
+        for run in runs:
+            end = at + len(run.tokens)
+            self.place[run] = slice(at, end)
+            last = self.families[-1] if self.families else None
+            if last and _alike(last.runs[-1], run) and end - last.begin <= _FAMILY_TOKENS:
+                last.runs.append(run)
+                last.end = end
+            else:
+                self.families.append(_Siblings([run], at, end))
+            at = end
         places = [p for run in runs for p in range(run.start, run.start + len(run.tokens))]
         self.positions = torch.tensor(places, device=device)
         self.ids = torch.tensor([[t for run in runs for t in run.tokens]], device=device)
-        self.sizes = [len(run.tokens) for run in runs]
+        self.masks: dict[tuple[int | None, int], Tensor] = {}
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, sinks: Tensor | None) -> Tensor:
         """As `craton.model.cache.Past` says."""
-        queries, keys, values = (x.split(self.sizes, 1) for x in (q, k, v))
         out = []
-        for i, run in enumerate(self.runs):
-            if run.children:
-                run.kept.append((keys[i], values[i]))
-            before = [self._of(r, layer, keys, values) for r in run.path()[:-1]]
-            own_k = torch.cat([*(b[0] for b in before), keys[i]], 1)
-            own_v = torch.cat([*(b[1] for b in before), values[i]], 1)
-            out.append(_attention(queries[i], own_k, own_v, run.start, spec, sinks))
+        for number, family in enumerate(self.families):
+            first, own = family.runs[0], slice(family.begin, family.end)
+            if first.children:
+                first.kept.append((k[:, own], v[:, own]))
+            before = [self._of(run, layer, k, v) for run in first.path()[:-1]]
+            keys = torch.cat([*(b[0] for b in before), k[:, own]], 1)
+            values = torch.cat([*(b[1] for b in before), v[:, own]], 1)
+            if (mask := self.masks.get((spec.window, number))) is None:
+                mask = self.masks[spec.window, number] = family.mask(spec.window, q.device)[None, None]
+            out.append(plain.masked_attention(q[:, own], keys, values, mask, spec.scale, spec.softcap, sinks))
         return torch.cat(out, 1)
 
-    def _of(self, run: Run, layer: int, keys: Sequence[Tensor], values: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        at = self.inside.get(run)
-        return run.kept[layer] if at is None else (keys[at], values[at])
+    def _of(self, run: Run, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        at = self.place.get(run)
+        return run.kept[layer] if at is None else (k[:, at], v[:, at])
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, past: int, spec: AttentionSpec, sinks: Tensor | None) -> Tensor:
-    """q (1, new, heads, size) at positions past...; k, v (1, past + new, kv_heads, size)."""
-    at = torch.arange(past, past + q.shape[1], device=q.device)[:, None]
-    key = torch.arange(k.shape[1], device=q.device)[None, :]
-    mask = key <= at
-    if spec.window is not None:
-        mask &= key > at - spec.window
-    return plain.masked_attention(q, k, v, mask[None, None], spec.scale, spec.softcap, sinks)
+def _alike(a: Run, b: Run) -> bool:
+    """Whether two runs can be attended to at once: nothing comes after either, and the same before both."""
+    return not a.children and not b.children and a.parent is b.parent and a.start == b.start
 
 
 def _depth_first(roots: list[Run]) -> Iterator[Run]:

@@ -18,14 +18,6 @@ _PIECE = 1 << 20  # tokens that are decoded at once
 _OVERLAP = 256
 
 
-def text_of(task: Task, row: Row) -> str:
-    """What of a row must not have been seen: its question with its answer, without instructions and shots."""
-    example = task.example(row, next(iter(task.formulations)))
-    if example.choices and example.gold is not None:
-        return f"{example.prompts[example.gold if len(example.prompts) > 1 else 0]} {example.choices[example.gold]}"
-    return f"{example.prompts[0]} {example.targets[0] if example.targets else ''}"
-
-
 def corpora_of(model: Path) -> list[Path]:
     """The corpora that a model trained here has read, where they are still there."""
     record = model / "record.json"
@@ -40,7 +32,7 @@ def contaminated(task: Task, rows: list[Row], folders: list[Path], store: Store)
     training part of the corpora. items: their ids. too_short: items that cannot be looked for. UserError for a folder
     that is no corpus."""
     corpora = [Corpus(folder, verify=False) for folder in folders]
-    texts = [text_of(task, row) for row in rows]
+    texts = [task.plain_text(row) for row in rows]
     known = key_of("contamination-1", [c.digest for c in corpora], texts)
     if (found := store.get(known)) is None:
         found = _look(texts, corpora)

@@ -78,7 +78,7 @@ class Evaluation:
         examples = self.examples(task, name)
         if chat and any(not e.messages for e in examples):
             raise UserError(f"task {task.name}: {name} has no chat form; leave out --chat", field="chat")
-        label = f"{self.subject.name}: {task.name} ({name})"
+        label = f"{_short(self.subject.name)}: {task.name} ({name})"
         if task.by_likelihood:
             outcome = self._by_likelihood(task, name, examples, chat, label)
         else:
@@ -308,7 +308,7 @@ def evaluate(models: list[str], tasks: list[Task], settings: Settings, out: Path
     _write(folder, results, outcomes)
     for line in results["differences"]:
         what = f"{line['difference']:+.3f} ({line['low']:+.3f} to {line['high']:+.3f}), p = {line['p']:.3g}"
-        say(f"{line['task']:<24} {line['b']} against {line['a']}: {what}")
+        say(f"{line['task']:<24} {_short(line['b'])} against {_short(line['a'])}: {what}")
     return results
 
 
@@ -361,12 +361,16 @@ def _warned(task: Task, outcome: Outcome, found: dict[str, Any] | None) -> list[
     return out
 
 
+def _short(name: str) -> str:
+    return name.rstrip("/").rpartition("/")[2] or name
+
+
 def _say_result(name: str, task: Task, f: dict[str, Any]) -> None:
     low, high = f["interval"]
     how = f"{f['formulation']}, {f['shots']} shots, {'chat template' if f['chat'] else 'no chat template'}"
     found = f", contamination {f['contamination']['share']:.1%}" if "contamination" in f else ""
     value = f"{f['metric']} {f['value']:.3f} ({low:.3f} to {high:.3f})"
-    say(f"{name}: {task.name:<20} {value}, n {f['n']}, {how}{found}")
+    say(f"{_short(name)}: {task.name:<20} {value}, n {f['n']}, {how}{found}")
     other = {k: v for k, v in f["metrics"].items() if k != f["metric"]}
     say("    " + ", ".join(f"{k} {v:.3f}" for k, v in other.items()))
     for warning in f["warnings"]:

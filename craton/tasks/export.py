@@ -61,10 +61,12 @@ def as_file(text: str, folder: Path, part: str = "test") -> str:
     name = text.removeprefix("task:")
     base = name.partition("=")[0]
     known = base in PUBLISHED or base in ALIASES or base in GENERATED or Path(name).suffix == ".toml"
-    held = part == "test" and known and ("=" in name or Path(name).is_file())
+    held = part == "test" and (name != text or (known and ("=" in name or Path(name).is_file())))
     if name == text and (not held or (Path(text).exists() and Path(text).suffix != ".toml")):
         return text
-    lines = [json.dumps(row, ensure_ascii=False) for row in training_rows(find_task(name), part, None, None, 0)]
+    task = find_task(name)
+    texts = ({"text": task.plain_text(row)} for row in task.part(part)) if held else None
+    lines = [json.dumps(row, ensure_ascii=False) for row in texts or training_rows(task, part, None, None, 0)]
     whole = "\n".join(lines) + "\n"
     folder.mkdir(parents=True, exist_ok=True)
     out = folder / f"{hashlib.sha256(whole.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}.jsonl"

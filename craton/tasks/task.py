@@ -166,6 +166,16 @@ class Task:
             return Example(row["id"], prompts, (f.joint + target,), (target,), 0, (target,), **about)
         return Example(row["id"], prompts, targets=tuple(row.get("answers") or (target,)), **about)
 
+    def plain_text(self, row: Row) -> str:
+        """What of a row must not have been seen: its question with the right answer, without instructions."""
+        if "question" not in row:
+            e = self.example(row, next(iter(self.formulations)))
+            return f"{e.prompts[0]} {e.texts[e.gold] if e.gold is not None else ''.join(e.targets[:1])}"
+        gold = row.get("gold")
+        right = row["choices"][gold] if gold is not None else (row.get("answers") or [""])[0]
+        parts = (row.get("context"), row["question"], right, row.get("continuation"))
+        return " ".join(str(part) for part in parts if part)
+
     def _choice(self, row: Row, f: Formulation, number: int) -> str:
         text, letter = row["choices"][number], LETTERS[number % len(LETTERS)]
         return self._fill(f.choice, row, choice=text, letter=letter)

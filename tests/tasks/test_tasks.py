@@ -186,7 +186,7 @@ def test_own_task(tmp_path):
     write_rows(str(tmp_path / "capitals.toml"), made, "train", None, None, 0)
     assert json.loads(made.read_text()) == {"prompt": "The capital of Italy is", "response": "Rome"}
     held = as_file(str(tmp_path / "capitals.toml"), tmp_path / "held")
-    assert json.loads(Path(held).read_text())["prompt"] == "The capital of France is"
+    assert json.loads(Path(held).read_text()) == {"text": "The capital of France is Paris"}
     assert as_file(str(tmp_path / "capitals.toml"), tmp_path / "held") == held
     assert as_file("documents", tmp_path / "held") == "documents"
 
