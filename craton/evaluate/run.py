@@ -178,7 +178,7 @@ class Evaluation:
         room_key = key_of("cut-1", self.subject.identity, keys)
         if missing:
             prompts = [Prompt(e.prompts[0], ()) for e in examples]
-            longest = max(len(c.split()) for e in examples for c in e.choices)
+            longest = max(len(c.split()) for _, c in requests)
             self.store.put(room_key, self._check_room(task, prompts, examples, name, min(longest, 8)))
             with _shown(label) as progress:
                 for i, found in self.subject.score([requests[i] for i in missing], progress):
