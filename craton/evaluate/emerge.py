@@ -20,7 +20,7 @@ from craton.tasks.task import Example, Task
 
 FORMAT = "craton-emergence-1"
 _CLEAR = 0.01  # p below which a gain is there
-_GAIN = 0.1  # and at least so large
+_GAIN = 0.2  # and at least so large: the form of an answer is a gain too, but a small one
 _BUDGETS = (0, 64, 256, 1024)  # tokens of thinking
 
 
@@ -170,6 +170,11 @@ def _findings(models: list[dict[str, Any]], tasks: list[Task], scores: dict[Any,
                 _gain(scores[m["name"], task.name, used[0]], scores[m["name"], task.name, used[-1]]) for m in order
             ]
             out.append(_finding(f"{task.name}: {used[-1]} shots instead of {used[0]}", order, gains))
+        unrelated = task.name.replace(task.name.partition("=")[0], f"{task.name.partition('=')[0]}:unrelated", 1)
+        if (order[0]["name"], unrelated, used[-1]) in scores:
+            k = used[-1]
+            gains = [_gain(scores[m["name"], unrelated, k], scores[m["name"], task.name, k]) for m in order]
+            out.append(_finding(f"{task.name}: {k} shots that follow its function instead of none", order, gains))
         thought = task.name.replace(task.name.partition("=")[0], f"{task.name.partition('=')[0]}:scratchpad", 1)
         if any(t == thought for (_, t, _) in scores):
             k = used[0]

@@ -171,7 +171,8 @@ def _maps(made_up: bool) -> Maker:
         symbols = _SYMBOLS[:8] if size <= 4 else _SYMBOLS  # few keys, few symbols: small models learn it in a minute
         keys, given = r.sample(symbols, size), r.sample(symbols, size)
         values = dict(zip(keys, given, strict=True))
-        shots = [_row(key, values[key] if made_up else r.choice(given)) for key in r.choices(keys, k=32)]
+        drawn = [(key, r.choice(given)) for key in r.choices(keys, k=32)]  # the same items with and without a function
+        shots = [_row(key, values[key] if made_up else other) for key, other in drawn]
         key = r.choice(keys)
         return _row(key, values[key], shots=shots)
 

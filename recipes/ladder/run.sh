@@ -39,4 +39,4 @@ for size in $sizes; do
 done
 last=${sizes##* }
 rung control "$last" "$out/control-corpus"
-$craton emerge $models "$out/control" --tasks maps,hops,hops:scratchpad --shots 0,1,4,16 --samples 1,4,16 --out "$out/emergence"
+$craton emerge $models "$out/control" --tasks maps,maps:unrelated,hops,hops:scratchpad --shots 0,1,4,16 --samples 1,4,16 --out "$out/emergence"

@@ -39,11 +39,13 @@ def test_learning_in_context_appears_with_size(tmp_path, monkeypatch):
     small = rung(tmp_path / "maps", tmp_path / "small", 1, 16, 450)
     large = rung(tmp_path / "maps", tmp_path / "large", 2, 64, 450)
     control = rung(tmp_path / "maps-unrelated", tmp_path / "control", 2, 64, 450)
-    found = emerge([small, large, control], find_tasks("maps=4"), [0, 16], 200, [1, 4], tmp_path / "out")
-    gain = {row["model"]: row for row in found["findings"][0]["rows"]}
+    found = emerge(
+        [small, large, control], find_tasks("maps=4,maps:unrelated=4"), [0, 16], 200, [1, 4], tmp_path / "out"
+    )
+    gain = {row["model"]: row for f in found["findings"] if "follow" in f["what"] for row in f["rows"]}
     assert gain[large]["clear"] and gain[large]["after"] > 0.45
-    assert gain[small]["after"] < 0.4 and gain[control]["after"] < 0.4
-    smooth = {(p["model"], p["shots"]): p["smooth"] for p in found["points"]}
+    assert not gain[small]["clear"] and not gain[control]["clear"]
+    smooth = {(p["model"], p["shots"]): p["smooth"] for p in found["points"] if p["task"] == "maps=4"}
     assert smooth[large, 16] > smooth[control, 16] + 0.3 and smooth[large, 16] > smooth[large, 0] + 0.3
     sizes = {m["name"]: m for m in found["models"]}
     assert sizes[small]["parameters"] < sizes[large]["parameters"] and sizes[large]["tokens"] == 450 * 2048
