@@ -130,6 +130,11 @@ def published_task(name: str, path: Path | None) -> Task:
         raw = read_hub(*known.hub)
     else:
         raw = read_parts(path)
+    if labels := _labels(raw):
+        raw = {
+            p: [r | {"question": r["text"], "choices": labels, "answer": str(r["label"])} for r in rows]
+            for p, rows in raw.items()
+        }
     first = next(row for rows in raw.values() for row in rows[:1]) if any(raw.values()) else None
     if first is None:
         raise UserError(f"{path or name}: holds no rows")
@@ -175,7 +180,7 @@ _CHOICES = ("choices", "query", "hellaswag", "reading_choices", "winogender", "b
 
 def _with_label(row: Row, number: int, path: Path | None) -> Row:
     """PIQA and SIQA were published with their labels in a file beside; LAMBADA as whole texts."""
-    if "text" in row and len(set(row) - {"where", "id", "group"}) <= 2 and " " in str(row["text"]):
+    if "text" in row and not set(row) - {"where", "id", "text", "domain"} and " " in str(row["text"]):
         context, _, word = row["text"].rstrip().rpartition(" ")
         return row | {"context": context, "continuation": word}
     if "sol1" in row and "label" not in row and path is not None:
@@ -183,6 +188,15 @@ def _with_label(row: Row, number: int, path: Path | None) -> Row:
         if labels.exists():
             return row | {"label": labels.read_text().split()[number]}
     return row
+
+
+def _labels(raw: dict[str, list[Row]]) -> list[str]:
+    """The labels of a classification, {text, label}; none where the rows are something else."""
+    rows = [row for part in raw.values() for row in part]
+    if not rows or any("label" not in row or "text" not in row or "choices" in row for row in rows):
+        return []
+    found = sorted({str(row["label"]) for row in rows})
+    return found if 2 <= len(found) <= 26 else []
 
 
 def _spoken(parts: dict[str, list[Row]], known: Published | None) -> dict[str, list[Row]]:
