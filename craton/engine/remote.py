@@ -199,7 +199,8 @@ class Client:
             raise UserError(f"{self.url}: the connection broke ({error or type(error).__name__})") from None
 
     def prompt_logprobs(self, texts: Sequence[str]) -> list[list[tuple[int, float | None, bool]]]:
-        """For each text, its tokens: where each begins (characters), its log-probability, whether it was the likeliest.
+        """For each text, its tokens: how many characters before the end each begins, its log-probability, and whether it
+        was the likeliest. From the end, since what servers put before a text counts in their offsets, or does not.
         UserError for a server that does not score what it is given."""
         self._only_openai("scores given texts")
         body = {"model": self.model, "prompt": list(texts), "max_tokens": 0, "echo": True, "logprobs": 1}
@@ -213,11 +214,12 @@ class Client:
         try:
             for choice in sorted(found["choices"], key=lambda c: c["index"]):
                 scores = choice["logprobs"]
-                rows = []
+                rows, offsets = [], scores["text_offset"]
+                end = offsets[-1] + len(scores["tokens"][-1])
                 for i, value in enumerate(scores["token_logprobs"]):
                     top = (scores.get("top_logprobs") or [None] * (i + 1))[i] or {}
                     best = value is not None and value >= max(top.values(), default=value) - 1e-9
-                    rows.append((int(scores["text_offset"][i]), value, best))
+                    rows.append((int(end - offsets[i]), value, best))
                 out.append(rows)
         except (KeyError, TypeError, IndexError, AttributeError):
             raise UserError(f"{why}; {fix}", code="no_likelihoods") from None

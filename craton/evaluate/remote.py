@@ -1,7 +1,11 @@
 """A model behind an API, evaluated: answers through its chat API, likelihoods where the server scores given texts."""
 
+import contextlib
+import json
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from functools import cached_property
+from typing import Any
 
 from craton.base import UserError
 from craton.engine.remote import open_client
@@ -20,9 +24,18 @@ class RemoteModel:
     def __init__(self, name: str):
         self.name = name
         self.client = open_client(name)
-        self.identity = f"{self.client.url}#{self.client.model}"
 
     chats, thinks = True, False
+
+    @cached_property
+    def identity(self) -> str:
+        """Its address, and what the server says of it: of craton's, when it was loaded."""
+        about: dict[str, Any] = {}
+        if self.name.startswith("http"):
+            with contextlib.suppress(UserError):
+                listed = self.client.request("GET", "/models").get("data") or []
+                about = next((m for m in listed if isinstance(m, dict) and m.get("id") == self.client.model), {})
+        return f"{self.client.url}#{self.client.model} {json.dumps(about, sort_keys=True)}"
 
     def longest(self) -> None:
         """Not known; the server refuses what is too long."""
@@ -47,12 +60,12 @@ class RemoteModel:
                 pool.shutdown(wait=False, cancel_futures=True)
 
     def _score(self, requests: Sequence[tuple[Prompt, str]]) -> list[Likelihood]:
-        """A continuation begins at the first token that does not end before it."""
+        """Of the tokens that begin within each continuation."""
         rows = self.client.prompt_logprobs([prompt.text + continuation for prompt, continuation in requests])
         out = []
-        for (prompt, _), tokens in zip(requests, rows, strict=True):
-            start = len(prompt.text.rstrip(" "))
-            own = [(value, best) for offset, value, best in tokens if offset >= start and value is not None]
+        for (prompt, continuation), tokens in zip(requests, rows, strict=True):
+            length = len(continuation) + len(prompt.text) - len(prompt.text.rstrip())
+            own = [(value, best) for left, value, best in tokens if left <= length and value is not None]
             if not own:
                 raise UserError(f"{self.name}: the server gave no log-probability for a continuation")
             out.append(Likelihood(sum(v for v, _ in own), all(b for _, b in own), len(own)))
