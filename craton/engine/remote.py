@@ -199,8 +199,8 @@ class Client:
             raise UserError(f"{self.url}: the connection broke ({error or type(error).__name__})") from None
 
     def prompt_logprobs(self, texts: Sequence[str]) -> list[list[tuple[int, float | None, bool]]]:
-        """For each text, its tokens: how many characters before the end each begins, its log-probability, and whether it
-        was the likeliest. From the end, since what servers put before a text counts in their offsets, or does not.
+        """For each text, its tokens: how many characters before the end each begins, its log-probability, and whether
+        it was the likeliest. From the end, since what servers put before a text counts in their offsets, or does not.
         UserError for a server that does not score what it is given."""
         self._only_openai("scores given texts")
         body = {"model": self.model, "prompt": list(texts), "max_tokens": 0, "echo": True, "logprobs": 1}

@@ -14,8 +14,9 @@ from craton.model.attention import AttentionSpec
 from craton.model.decoder import Decoder
 from craton.text.tokenizer import Tokenizer
 
-_BATCH_TOKENS = 2048
+_BATCH_TOKENS = 4096
 _FAMILY_TOKENS = 256  # more would be masked than is saved
+_TOGETHER = 16  # families in one call
 _LOGIT_BYTES = 64 << 20  # logits that exist at once
 _KEPT_BYTES = 1 << 30  # keys and values of one batch, about
 
@@ -101,72 +102,113 @@ def _cut(run: Run, at: int, roots: list[Run], parent: Run | None) -> Run:
     return upper
 
 
-@dataclass
-class _Siblings:
-    """Runs behind the same ancestors, one after the other in a batch from token `begin` to `end`: a single one, or
-    several that nothing follows."""
-
-    runs: list[Run]
-    begin: int
-    end: int
-
-    def mask(self, window: int | None, device: torch.device) -> Tensor:
-        """(new tokens, tokens before + new tokens): which keys each sees, its ancestors' and its own run's."""
-        past, sizes = self.runs[0].start, [len(run.tokens) for run in self.runs]
-        own = torch.cat([torch.arange(past, past + n) for n in sizes])
-        which = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
-        keys, of = torch.cat([torch.arange(past), own]), torch.cat([torch.full((past,), -1), which])
-        seen = (keys <= own[:, None]) & ((of == -1) | (of == which[:, None]))
-        if window is not None:
-            seen &= keys > own[:, None] - window
-        return seen.to(device)
-
-
 class _Batch:
-    """The past that a network sees: runs one after the other, each behind its own ancestors."""
+    """The past that a network sees: runs one after the other, each behind its own ancestors. Runs behind the same
+    ancestors that nothing follows are attended to at once (a family), and families of about one size in one call."""
 
     def __init__(self, runs: list[Run], device: torch.device):
-        self.place: dict[Run, slice] = {}
-        self.families: list[_Siblings] = []
+        self.device, self.runs = device, runs
+        self.earlier = [r for r in dict.fromkeys(a for run in runs for a in run.path()) if r.kept]
+        place: dict[Run, int] = {}  # of a run's first token among those of earlier batches and of this one
         at = 0
-        for run in runs:
-            end = at + len(run.tokens)
-            self.place[run] = slice(at, end)
-            last = self.families[-1] if self.families else None
-            if last and _alike(last.runs[-1], run) and end - last.begin <= _FAMILY_TOKENS:
-                last.runs.append(run)
-                last.end = end
-            else:
-                self.families.append(_Siblings([run], at, end))
-            at = end
+        for run in (*self.earlier, *runs):
+            place[run] = at
+            at += len(run.tokens)
+        self.begin = sum(len(run.tokens) for run in self.earlier)
         places = [p for run in runs for p in range(run.start, run.start + len(run.tokens))]
         self.positions = torch.tensor(places, device=device)
         self.ids = torch.tensor([[t for run in runs for t in run.tokens]], device=device)
-        self.masks: dict[tuple[int | None, int], Tensor] = {}
+        families: list[list[Run]] = []
+        for run in runs:
+            if families and _alike(families[-1], run):
+                families[-1].append(run)
+            else:
+                families.append([run])
+        families.sort(key=_length)
+        self.groups: list[_Group] = []
+        while families:
+            most = max(64, _length(families[0]) * 5 // 4)
+            near = [f for f in families[:_TOGETHER] if _length(f) <= most]
+            families = families[len(near) :]
+            self.groups.append(_Group(near, place, self.begin, device))
+        order = torch.cat([group.to for group in self.groups])
+        self.back = torch.empty_like(order)
+        self.back[order] = torch.arange(len(order), device=device)
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor, spec: AttentionSpec, sinks: Tensor | None) -> Tensor:
         """As `craton.model.cache.Past` says."""
+        at = 0
+        for run in self.runs:
+            if run.children:
+                run.kept.append((k[0, at : at + len(run.tokens)], v[0, at : at + len(run.tokens)]))
+            at += len(run.tokens)
+        keys = torch.cat([*(run.kept[layer][0] for run in self.earlier), k[0]])
+        values = torch.cat([*(run.kept[layer][1] for run in self.earlier), v[0]])
         out = []
-        for number, family in enumerate(self.families):
-            first, own = family.runs[0], slice(family.begin, family.end)
-            if first.children:
-                first.kept.append((k[:, own], v[:, own]))
-            before = [self._of(run, layer, k, v) for run in first.path()[:-1]]
-            keys = torch.cat([*(b[0] for b in before), k[:, own]], 1)
-            values = torch.cat([*(b[1] for b in before), v[:, own]], 1)
-            if (mask := self.masks.get((spec.window, number))) is None:
-                mask = self.masks[spec.window, number] = family.mask(spec.window, q.device)[None, None]
-            out.append(plain.masked_attention(q[:, own], keys, values, mask, spec.scale, spec.softcap, sinks))
-        return torch.cat(out, 1)
-
-    def _of(self, run: Run, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        at = self.place.get(run)
-        return run.kept[layer] if at is None else (k[:, at], v[:, at])
+        for group in self.groups:
+            mask = group.mask(spec.window)
+            own = q[0][group.queries]
+            o = plain.masked_attention(own, keys[group.keys], values[group.keys], mask, spec.scale, spec.softcap, sinks)
+            out.append(o.flatten(0, 1)[group.real])
+        return torch.cat(out)[self.back][None]
 
 
-def _alike(a: Run, b: Run) -> bool:
-    """Whether two runs can be attended to at once: nothing comes after either, and the same before both."""
-    return not a.children and not b.children and a.parent is b.parent and a.start == b.start
+class _Group:
+    """Families side by side, padded to the largest: queries (families, new tokens) and keys (families, tokens) say
+    which tokens of a batch they are."""
+
+    def __init__(self, families: list[list[Run]], place: dict[Run, int], begin: int, device: torch.device):
+        rows = []
+        for family in families:
+            before = [t for run in family[0].path()[:-1] for t in range(place[run], place[run] + len(run.tokens))]
+            own = [t for run in family for t in range(place[run], place[run] + len(run.tokens))]
+            at = [run.start + i for run in family for i in range(len(run.tokens))]
+            which = [i for i, run in enumerate(family) for _ in run.tokens]
+            rows.append((before, own, at, which))
+        new, most = max(len(r[1]) for r in rows), max(len(r[0]) + len(r[1]) for r in rows)
+        self.queries = torch.zeros(len(rows), new, dtype=torch.long)
+        self.keys = torch.zeros(len(rows), most, dtype=torch.long)
+        self.position = torch.full((len(rows), new), -1)  # of the queries; -1 where there is none
+        self.key_position = torch.full((len(rows), most), 1 << 40)
+        self.seen = torch.zeros(len(rows), new, most, dtype=torch.bool)
+        for i, (before, own, at, which) in enumerate(rows):
+            p, n = len(before), len(own)
+            self.queries[i, :n] = torch.tensor(own) - begin
+            self.keys[i, : p + n] = torch.tensor([*before, *own])
+            self.position[i, :n] = torch.tensor(at)
+            self.key_position[i, : p + n] = torch.tensor([*range(p), *at])
+            of = torch.tensor(which)
+            self.seen[i, :n, :p] = True
+            self.seen[i, :n, p : p + n] = (of[None] == of[:, None]) & (
+                torch.tensor(at)[None] <= torch.tensor(at)[:, None]
+            )
+        self.seen[:, :, 0] |= self.position < 0  # padding sees something, or it would be no number
+        self.real = (self.position.flatten() >= 0).nonzero()[:, 0].to(device)
+        self.to = self.queries.flatten().to(device)[self.real]
+        self.queries, self.keys, self.device = self.queries.to(device), self.keys.to(device), device
+        self.masks: dict[int | None, Tensor] = {}
+
+    def mask(self, window: int | None) -> Tensor:
+        """(families, 1, new tokens, tokens): which keys each query sees."""
+        if window not in self.masks:
+            seen = self.seen
+            if window is not None:
+                near = self.key_position[:, None, :] > self.position[:, :, None] - window
+                seen = seen & (near | (self.position < 0)[:, :, None])
+            self.masks[window] = seen[:, None].to(self.device)
+        return self.masks[window]
+
+
+def _length(family: list[Run]) -> int:
+    """Tokens that a family looks at."""
+    return family[0].start + sum(len(run.tokens) for run in family)
+
+
+def _alike(family: list[Run], run: Run) -> bool:
+    """Whether a run can be attended to with a family: nothing comes after either, and the same before both."""
+    first = family[0]
+    alone = first.children or run.children or first.parent is not run.parent or first.start != run.start
+    return not alone and sum(len(r.tokens) for r in family) + len(run.tokens) <= _FAMILY_TOKENS
 
 
 def _depth_first(roots: list[Run]) -> Iterator[Run]:

@@ -124,8 +124,9 @@ class LocalModel:
         return encode_pair(self.talker.tokenizer, prompt.text, continuation)
 
     def score(self, requests: Sequence[tuple[Prompt, str]], progress: Progress) -> Iterator[tuple[int, Likelihood]]:
-        from craton.model import modes
+        from craton.model import kernels, modes
 
+        kernels.keep_freed_memory()
         context = self.longest()
         for first in range(0, len(requests), LIKELIHOOD_BATCH):
             pairs = []
