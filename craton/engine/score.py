@@ -295,10 +295,11 @@ def _compute(network: Decoder, batch: list[Run]) -> Iterator[tuple[int, float, b
     at = 0
     for first in range(0, len(rows), piece):
         logits = network.head(hidden[rows[first : first + piece]]).float()
-        best, normaliser = logits.argmax(-1).tolist(), logits.logsumexp(-1)
         here = [a for a in asked[at:] if a[0] < first + piece]
         at += len(here)
         which = torch.tensor([[row - first, token] for row, _, token in here], device=logits.device)
-        values = (logits[which[:, 0], which[:, 1]] - normaliser[which[:, 0]]).tolist()
+        chosen, (most, best) = logits[which[:, 0], which[:, 1]], logits.max(-1)
+        normaliser = most + logits.sub_(most[:, None]).exp_().sum(-1).log()  # in place: a large tensor takes time
+        values, likeliest = (chosen - normaliser[which[:, 0]]).tolist(), best.tolist()
         for (row, request, token), value in zip(here, values, strict=True):
-            yield request, value, best[row - first] == token
+            yield request, value, likeliest[row - first] == token

@@ -32,6 +32,10 @@ class Linear(nn.Module):
         y = ops.linear(x, self.weight)
         return y if self.bias is None else y + self.bias
 
+    def plain_weight(self) -> Tensor | None:
+        """The weight, if a product with it is all that the layer is."""
+        return self.weight if self.bias is None else None
+
 
 class Head(Linear):
     """Hidden states (..., hidden) -> logits (..., vocabulary), or at once what targets cost (nll.py).
@@ -55,8 +59,9 @@ class Head(Linear):
 
 def project_together(x: Tensor, *layers: nn.Module) -> Tensor:
     """The layers' outputs side by side: one product where their weights are plain."""
-    if all(isinstance(layer, Linear) and layer.bias is None for layer in layers):
-        return ops.linear(x, *[layer.weight for layer in layers])  # type: ignore[arg-type]
+    weights = [w for layer in layers if (w := getattr(layer, "plain_weight", lambda: None)()) is not None]
+    if len(weights) == len(layers):
+        return ops.linear(x, *weights)
     return torch.cat([layer(x) for layer in layers], -1)
 
 

@@ -144,6 +144,11 @@ class PackedLinear(nn.Module):
         y = self.packed.product(x)
         return y if self.bias is None else y + self.bias.to(y.dtype)  # type: ignore[operator]
 
+    def plain_weight(self) -> Tensor | None:
+        """The weight in fp32, if it is written out and a product with it is all that the layer is."""
+        rounds = self.packed.native and modes.rounds_activations()
+        return None if rounds or self.bias is not None else self.packed.written
+
 
 class PackedEmbedding(nn.Module):
     """An Embedding with a packed weight; for inference only."""

@@ -6,7 +6,6 @@ from typing import Any
 
 from craton.base import UserError, read_json, write_text
 from craton.report.pages import filled
-from craton.report.plots import ACCENT, INK, svg
 
 _MOST_ITEMS = 2000  # of a task and model, on the page
 _MOST_CHARACTERS = 6000  # of a prompt, on the page
@@ -85,16 +84,5 @@ def _short(sample: dict[str, Any]) -> dict[str, Any]:
 
 
 def _curve(model: str, task: str, found: dict[str, Any]) -> dict[str, str]:
-    def draw(axes: Any) -> None:
-        axes.plot([0, 1], [0, 1], color=INK, linewidth=0.8, linestyle=":")
-        most = max((n for _, _, n in found["curve"]), default=1)
-        axes.plot([c for c, _, _ in found["curve"]], [r for _, r, _ in found["curve"]], color=ACCENT, linewidth=1.4)
-        for confidence, right, n in found["curve"]:
-            axes.plot([confidence], [right], "o", color=ACCENT, markersize=2 + 6 * (n / most) ** 0.5)
-        axes.set_xlim(0, 1)
-        axes.set_ylim(0, 1)
-        axes.set_xlabel("how sure it was")
-        axes.set_ylabel("how often it was right")
-
-    title = f"{task}, {model}: calibration error {found['ece']:.3f}"
-    return {"title": title, "svg": svg(draw, 3.4, 2.8)}
+    """The points of a reliability curve: mean confidence, share that is right, items."""
+    return {"title": f"{task}, {model}: calibration error {found['ece']:.3f}", "points": json.dumps(found["curve"])}

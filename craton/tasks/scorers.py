@@ -174,7 +174,7 @@ def _code(task: Task, example: Example, answer: str) -> Verdict:
 
     before, code = example.row.get("before", ""), extract_code(answer)
     whole = "```" in answer and re.search(rf"\bdef {re.escape(str(example.row.get('entry_point', '')))}\b", code)
-    program = code if whole or not before else before + code
+    program = f"{before}\n{code}" if whole else before + code  # the prompt's imports count in both
     outcome = passes(program, example.row["tests"], task.options.get("sandbox"))
     return Verdict(float(outcome.passed), code.strip() or None, note=outcome.reason)
 

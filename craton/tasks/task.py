@@ -119,21 +119,19 @@ class Task:
         return [pool[i] for i in chosen if pool[i] is not row][:shots]
 
     def _pool(self, group: str) -> tuple[list[Row], bool]:
-        for part in ("train", "dev"):
-            if rows := self.rows.get(part):
-                own = self._groups(part).get(group) if group else None
-                return (own, False) if own else (rows, True)
-        return self.part("test"), True
+        part = next((p for p in ("train", "dev") if self.rows.get(p)), None)
+        if part is None:
+            return self.part("test"), True
+        return (self._groups[group], False) if group in self._groups else (self.rows[part], True)
 
-    @lru_cache(4)  # noqa: B019 (a task lives as long as the program)
-    def _groups(self, part: str) -> dict[str, list[Row]]:
+    @cached_property
+    def _groups(self) -> dict[str, list[Row]]:
+        """The rows that shots come from, by their groups."""
         out: dict[str, list[Row]] = {}
-        for row in self.rows.get(part, []):
-            out.setdefault(row.get("group", ""), []).append(row)
+        for row in self.rows.get("train") or self.rows.get("dev") or []:
+            if row.get("group"):
+                out.setdefault(row["group"], []).append(row)
         return out
-
-    def __hash__(self) -> int:
-        return id(self)
 
     def example(self, row: Row, formulation: str, shots: Sequence[Row] = ()) -> Example:
         """A row as it is put to a model, behind its shots. UserError names the row where a template fails."""

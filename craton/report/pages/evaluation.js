@@ -11,6 +11,34 @@ function element(kind, text, name) {
   return made;
 }
 
+function svg(kind, attributes, text) {
+  const made = document.createElementNS("http://www.w3.org/2000/svg", kind);
+  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+  if (text !== undefined) made.textContent = text;
+  return made;
+}
+
+function drawCurve(box) {
+  const points = JSON.parse(box.dataset.points);
+  const most = Math.max(...points.map((p) => p[2]));
+  const [x, y] = [(v) => 34 + 190 * v, (v) => 165 - 155 * v];
+  const all = svg("svg", {viewBox: "0 0 240 200"});
+  for (const v of [0, 0.5, 1]) {
+    all.append(svg("line", {x1: x(0), x2: x(1), y1: y(v), y2: y(v), class: "grid"}));
+    all.append(svg("text", {x: x(0) - 6, y: y(v) + 3, "text-anchor": "end"}, String(v)));
+    all.append(svg("text", {x: x(v), y: y(0) + 14, "text-anchor": "middle"}, String(v)));
+  }
+  all.append(svg("line", {x1: x(0), y1: y(0), x2: x(1), y2: y(1), class: "ideal"}));
+  all.append(svg("polyline", {points: points.map((p) => `${x(p[0])},${y(p[1])}`).join(" "), class: "line"}));
+  for (const [sure, right, n] of points) {
+    const dot = svg("circle", {cx: x(sure), cy: y(right), r: 1.5 + 4 * Math.sqrt(n / most), class: "dot"});
+    dot.append(svg("title", {}, `${n} items: ${sure.toFixed(2)} sure, ${right.toFixed(2)} right`));
+    all.append(dot);
+  }
+  all.append(svg("text", {x: x(0.5), y: 196, "text-anchor": "middle"}, "how sure it was; how often it was right"));
+  box.append(all);
+}
+
 function verdict(item) {
   if (item.score === 1) return ["right", "right"];
   return item.score === 0 ? ["wrong", "wrong"] : [`score ${item.score.toFixed(3)}`, "wrong"];
@@ -86,4 +114,5 @@ for (const id of ["task", "model", "beside", "show", "words"]) {
   if (at(id)) at(id).addEventListener("input", () => { shown = PAGE; draw(); });
 }
 at("more").addEventListener("click", () => { shown += PAGE; draw(); });
+document.querySelectorAll(".curve").forEach(drawCurve);
 draw();
