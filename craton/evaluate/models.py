@@ -1,14 +1,16 @@
 """Models as evaluation sees them: something that says how likely a continuation is, or writes an answer; in this
 process or behind an API."""
 
+import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Protocol
 
-from craton.base import UserError
+from craton.base import UserError, sha256
 from craton.engine.score import Likelihood, encode_pair, loglikelihoods
+from craton.evaluate.store import cache_folder, fingerprint, key_of
 
 Progress = Callable[[int, int], None]
 Answers = tuple[int, list["Written"]]  # the number of a prompt, and what was written
@@ -90,15 +92,15 @@ class LocalModel:
 
     local = True
 
-    def __init__(self, name: str, identity: str):
-        self.name, self.identity = name, identity
+    def __init__(self, name: str, identity: str, path: str):
+        self.name, self.identity, self.path = name, identity, path
 
     @cached_property
     def talker(self) -> Any:
         """Opened when something has to be computed."""
         from craton.engine.converse import open_talker
 
-        return open_talker(self.name, self.name, exact=True)
+        return open_talker(self.name, self.path, exact=True)
 
     @cached_property
     def chats(self) -> bool:
@@ -213,7 +215,6 @@ class _Answering:
 def open_subject(name: str, store: Any) -> Subject:
     """The model that a text names: a path, or one behind an API. UserError if it is neither."""
     from craton.engine.remote import is_remote
-    from craton.evaluate.store import fingerprint, key_of
 
     if is_remote(name):
         from craton.evaluate.remote import RemoteModel
@@ -223,5 +224,32 @@ def open_subject(name: str, store: Any) -> Subject:
     if not Path(path).exists():
         forms = "a folder, a GGUF file, URL#NAME, or openai:, anthropic:, gemini:, mistral: or deepseek:NAME"
         raise UserError(f"{name}: no such model; MODEL is {forms}")
+    if (Path(path) / "manifest.json").is_file() and Path(path).resolve().parent.name == "training":
+        path = str(_checkpoint(Path(path).resolve()))
     parts = [fingerprint(store, Path(p)) for p in (path, adapter) if p]
-    return LocalModel(name, key_of("local-fp32", parts))
+    opened = f"{path}+{adapter}" if adapter else path
+    return LocalModel(name, key_of("local-fp32", parts), opened)
+
+
+def _checkpoint(path: Path) -> Path:
+    """A checkpoint of a run here, as a model folder in the cache."""
+    import torch
+
+    from craton.model.decoder import Decoder
+    from craton.train.checkpoint import whole_tensors
+    from craton.weights.folder import read_config, write_network
+
+    run = path.parent.parent
+    out = cache_folder() / "checkpoints" / sha256(path / "manifest.json")[:16]
+    if not out.exists():
+        network = Decoder(read_config(run))
+        parameters = dict(network.named_parameters())
+        with torch.no_grad():
+            for name, tensor in whole_tensors(path, "weights"):
+                if name in parameters:  # a tied head is the embedding
+                    parameters[name].copy_(tensor)
+        temporary = out.with_name(f".{out.name}.{os.getpid()}")
+        temporary.mkdir(parents=True)
+        write_network(temporary, network, run)
+        os.rename(temporary, out)
+    return out

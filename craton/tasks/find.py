@@ -30,6 +30,8 @@ def find_task(text: str) -> Task:
         if not name or not value:
             raise UserError(f"{text!r}: write NAME=PATH", field="tasks")
         path = Path(value)
+        if value.startswith("hf://"):
+            return published_task(name, None, value.removeprefix("hf://"))
         if path.suffix in (".toml", ".yaml", ".yml"):
             task = find_task(value)
             task.name = name

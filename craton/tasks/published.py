@@ -121,13 +121,13 @@ _SAME |= {"gsm8k": "gsm8k"}
 OF_LAYOUT |= {layout: PUBLISHED[name] for layout, name in _SAME.items()}
 
 
-def published_task(name: str, path: Path | None) -> Task:
-    """The benchmark of this name, from a local path or the hub; a name that is in no table takes the layout that the
-    file is in. UserError for a file whose rows cannot be read as such."""
+def published_task(name: str, path: Path | None, hub: str = "") -> Task:
+    """The benchmark of this name, from a local path or the hub (ORG/NAME or ORG/NAME#CONFIGURATION); a name that is in
+    no table takes the layout that the file is in. UserError for a file whose rows cannot be read as such."""
     known = PUBLISHED.get(ALIASES.get(name, name))
     if path is None:
-        assert known is not None
-        raw = read_hub(*known.hub)
+        data, _, configuration = hub.partition("#")
+        raw = read_hub(data, configuration or None) if known is None or hub else read_hub(*known.hub)
     else:
         raw = read_parts(path)
     if labels := _labels(raw):
@@ -156,7 +156,7 @@ def published_task(name: str, path: Path | None) -> Task:
         parts = {part: [r | {"choices": r["written_choices"]} for r in rows] for part, rows in raw.items()}
         return _task(name, OF_LAYOUT[layout], parts, str(path))
     parts = {part: [normalise(_with_label(r, i, path), read) for i, r in enumerate(rows)] for part, rows in raw.items()}
-    return _task(name, known or OF_LAYOUT[layout], _spoken(parts, known), str(path or known.hub[0]))  # type: ignore[union-attr]
+    return _task(name, known or OF_LAYOUT[layout], _spoken(parts, known), str(path or hub or known.hub[0]))  # type: ignore[union-attr]
 
 
 def _suits(known: Published, layout: str) -> bool:

@@ -245,6 +245,15 @@ def test_bad_input(model_folder, arguments, problem, tmp_path):
     assert "Traceback" not in done.stderr and not (tmp_path / "out").exists()
 
 
+def test_checkpoints_are_models(model_folder, tmp_path):
+    """The last checkpoint of a run scores as the folder that it left."""
+    last = sorted((model_folder / "training").glob("step-*"))[-1]
+    found = evaluate([str(model_folder), str(last)], find_tasks("canaries"), Settings(limit=6), tmp_path / "out")
+    a, b = (Path(m["tasks"]["canaries"]["samples"]).read_text().splitlines() for m in found["models"].values())
+    for x, y in zip(map(json.loads, a), map(json.loads, b), strict=True):
+        assert x["loglikelihoods"] == pytest.approx(y["loglikelihoods"], rel=1e-5)
+
+
 class Server(ThreadingHTTPServer):
     """A server that answers what it is told to; keeps what it was asked."""
 
