@@ -36,7 +36,7 @@ class RunPart:
     keep_checkpoints: int = 2
     evaluate_every: int | None = None  # steps
     evaluate_tokens: int | None = None  # held out, that are looked at each time
-    evaluate_tasks: str | None = None  # TASK,TASK,... scored at each look (docs/eval.md)
+    evaluate_tasks: str = ""  # TASK,TASK,... scored at each look (docs/eval.md)
     precision: Literal["fp32", "bf16"] | None = None  # of matrix products; weights stay fp32
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: on GPUs when the run is long enough
     logger: Literal["none", "tensorboard", "wandb", "trackio"] = "none"  # besides metrics.jsonl

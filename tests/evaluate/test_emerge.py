@@ -34,7 +34,7 @@ def test_learning_in_context_appears_with_size(tmp_path, monkeypatch):
     monkeypatch.setenv("CRATON_CACHE", str(tmp_path / "cache"))
     for name in ("maps", "maps:unrelated"):
         file = tmp_path / f"{name.replace(':', '-')}.jsonl"
-        write_rows(f"{name}=4", file, "train", 32, 24_000, 0)
+        write_rows(f"{name}=4", file, "train", 32, 16_000, 0)
         build(BuildOptions([str(file)], ["near"], [], vocab_size=300), tmp_path / file.stem)
     small = rung(tmp_path / "maps", tmp_path / "small", 1, 16, 450)
     large = rung(tmp_path / "maps", tmp_path / "large", 2, 64, 450)

@@ -197,10 +197,7 @@ def test_page_and_folder(model_folder, tmp_path):
         tmp_path / "out",
     )
     page = write_evaluation(tmp_path / "out").read_text()
-    assert (
-        "http" not in re.sub(r"https?://(www.w3.org|purl.org|creativecommons.org|matplotlib.org)", "", page)
-        and str(other) in page
-    )
+    assert "http" not in page.replace("http://www.w3.org", "") and '<td class="name">other</td>' in page
     assert [d["task"] for d in results["differences"]] == ["c", "addition=2"]
     assert results["differences"][0]["p"] <= 1
     (tmp_path / "mine").mkdir()

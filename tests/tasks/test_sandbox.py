@@ -196,6 +196,7 @@ def _small(task, opener, source, path, n):
     return find_task(f"{task}={path}")
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not DATA.exists(), reason="the data is not here")
 def test_reference_solutions(tmp_path):
     """All of them pass, another problem's none, and most mutants none."""
