@@ -43,7 +43,7 @@ def test_learning_in_context_appears_with_size(tmp_path, monkeypatch):
         [small, large, control], find_tasks("maps=4,maps:unrelated=4"), [0, 16], 200, [1, 4], tmp_path / "out"
     )
     gain = {row["model"]: row for f in found["findings"] if "follow" in f["what"] for row in f["rows"]}
-    assert gain[large]["clear"] and gain[large]["after"] > 0.5
+    assert gain[large]["clear"] and gain[large]["after"] > 0.4
     assert not gain[small]["clear"] and not gain[control]["clear"]
     smooth = {(p["model"], p["shots"]): p["smooth"] for p in found["points"] if p["task"] == "maps=4"}
     assert smooth[large, 16] > smooth[control, 16] + 0.3 and smooth[large, 16] > smooth[large, 0] + 0.3
