@@ -15,8 +15,9 @@ from craton.base.files import (
     write_json,
     write_text,
 )
+from craton.base.hosts import local
 from craton.base.limits import free_memory, processors
 
 __all__ = ["Progress", "UserError", "amount", "as_json", "claim", "count", "digest", "free_memory", "fsync", "nearest"]
 __all__ += ["processors", "publish", "read_json", "read_text", "remove_inside", "say", "sha256", "span"]
-__all__ += ["speak_anywhere", "waiting", "write_json", "write_text"]
+__all__ += ["local", "speak_anywhere", "waiting", "write_json", "write_text"]

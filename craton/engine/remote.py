@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx
 
-from craton.base import UserError
+from craton.base import UserError, local
 
 _TRIES, _LONGEST_WAIT = 6, 60.0
 _AGAIN = {408, 409, 425, 429, 500, 502, 503, 504, 529}
@@ -64,15 +64,10 @@ def is_remote(name: str) -> bool:
     return name.startswith(("http://", "https://")) or name.partition(":")[0] in PROVIDERS
 
 
-def on_this_machine(host: str) -> bool:
-    """Whether an address never leaves this machine."""
-    return host in ("localhost", "::1", "[::1]") or host.startswith("127.")
-
-
 def overheard(url: str) -> bool:
     """Whether what is sent to an address can be read on the way."""
     parts = httpx.URL(url)
-    return parts.scheme != "https" and not on_this_machine(parts.host)
+    return parts.scheme != "https" and not local(parts.host)
 
 
 def key_for(url: str) -> str:
@@ -132,7 +127,8 @@ class Client:
             except (httpx.TransportError, httpx.InvalidURL) as error:
                 refused = isinstance(error, httpx.ConnectError | httpx.InvalidURL | httpx.UnsupportedProtocol)
                 if last or refused:
-                    raise UserError(f"{self.url}: no answer ({error or type(error).__name__})") from None
+                    problem = f"{self.url}: no answer ({error or type(error).__name__})"
+                    raise UserError(problem, code="no_server") from None
                 self._pause(attempt, None)
                 continue
             if got.status_code in _AGAIN and not last:
@@ -143,9 +139,9 @@ class Client:
             try:
                 value = got.json()
             except ValueError:
-                raise UserError(f"{self.url}: answered {got.text[:80]!r}, which is no JSON") from None
+                raise UserError(f"{self.url}: answered {got.text[:80]!r}, which is no JSON", code="no_server") from None
             if not isinstance(value, dict):
-                raise UserError(f"{self.url}: answered {got.text[:80]!r}, which is no JSON object")
+                raise UserError(f"{self.url}: answered {got.text[:80]!r}, which is no JSON object", code="no_server")
             return value
         raise AssertionError("unreachable")
 
@@ -209,7 +205,7 @@ class Client:
         try:
             found = self.request("POST", "/completions", body)
         except UserError as error:
-            raise UserError(f"{why}: {str(error).partition(': ')[2]}; {fix}", code="no_likelihoods") from None
+            raise UserError(f"{why} ({error}); {fix}", code="no_likelihoods") from None
         out = []
         try:
             for choice in sorted(found["choices"], key=lambda c: c["index"]):

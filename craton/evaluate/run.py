@@ -274,8 +274,8 @@ class _shown:
 
 
 def evaluate(models: list[str], tasks: list[Task], settings: Settings, out: Path | None = None) -> dict[str, Any]:
-    """Scores of each model on each task; writes OUT/results.json, OUT/samples/ and OUT/report.html, and says what they
-    are. UserError before anything is written."""
+    """Scores of each model on each task; writes OUT/results.json and OUT/samples/, and says what they are. UserError
+    before anything is written."""
     for corpus in settings.corpora:
         check_corpus(corpus)
     if settings.limit is not None and settings.limit < 1:

@@ -122,7 +122,7 @@ class Remote:
         try:
             return self.client.request("GET", "/models").get("data") or []
         except UserError as error:
-            if "no answer" in str(error) or "no JSON" in str(error):
+            if error.code == "no_server":
                 raise UserError(f"{self.client.url}: no OpenAI-compatible server there ({error})") from None
             raise
 

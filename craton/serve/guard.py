@@ -6,7 +6,6 @@ A request without a key where one is needed learns nothing: the same 401 whateve
 import asyncio
 import hashlib
 import hmac
-import ipaddress
 import json
 import logging
 import re
@@ -42,14 +41,6 @@ class Settings:
     log_prompts: bool = False
     votes: Path | None = None
     aliases: dict[str, str] = field(default_factory=dict)  # further names of models
-
-
-def local(host: str) -> bool:
-    """Whether only this machine can connect."""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def error_body(path: str, error: ApiError) -> Json:

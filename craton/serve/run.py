@@ -16,10 +16,10 @@ from typing import Any
 
 import uvicorn
 
-from craton.base import UserError, count, read_text, say
+from craton.base import UserError, count, local, read_text, say
 from craton.model.paging import BLOCK
 from craton.serve.app import create_app
-from craton.serve.guard import Protocol, Settings, local
+from craton.serve.guard import Protocol, Settings
 from craton.serve.metrics import Metrics
 from craton.serve.served import Served, open_served
 

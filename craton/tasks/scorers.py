@@ -9,13 +9,15 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from craton.base import UserError
-from craton.engine.score import Likelihood
 from craton.tasks.generated import VERIFIERS
 from craton.tasks.layouts import boxed
 from craton.tasks.task import CHOICE, Example, Task
+
+if TYPE_CHECKING:  # it brings torch, a second and more
+    from craton.engine.score import Likelihood
 
 
 @dataclass(frozen=True)
@@ -227,7 +229,7 @@ METRIC |= {"verified": "exact_match", "chrf": "chrf", "bleu": "bleu", "rouge": "
 
 
 def judge_choices(
-    task: Task, e: Example, found: Sequence[Likelihood], alone: Sequence[Likelihood]
+    task: Task, e: Example, found: Sequence["Likelihood"], alone: Sequence["Likelihood"]
 ) -> tuple[dict[str, float], dict[str, Any]]:
     """An item's score by each metric, as the field names them, and its part of a sample."""
     sums = [s.total for s in found]

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Five models from nothing, from 1 x 32 to 4 x 64, and a control; then what each can do, as one page. About 15 minutes
-# on two processors.
+# Five models from nothing, from 1 x 32 to 4 x 64, and a control; then what each can do, as one page. 18 to 31
+# minutes on one thread beside other work.
 #
 #     sh recipes/ladder/run.sh OUT [SEED [STEPS [SIZES]]]
 #
