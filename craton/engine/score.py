@@ -107,7 +107,7 @@ class _Batch:
     ancestors that nothing follows are attended to at once (a family), and families of about one size in one call."""
 
     def __init__(self, runs: list[Run], device: torch.device):
-        self.device, self.runs = device, runs
+        self.runs = runs
         self.earlier = [r for r in dict.fromkeys(a for run in runs for a in run.path()) if r.kept]
         place: dict[Run, int] = {}  # of a run's first token among those of earlier batches and of this one
         at = 0

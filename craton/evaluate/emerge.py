@@ -115,10 +115,10 @@ def _more_computing(evaluation: Evaluation, task: Task, shots: int, samples: lis
     how = Decoding(task.max_tokens, task.stop, temperature=1.0, n=most)
     written = evaluation.answers(task, name, examples, prompts, how, f"{evaluation.subject.name}: {task.name} x {most}")
     out = _thinking(evaluation, task, shots, name, examples) if evaluation.subject.thinks else []
+    judged = [[SCORERS[task.scorer](task, e, w.text) for w in a] for e, a in zip(examples, written, strict=True)]
     for n in sorted(samples):
         votes, best, spent = [], [], 0.0
-        for e, answers in zip(examples, written, strict=True):
-            verdicts = [SCORERS[task.scorer](task, e, w.text) for w in answers]
+        for e, answers, verdicts in zip(examples, written, judged, strict=True):
             right = sum(v.score >= 1.0 for v in verdicts)
             best.append(1.0 if len(answers) - right < n else 1.0 - _none_of(len(answers), right, n))
             votes.append(_voted(e, verdicts[:n]))

@@ -130,6 +130,7 @@ def published_task(name: str, path: Path | None, hub: str = "") -> Task:
         raw = read_hub(data, configuration or None) if known is None or hub else read_hub(*known.hub)
     else:
         raw = read_parts(path)
+    raw = _completed(raw, path)
     if labels := _labels(raw):
         raw = {
             p: [r | {"question": r["text"], "choices": labels, "answer": str(r["label"])} for r in rows]
@@ -142,7 +143,7 @@ def published_task(name: str, path: Path | None, hub: str = "") -> Task:
         from craton.tasks.translation import articles
 
         return _task(name, known, articles(raw), str(path))
-    found = layout_of(_with_label(first, 0, path))
+    found = layout_of(first)
     if found is None:
         has = ", ".join(k for k in first if k not in ("where", "id"))
         fix = "describe them in a .toml file (docs/eval.md)"
@@ -155,8 +156,9 @@ def published_task(name: str, path: Path | None, hub: str = "") -> Task:
         raw = {part: [normalise(r, read) for r in rows] for part, rows in raw.items()}
         parts = {part: [r | {"choices": r["written_choices"]} for r in rows] for part, rows in raw.items()}
         return _task(name, OF_LAYOUT[layout], parts, str(path))
-    parts = {part: [normalise(_with_label(r, i, path), read) for i, r in enumerate(rows)] for part, rows in raw.items()}
-    return _task(name, known or OF_LAYOUT[layout], _spoken(parts, known), str(path or hub or known.hub[0]))  # type: ignore[union-attr]
+    parts = {part: [normalise(row, read) for row in rows] for part, rows in raw.items()}
+    source = str(path or hub or (known.hub[0] if known else ""))
+    return _task(name, known or OF_LAYOUT[layout], _spoken(parts, known), source)
 
 
 def _suits(known: Published, layout: str) -> bool:
@@ -165,29 +167,29 @@ def _suits(known: Published, layout: str) -> bool:
         partial = known.formulations is _SCHEMA
         return (layout == "schema") == partial and layout in (*_CHOICES, "schema")
     if known.scorer == "completion":
-        return layout in ("completion", "text")
+        return layout == "completion"
     if known.scorer in ("code", "ifeval"):
-        return layout == ("ifeval" if known.scorer == "ifeval" else layout) and layout in (
-            "humaneval",
-            "mbpp",
-            "ifeval",
-        )
+        return layout == "ifeval" if known.scorer == "ifeval" else layout in ("humaneval", "mbpp")
     return layout in ("open", "pair", "trivia", "reading", "gsm8k", "math")
 
 
 _CHOICES = ("choices", "query", "hellaswag", "reading_choices", "winogender", "bigbench")
 
 
-def _with_label(row: Row, number: int, path: Path | None) -> Row:
-    """PIQA and SIQA were published with their labels in a file beside; LAMBADA as whole texts."""
-    if "text" in row and not set(row) - {"where", "id", "text", "domain"} and " " in str(row["text"]):
-        context, _, word = row["text"].rstrip().rpartition(" ")
-        return row | {"context": context, "continuation": word}
-    if "sol1" in row and "label" not in row and path is not None:
-        labels = path.with_name(path.name.partition(".")[0] + "-labels.lst")
-        if labels.exists():
-            return row | {"label": labels.read_text().split()[number]}
-    return row
+def _completed(raw: dict[str, list[Row]], path: Path | None) -> dict[str, list[Row]]:
+    """Rows with what was published apart: PIQA's labels in a file beside, LAMBADA's last word in its text."""
+    rows = [row for part in raw.values() for row in part]
+    beside = path.with_name(path.name.partition(".")[0] + "-labels.lst") if path is not None else None
+    if beside is not None and beside.exists() and all("sol1" in row and "label" not in row for row in rows):
+        labels = beside.read_text().split()
+        if len(labels) != len(rows):
+            raise UserError(f"{beside}: {len(labels)} labels for {len(rows)} rows")
+        for row, label in zip(rows, labels, strict=True):
+            row["label"] = label
+    for row in rows:
+        if "text" in row and not set(row) - {"where", "id", "text", "domain"} and " " in str(row["text"]):
+            row["context"], _, row["continuation"] = row["text"].rstrip().rpartition(" ")
+    return raw
 
 
 def _labels(raw: dict[str, list[Row]]) -> list[str]:

@@ -6,6 +6,7 @@ import json
 import re
 import tarfile
 import zipfile
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -32,14 +33,13 @@ def read_parts(path: Path) -> dict[str, list[Row]]:
         raise UserError(f"{path}: holds no file of rows; read are {', '.join(_KINDS)}, compressed too, and tar and zip")
     known = {name: _part(name) for name, _ in files}
     alone = len(files) == 1 or not any(known.values())
-    out: dict[str, list[Row]] = {}
-    sizes = [0 if known[name] is None else 1 for name, _ in files]
+    parts = {name: "test" if alone else part for name, part in known.items()}
+    sizes, out = Counter(parts.values()), dict[str, list[Row]]()
     for name, opened in files:
-        part = "test" if alone else known[name]
+        part = parts[name]
         if part is None:
             continue
-        several = sum(known[n] == known[name] for n, _ in files) > 1 if sum(sizes) else len(files) > 1
-        group = _group(name) if several else ""
+        group = _group(name) if sizes[part] > 1 else ""
         out.setdefault(part, []).extend(_identified(_rows(opened, name), group, name))
     if "test" not in out and "dev" in out:
         out["test"] = out.pop("dev")
@@ -157,14 +157,14 @@ def _table(pieces: Iterator[str], name: str) -> Iterator[Row]:
         yield dict(zip(header, row, strict=False))
 
 
-def read_hub(name: str, config: str | None, revision: str | None = None) -> dict[str, list[Row]]:
+def read_hub(name: str, config: str | None) -> dict[str, list[Row]]:
     """The parts of a data set on the hub. UserError if it cannot be had."""
     try:
         from datasets import load_dataset
     except ImportError:
         raise UserError(f"{name}: reading a data set from the hub needs pip install 'craton[hf]'") from None
     try:
-        found = load_dataset(name, config, revision=revision)
+        found = load_dataset(name, config)
     except Exception as error:
         raise UserError(f"{name}: not readable from the hub ({str(error).splitlines()[0]})") from None
     out: dict[str, list[Row]] = {}
