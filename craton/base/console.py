@@ -77,7 +77,7 @@ class Progress:
     def __init__(self, every: float = 5.0):
         self.live = sys.stderr.isatty()
         self.every = 0.1 if self.live else every
-        self.last = time.monotonic()
+        self.began = self.last = time.monotonic()
         self.open = False
 
     def show(self, text: str) -> None:
@@ -95,6 +95,11 @@ class Progress:
                 print(text, file=sys.stderr, flush=True)
         except OSError:
             _silence(sys.stderr)
+
+    def show_part(self, label: str, done: int, whole: int) -> None:
+        """Show how much is done of what has been under way since this object was made, and the time left."""
+        left = (time.monotonic() - self.began) * (whole - done) / max(1, done)
+        self.show(f"{label}: {done} of {whole}, {span(max(0.0, left))} left")
 
     def clear(self) -> None:
         """Take the line away, so that ordinary output can follow."""

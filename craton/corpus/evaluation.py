@@ -28,20 +28,23 @@ class Evaluation:
         return any(np.isin(ngrams(words.folded, n), g).any() for n, g in self.grams.items())
 
 
+def item_grams(item: str) -> tuple[int, np.ndarray] | None:
+    """n and the n-grams of an item: 13 words (GPT-3, arXiv 2005.14165 app. C), an item of 8 to 12 words whole; None for
+    a shorter one. Where words are not spaced two characters stand for a word."""
+    words = Words(item)
+    scale = 2 if words.unspaced > 0.5 else 1
+    n = min(NGRAM * scale, len(words.folded))
+    return None if n < SHORTEST * scale else (n, ngrams(words.folded, n))
+
+
 def evaluation_grams(items: list[str]) -> Evaluation:
-    """13-grams of each item (GPT-3, arXiv 2005.14165 app. C); an item of 8 to 12 words counts whole. Where words are
-    not spaced two characters stand for a word."""
+    """The n-grams of all items."""
     grams: dict[int, list[np.ndarray]] = defaultdict(list)
-    short = 0
-    for item in items:
-        all_words = Words(item)
-        words, scale = all_words.folded, 2 if all_words.unspaced > 0.5 else 1
-        n = min(NGRAM * scale, len(words))
-        if n < SHORTEST * scale:
-            short += 1
-            continue
-        grams[n].append(ngrams(words, n))
-    return Evaluation({n: np.unique(np.concatenate(g)) for n, g in grams.items()}, len(items) - short, short)
+    found = [one for one in map(item_grams, items) if one is not None]
+    for n, own in found:
+        grams[n].append(own)
+    unique = {n: np.unique(np.concatenate(g)) for n, g in grams.items()}
+    return Evaluation(unique, len(found), len(items) - len(found))
 
 
 def _strings(value: Any) -> Iterator[str]:

@@ -1,13 +1,12 @@
 """Whether the text that a model was trained on holds a task's test items: 13 words in a row, or a whole short item."""
 
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from craton.base import Progress, UserError, read_json, span
-from craton.corpus.evaluation import NGRAM, SHORTEST
+from craton.base import Progress, UserError, read_json
+from craton.corpus.evaluation import item_grams
 from craton.corpus.store import Corpus
 from craton.corpus.words import Words, ngrams
 from craton.evaluate.store import Store, key_of
@@ -46,39 +45,25 @@ def contaminated(task: Task, rows: list[Row], folders: list[Path], store: Store)
 
 
 def _look(texts: list[str], corpora: list[Corpus]) -> dict[str, Any]:
-    by_length: dict[int, list[tuple[int, np.ndarray]]] = {}
-    short = 0
-    for i, text in enumerate(texts):
-        words = Words(text)
-        scale = 2 if words.unspaced > 0.5 else 1
-        n = min(NGRAM * scale, len(words.folded))
-        if n < SHORTEST * scale:
-            short += 1
-        else:
-            by_length.setdefault(n, []).append((i, ngrams(words.folded, n)))
-    tables = {}
-    for n, found in by_length.items():
-        grams = np.concatenate([g for _, g in found])
-        owner = np.concatenate([np.full(len(g), i) for i, g in found])
-        tables[n] = (np.unique(grams), grams, owner)
+    found = [item_grams(text) for text in texts]
+    tables = {}  # the n-grams of each length, and the items that they are of
+    for n in {one[0] for one in found if one is not None}:
+        own = [(i, one[1]) for i, one in enumerate(found) if one is not None and one[0] == n]
+        tables[n] = np.concatenate([g for _, g in own]), np.concatenate([np.full(len(g), i) for i, g in own])
     hits: set[int] = set()
-    progress, whole = Progress(), sum(c.length("train") for c in corpora)
-    began, done = time.monotonic(), 0
+    progress, whole, done = Progress(), sum(c.length("train") for c in corpora), 0
     for corpus in corpora:
         length = corpus.length("train")
         for start in range(0, length, _PIECE):
             first = max(0, start - _OVERLAP)
             piece = corpus.read("train", first, min(length, start + _PIECE) - first)
             folded = Words(corpus.tokenizer.decode(piece.tolist())).folded
-            for n, (unique, grams, owner) in tables.items():
-                seen = np.intersect1d(unique, ngrams(folded, n))
-                if len(seen):
-                    hits |= set(owner[np.isin(grams, seen)].tolist())
+            for n, (grams, owner) in tables.items():
+                hits.update(owner[np.isin(grams, ngrams(folded, n))].tolist())
             done += len(piece)
-            left = (time.monotonic() - began) * (whole - done) / max(1, done)
-            progress.show(f"contamination: {done} of {whole} tokens, {span(max(0.0, left))} left")
+            progress.show_part("contamination: tokens", done, whole)
     progress.clear()
-    return {"hits": sorted(hits), "too_short": short}
+    return {"hits": sorted(hits), "too_short": sum(one is None for one in found)}
 
 
 def check_corpus(folder: Path) -> Path:

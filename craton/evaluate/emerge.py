@@ -101,7 +101,7 @@ def _log_likelihoods(evaluation: Evaluation, task: Task, formulation: str) -> li
         right = task.worked(e.row, f)[1] if e.gold is None else e.choices[e.gold]
         prompt = e.prompts[e.gold or 0] if len(e.prompts) > 1 else e.prompts[0]
         requests.append((Prompt(prompt), right))
-    scored = evaluation.scores(task, formulation, examples, requests, f"{evaluation.subject.name}: {task.name}")[0]
+    scored = evaluation.scores(task, formulation, requests)[0]
     return [s.total / max(1, s.tokens) for s in scored]
 
 
@@ -113,8 +113,8 @@ def _more_computing(evaluation: Evaluation, task: Task, shots: int, samples: lis
     prompts = [Prompt(e.prompts[0]) for e in examples]
     most = max(samples)
     how = Decoding(task.max_tokens, task.stop, temperature=1.0, n=most)
-    written = evaluation.answers(task, name, examples, prompts, how, f"{evaluation.subject.name}: {task.name} x {most}")
-    out = _thinking(evaluation, task, shots, name, examples) if evaluation.subject.thinks else []
+    written = evaluation.answers(task, name, prompts, how)
+    out = _thinking(evaluation, task, shots, name, examples) if evaluation.is_so("thinks") else []
     judged = [[SCORERS[task.scorer](task, e, w.text) for w in a] for e, a in zip(examples, written, strict=True)]
     for n in sorted(samples):
         votes, best, spent = [], [], 0.0
@@ -137,8 +137,7 @@ def _thinking(
     prompts = [Prompt(e.prompts[0], e.messages) for e in examples]
     for budget in _BUDGETS:
         how = Decoding(task.max_tokens, thinking=budget)
-        label = f"{evaluation.subject.name}: {task.name}, thinking {budget}"
-        written = [w[0] for w in evaluation.answers(task, name, examples, prompts, how, label)]
+        written = [w[0] for w in evaluation.answers(task, name, prompts, how)]
         scores = [SCORERS[task.scorer](task, e, w.text).score for e, w in zip(examples, written, strict=True)]
         low, high = interval(scores)
         line = {"n": 1, "shots": shots, "thinking": budget, "tokens": sum(w.tokens for w in written) / len(written)}

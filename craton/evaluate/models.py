@@ -1,21 +1,28 @@
 """Models as evaluation sees them: something that says how likely a continuation is, or writes an answer; in this
 process or behind an API."""
 
-import os
+import contextlib
+import json
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from craton.base import UserError, sha256
+from craton.base import UserError
+from craton.engine.converse import NEUTRAL, AnswerParts, Ask, open_talker, prepare
+from craton.engine.remote import is_remote, open_client
 from craton.engine.score import Likelihood, encode_pair, loglikelihoods
 from craton.evaluate.store import cache_folder, fingerprint, key_of
+from craton.model import kernels, modes
+from craton.train.checkpoint import as_folder
 
 Progress = Callable[[int, int], None]
 Answers = tuple[int, list["Written"]]  # the number of a prompt, and what was written
 LIKELIHOOD_BATCH = 4096  # requests whose tree is made at once
 _AHEAD = 512  # answers that are asked for at once
+_AT_ONCE, _TEXTS = 8, 16  # requests to a server, texts in one
 _THINKING = 2048  # tokens, where a model thinks and nothing else is said
 
 
@@ -49,44 +56,6 @@ class Decoding:
     thinking: int | None = None
 
 
-class Subject(Protocol):
-    """A model that can be evaluated."""
-
-    name: str
-    local: bool
-
-    @property
-    def identity(self) -> str:
-        """What its results are kept under."""
-        ...
-
-    @property
-    def chats(self) -> bool:
-        """Whether it has a chat template of its own use."""
-        ...
-
-    @property
-    def thinks(self) -> bool:
-        """Whether it can think before it answers, for as long as it is told."""
-        ...
-
-    def longest(self) -> int | None:
-        """Tokens of its context, where they are known."""
-        ...
-
-    def count(self, prompt: Prompt) -> int | None:
-        """Tokens of a prompt, where they can be counted."""
-        ...
-
-    def score(self, requests: Sequence[tuple[Prompt, str]], progress: Progress) -> Iterator[tuple[int, Likelihood]]:
-        """For each (context, continuation): its number and likelihood, as they become known."""
-        ...
-
-    def write(self, prompts: Sequence[Prompt], how: Decoding, progress: Progress) -> Iterator[Answers]:
-        """For each prompt: its number and how.n answers, as they become known."""
-        ...
-
-
 class LocalModel:
     """A folder, a GGUF file or MODEL+ADAPTER, on our own engine: activations in fp32, weights as they are stored."""
 
@@ -98,24 +67,21 @@ class LocalModel:
     @cached_property
     def talker(self) -> Any:
         """Opened when something has to be computed."""
-        from craton.engine.converse import open_talker
-
         return open_talker(self.name, self.path, exact=True)
 
     @cached_property
     def chats(self) -> bool:
         return self.talker.dialogue is not None and not self.talker.pretrained_only
 
-    def longest(self) -> int:
+    @cached_property
+    def context(self) -> int:
+        """Tokens."""
         return int(self.talker.engine.context)
 
     def _ids(self, prompt: Prompt) -> list[int]:
-        from craton.engine.converse import Ask, prepare
-
-        tokenizer = self.talker.tokenizer
         if prompt.messages:
             return list(prepare(self.talker, Ask({"max_tokens": 1}, messages=list(prompt.messages), thinking=None)).ids)
-        return list(tokenizer.encode(prompt.text))
+        return list(self.talker.tokenizer.encode(prompt.text))
 
     def count(self, prompt: Prompt) -> int:
         return len(self._ids(prompt))
@@ -126,10 +92,8 @@ class LocalModel:
         return encode_pair(self.talker.tokenizer, prompt.text, continuation)
 
     def score(self, requests: Sequence[tuple[Prompt, str]], progress: Progress) -> Iterator[tuple[int, Likelihood]]:
-        from craton.model import kernels, modes
-
         kernels.keep_freed_memory()
-        context = self.longest()
+        context = self.context
         for first in range(0, len(requests), LIKELIHOOD_BATCH):
             pairs = []
             for prompt, continuation in requests[first : first + LIKELIHOOD_BATCH]:
@@ -169,8 +133,6 @@ class LocalModel:
 
     def _answering(self, number: int, prompt: Prompt, how: Decoding) -> "_Answering":
         """An answer to come, along the same path as in chat and server. Thinking is given room of its own."""
-        from craton.engine.converse import NEUTRAL, AnswerParts, Ask, prepare
-
         sampling: dict[str, Any] = NEUTRAL | {"temperature": how.temperature, "stop": how.stop, "n": how.n}
         sampling |= {"seed": how.seed + number, "max_tokens": how.max_tokens}
         ask = Ask(sampling, prompt=None if prompt.messages else self.talker.tokenizer.encode(prompt.text))
@@ -212,44 +174,87 @@ class _Answering:
         ]
 
 
+class RemoteModel:
+    """openai:NAME and its like, or URL#NAME: answers through its chat API, likelihoods where the server scores given
+    texts."""
+
+    local, chats, thinks = False, True, False
+
+    def __init__(self, name: str):
+        self.name, self.client = name, open_client(name)
+
+    @cached_property
+    def identity(self) -> str:
+        """Its address, and what the server says of it: of craton's, when it was loaded."""
+        about: dict[str, Any] = {}
+        if self.name.startswith("http"):
+            with contextlib.suppress(UserError):
+                listed = self.client.request("GET", "/models").get("data") or []
+                about = next((m for m in listed if isinstance(m, dict) and m.get("id") == self.client.model), {})
+        return f"{self.client.url}#{self.client.model} {json.dumps(about, sort_keys=True)}"
+
+    def score(self, requests: Sequence[tuple[Prompt, str]], progress: Progress) -> Iterator[tuple[int, Likelihood]]:
+        if any(prompt.messages for prompt, _ in requests):
+            raise UserError(f"{self.name}: choices cannot be scored through a chat API; use --no-chat", field="chat")
+        pieces = [requests[i : i + _TEXTS] for i in range(0, len(requests), _TEXTS)]
+        for number, found in self._at_once(self._score, pieces, progress):
+            yield from enumerate(found, number * _TEXTS)
+
+    def write(self, prompts: Sequence[Prompt], how: Decoding, progress: Progress) -> Iterator[Answers]:
+        return self._at_once(lambda one: self._write(one[1], how, one[0]), list(enumerate(prompts)), progress)
+
+    def _at_once(self, ask: Callable[[Any], Any], what: list[Any], progress: Progress) -> Iterator[tuple[int, Any]]:
+        """(number, what came of it) of each, some at a time, as they become known."""
+        with ThreadPoolExecutor(_AT_ONCE) as pool:
+            waiting = {pool.submit(ask, one): number for number, one in enumerate(what)}
+            try:
+                for done, future in enumerate(as_completed(waiting), 1):
+                    progress(done, len(what))
+                    yield waiting[future], future.result()
+            finally:
+                pool.shutdown(wait=False, cancel_futures=True)
+
+    def _score(self, requests: Sequence[tuple[Prompt, str]]) -> list[Likelihood]:
+        """Of the tokens that begin within each continuation."""
+        rows = self.client.prompt_logprobs([prompt.text + continuation for prompt, continuation in requests])
+        out = []
+        for (prompt, continuation), tokens in zip(requests, rows, strict=True):
+            length = len(continuation) + len(prompt.text) - len(prompt.text.rstrip())
+            own = [(value, best) for left, value, best in tokens if left <= length and value is not None]
+            if not own:
+                raise UserError(f"{self.name}: the server gave no log-probability for a continuation")
+            out.append(Likelihood(sum(v for v, _ in own), all(b for _, b in own), len(own)))
+        return out
+
+    def _write(self, prompt: Prompt, how: Decoding, number: int) -> list[Written]:
+        settings = dict(max_tokens=how.max_tokens, temperature=how.temperature, stop=list(how.stop)[:4])
+        out = []
+        for i in range(how.n):
+            seed = how.seed + number + 1000 * i if how.temperature else None
+            if prompt.messages:
+                reply = self.client.chat(prompt.messages, seed=seed, **settings)
+            else:
+                reply = self.client.complete(prompt.text, seed=seed, **settings)
+            text = reply.text
+            for stop in how.stop:  # those over the four that servers take
+                text = text.partition(stop)[0]
+            out.append(Written(text, reply.finish, reply.prompt_tokens, reply.completion_tokens))
+        return out
+
+
+Subject = LocalModel | RemoteModel
+
+
 def open_subject(name: str, store: Any) -> Subject:
     """The model that a text names: a path, or one behind an API. UserError if it is neither."""
-    from craton.engine.remote import is_remote
-
     if is_remote(name):
-        from craton.evaluate.remote import RemoteModel
-
         return RemoteModel(name)
     path, _, adapter = (name, "", "") if Path(name).exists() else name.partition("+")
     if not Path(path).exists():
         forms = "a folder, a GGUF file, URL#NAME, or openai:, anthropic:, gemini:, mistral: or deepseek:NAME"
         raise UserError(f"{name}: no such model; MODEL is {forms}")
     if (Path(path) / "manifest.json").is_file() and Path(path).resolve().parent.name == "training":
-        path = str(_checkpoint(Path(path).resolve()))
+        path = str(as_folder(Path(path).resolve(), cache_folder() / "checkpoints"))
     parts = [fingerprint(store, Path(p)) for p in (path, adapter) if p]
     opened = f"{path}+{adapter}" if adapter else path
     return LocalModel(name, key_of("local-fp32", parts), opened)
-
-
-def _checkpoint(path: Path) -> Path:
-    """A checkpoint of a run here, as a model folder in the cache."""
-    import torch
-
-    from craton.model.decoder import Decoder
-    from craton.train.checkpoint import whole_tensors
-    from craton.weights.folder import read_config, write_network
-
-    run = path.parent.parent
-    out = cache_folder() / "checkpoints" / sha256(path / "manifest.json")[:16]
-    if not out.exists():
-        network = Decoder(read_config(run))
-        parameters = dict(network.named_parameters())
-        with torch.no_grad():
-            for name, tensor in whole_tensors(path, "weights"):
-                if name in parameters:  # a tied head is the embedding
-                    parameters[name].copy_(tensor)
-        temporary = out.with_name(f".{out.name}.{os.getpid()}")
-        temporary.mkdir(parents=True)
-        write_network(temporary, network, run)
-        os.rename(temporary, out)
-    return out

@@ -3,16 +3,16 @@
 import json
 import math
 import re
-import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import astuple, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from craton.base import Progress, UserError, publish, say, span, write_json
+from craton.base import Progress, UserError, publish, say, write_json
 from craton.engine.score import Likelihood
 from craton.evaluate.contamination import check_corpus, contaminated, corpora_of
-from craton.evaluate.models import Decoding, Prompt, Subject, Written, open_subject
+from craton.evaluate.models import Decoding, LocalModel, Prompt, Subject, Written, open_subject
 from craton.evaluate.statistics import calibration, interval, paired, standard_error
 from craton.evaluate.store import Store, cache_folder, key_of
 from craton.tasks.scorers import SCORERS, Verdict, judge_choices, judge_prompt, judged
@@ -21,6 +21,7 @@ from craton.tasks.task import CHOICE, Example, Task
 FORMAT = "craton-evaluation-1"
 _MANY = 0.1  # the share of answers from which on a warning is due
 Sample = dict[str, Any]
+Progressing = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)
@@ -42,11 +43,17 @@ class Outcome:
     formulation: str
     shots: int
     chat: bool
-    samples: list[Sample]
-    values: dict[str, list[float]]
+    samples: list[Sample] = field(default_factory=list)
+    values: dict[str, list[float]] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
     curve: dict[str, Any] | None = None
     more: dict[str, float] = field(default_factory=dict)  # metrics that are no means over items
+
+    def add(self, e: Example, prompt: Any, values: dict[str, float], about: Sample) -> None:
+        """An item's scores and sample."""
+        for metric, value in values.items():
+            self.values.setdefault(metric, []).append(value)
+        self.samples.append({"id": e.id, "prompt": prompt} | about | ({"group": e.group} if e.group else {}))
 
 
 # ---- one task, one model -----------------------------------------------------------------------------------------
@@ -61,213 +68,186 @@ class Evaluation:
     def run(self, task: Task) -> Outcome:
         """All formulations of a task; the best one. UserError for what cannot be put to this model."""
         found = [self._formulation(task, name) for name in task.formulations]
-        metric = task.metric
-        best = max(found, key=lambda o: _mean(o.values[metric]))
-        if len(found) > 1:
-            for o in found:
-                best.more[f"{metric} ({o.formulation})"] = _mean(o.values[metric])
+        best = max(found, key=lambda o: _mean(o.values[task.metric]))
+        for o in found if len(found) > 1 else []:
+            best.more[f"{task.metric} ({o.formulation})"] = _mean(o.values[task.metric])
         return best
 
     def _formulation(self, task: Task, name: str) -> Outcome:
-        shots = task.shots if self.settings.shots is None else self.settings.shots
         chat = self.settings.chat
         if chat is None:
-            chat = not task.by_likelihood and self._chats()
-        elif chat and not self._chats():
+            chat = not task.by_likelihood and self.is_so("chats")
+        elif chat and not self.is_so("chats"):
             raise UserError(f"{self.subject.name}: has no chat template; leave out --chat", field="chat")
         examples = self.examples(task, name)
         if chat and any(not e.messages for e in examples):
             raise UserError(f"task {task.name}: {name} has no chat form; leave out --chat", field="chat")
-        label = f"{_short(self.subject.name)}: {task.name} ({name})"
-        if task.by_likelihood:
-            outcome = self._by_likelihood(task, name, examples, chat, label)
-        else:
-            outcome = self._by_answer(task, name, examples, chat, label)
-        outcome.shots = shots
+        outcome = Outcome(name, self.shots(task), chat)
+        put = self._by_likelihood if task.by_likelihood else self._by_answer
+        put(task, examples, outcome)
         return outcome
+
+    def shots(self, task: Task) -> int:
+        """Worked examples before each item."""
+        return task.shots if self.settings.shots is None else self.settings.shots
 
     def examples(self, task: Task, formulation: str) -> list[Example]:
         """The items with their shots."""
-        shots = task.shots if self.settings.shots is None else self.settings.shots
-        rows = task.items(self.settings.limit)
-        return [task.example(r, formulation, task.shots_for(r, shots, self.settings.seed)) for r in rows]
+        k, seed = self.shots(task), self.settings.seed
+        return [task.example(r, formulation, task.shots_for(r, k, seed)) for r in task.items(self.settings.limit)]
 
-    def _chats(self) -> bool:
-        known = key_of("chats-1", self.subject.identity)
+    def is_so(self, what: str) -> bool:
+        """Whether the model "chats" or "thinks"; known from the store, it need not be opened."""
+        known = key_of(f"{what}-1", self.subject.identity)
         if (found := self.store.get(known)) is None:
-            found = self.subject.chats
+            found = bool(getattr(self.subject, what))
             self.store.put(known, found)
         return bool(found)
 
-    def _check_room(self, task: Task, prompts: list[Prompt], examples: list[Example], name: str, answer: int) -> int:
-        """Prompts that are too long and will be cut at their left. UserError where shots are the reason."""
-        context = self.subject.longest()
-        if context is None:
+    def _check_room(self, task: Task, formulation: str, prompts: list[Prompt], answer: int) -> int:
+        """How many prompts are too long and will be cut at their left. UserError where shots are the reason."""
+        if not isinstance(self.subject, LocalModel):  # the server refuses them
             return 0
-        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i].text))
-        cut = 0
-        for i in order:
-            if len(prompts[i].text) < context - answer:  # a token is a character at least
+        context, shots = self.subject.context, self.shots(task)
+        sizes = [self.subject.count(p) for i, p in enumerate(prompts) if i == 0 or p != prompts[i - 1]]
+        if max(sizes) + answer <= context or not shots:
+            return sum(size + answer > context for size in sizes)
+        row = max(self.examples(task, formulation), key=lambda e: len(e.prompts[0])).row
+        fits = shots - 1
+        while fits:
+            e = task.example(row, formulation, task.shots_for(row, fits, self.settings.seed))
+            if self.subject.count(Prompt(e.prompts[0], e.messages if prompts[0].messages else ())) + answer <= context:
                 break
-            count = self.subject.count(prompts[i])
-            if count is None or count + answer <= context:
-                if cut == 0 and count is not None and count + answer < context // 2:
-                    break
-                continue
-            shots = task.shots if self.settings.shots is None else self.settings.shots
-            if shots:
-                fits = self._fitting(task, examples[i], name, shots, context - answer, bool(prompts[i].messages))
-                problem = f"{shots} shots and item {examples[i].id} are {count} tokens, {answer} more for the answer"
-                fix = f"{fits} would fit" if fits else "none would fit"
-                raise UserError(f"task {task.name}: {problem}, the context is {context}; {fix}", field="shots")
-            cut += 1
-        return cut
+            fits -= 1
+        problem = f"{shots} shots and an item are {max(sizes)} tokens, {answer} more for the answer"
+        fix = f"{fits or 'none'} would fit"
+        raise UserError(f"task {task.name}: {problem}, the context is {context}; {fix}", field="shots")
 
-    def _fitting(self, task: Task, e: Example, name: str, shots: int, room: int, chat: bool) -> int:
-        for fewer in range(shots - 1, 0, -1):
-            made = task.example(e.row, name, task.shots_for(e.row, fewer, self.settings.seed))
-            count = self.subject.count(Prompt(made.prompts[0], made.messages if chat else ()))
-            if count is not None and count <= room:
-                return fewer
-        return 0
+    def _label(self, task: Task, formulation: str) -> str:
+        return f"{_short(self.subject.name)}: {task.name} ({formulation})"
 
     # ---- by likelihood ----
 
-    def _by_likelihood(self, task: Task, name: str, examples: list[Example], chat: bool, label: str) -> Outcome:
+    def _by_likelihood(self, task: Task, examples: list[Example], outcome: Outcome) -> None:
+        chat = outcome.chat
         requests: list[tuple[Prompt, str]] = []
         for e in examples:
             prompts = e.prompts if len(e.prompts) > 1 else e.prompts * len(e.choices)
-            joined = e.texts if chat else e.choices
-            requests += [(Prompt(p, e.messages if chat else ()), c) for p, c in zip(prompts, joined, strict=True)]
+            continuations = e.texts if chat else e.choices
+            for text, continuation in zip(prompts, continuations, strict=True):
+                requests.append((Prompt(text, e.messages if chat else ()), continuation))
         asked = len(requests)
         if task.metric == "acc_mutual_info":
             requests += [(Prompt(task.neutral), c) for e in examples for c in e.choices]
-        scored, cut = self.scores(task, name, examples, requests, label)
-        outcome = Outcome(name, 0, chat, [], {})
+        scored, cut = self.scores(task, outcome.formulation, requests)
         at = 0
         for e in examples:
             found = scored[at : at + len(e.choices)]
             alone = scored[asked + at : asked + at + len(e.choices)]
             at += len(e.choices)
-            values, sample = judge_choices(task, e, found, alone)
-            for metric, value in values.items():
-                outcome.values.setdefault(metric, []).append(value)
+            values, judged_so = judge_choices(task, e, found, alone)
             prompt: Any = e.prompts[0] if len(e.prompts) == 1 else list(e.prompts)
-            about = {"id": e.id, "prompt": list(e.messages) if chat else prompt}
-            shown = list(e.texts if chat else e.choices)
-            outcome.samples.append(about | {"choices": shown} | sample | {"score": values[task.metric]})
-            if e.group:
-                outcome.samples[-1]["group"] = e.group
+            shown = {"choices": list(e.texts if chat else e.choices)}
+            outcome.add(
+                e, list(e.messages) if chat else prompt, values, shown | judged_so | {"score": values[task.metric]}
+            )
+        likelihoods = [s["loglikelihoods"] for s in outcome.samples]
         if task.scorer == CHOICE:
-            kept = [s for s in outcome.samples if len(s["loglikelihoods"]) > 1]
-            outcome.curve = calibration([s["loglikelihoods"] for s in kept], [s["target"] for s in kept])
+            outcome.curve = calibration(likelihoods, [s["target"] for s in outcome.samples])
             outcome.more["ece"] = outcome.curve["ece"]
         else:
-            mean = _mean([s["loglikelihoods"][0] for s in outcome.samples])
-            outcome.more["perplexity"] = math.exp(min(700.0, -mean))
+            outcome.more["perplexity"] = math.exp(min(700.0, -_mean([values[0] for values in likelihoods])))
         if cut:
-            outcome.warnings.append(f"{cut} items are longer than the context: their beginnings were cut off")
-        return outcome
+            outcome.warnings.append(
+                f"{cut} continuations stand behind more than the context holds: beginnings were cut"
+            )
 
-    def scores(
-        self, task: Task, name: str, examples: list[Example], requests: list[tuple[Prompt, str]], label: str
-    ) -> tuple[list[Likelihood], int]:
+    def scores(self, task: Task, formulation: str, requests: list[tuple[Prompt, str]]) -> tuple[list[Likelihood], int]:
+        """Of each (context, continuation), from the store where it is there; and how many were too long."""
         keys = [key_of("likelihood-2", self.subject.identity, p.text, p.messages, c) for p, c in requests]
+        cut = key_of("cut-2", self.subject.identity, keys)
+
+        def score(missing: list[int], progress: Progressing) -> Iterator[tuple[int, Any]]:
+            self.store.put(cut, self._check_room(task, formulation, [p for p, _ in requests], 1))
+            for i, found in self.subject.score([requests[i] for i in missing], progress):
+                yield i, [found.total, found.greedy, found.tokens]
+
+        known = self._kept(keys, score, self._label(task, formulation))
+        return [Likelihood(*value) for value in known], self.store.get(cut) or 0
+
+    def _kept(self, keys: list[str], compute: Callable[[list[int], Progressing], Any], label: str) -> list[Any]:
+        """The values under some keys; those that the store lacks are computed and kept one by one, so that a run that
+        is killed goes on where it stopped. compute: from the numbers of the missing ones, (place in them, value)."""
         known = [self.store.get(key) for key in keys]
         missing = [i for i, value in enumerate(known) if value is None]
-        room_key = key_of("cut-1", self.subject.identity, keys)
         if missing:
-            prompts = [Prompt(e.prompts[0], ()) for e in examples]
-            longest = max(len(c.split()) for _, c in requests)
-            self.store.put(room_key, self._check_room(task, prompts, examples, name, min(longest, 8)))
-            with _shown(label) as progress:
-                for i, found in self.subject.score([requests[i] for i in missing], progress):
-                    known[missing[i]] = [found.total, found.greedy, found.tokens]
-                    self.store.put(keys[missing[i]], known[missing[i]])
-        return [Likelihood(*value) for value in known], self.store.get(room_key) or 0
+            progress = Progress()
+            for i, value in compute(missing, partial(progress.show_part, label)):
+                known[missing[i]] = value
+                self.store.put(keys[missing[i]], value)
+            progress.clear()
+        return known
 
     # ---- by what was written ----
 
-    def _by_answer(self, task: Task, name: str, examples: list[Example], chat: bool, label: str) -> Outcome:
-        prompts = [Prompt(e.prompts[0], e.messages if chat else ()) for e in examples]
-        stop = () if chat and task.scorer == "code" else task.stop  # code ends with its block
+    def _by_answer(self, task: Task, examples: list[Example], outcome: Outcome) -> None:
+        prompts = [Prompt(e.prompts[0], e.messages if outcome.chat else ()) for e in examples]
+        stop = () if outcome.chat and task.scorer == "code" else task.stop  # code ends with its block
         how = Decoding(task.max_tokens, stop, seed=self.settings.seed)
-        written = [w[0] for w in self.answers(task, name, examples, prompts, how, label)]
+        written = [w[0] for w in self.answers(task, outcome.formulation, prompts, how)]
         verdicts = self._verdicts(task, examples, written)
-        outcome = Outcome(name, 0, chat, [], {})
         for e, p, w, v in zip(examples, prompts, written, verdicts, strict=True):
-            for metric, value in ({task.metric: v.score} | v.metrics).items():
-                outcome.values.setdefault(metric, []).append(value)
-            target: Any = e.targets[0] if len(e.targets) == 1 else list(e.targets)
-            about = {"id": e.id, "prompt": list(p.messages) if chat else p.text, "choices": [], "target": target}
-            about |= {"answer": w.text, "parsed": v.parsed, "score": v.score, "metrics": v.metrics}
+            about: Sample = {"choices": [], "target": e.targets[0] if len(e.targets) == 1 else list(e.targets)}
+            about |= {
+                "answer": w.text,
+                "parsed": v.parsed,
+                "score": v.score,
+                "metrics": v.metrics,
+                "loglikelihoods": [],
+            }
             about |= {"finish": w.finish, "tokens": w.tokens, "prompt_tokens": w.prompt_tokens}
             about |= {"note": v.note} if v.note else {}
-            outcome.samples.append(about | {"loglikelihoods": []} | ({"group": e.group} if e.group else {}))
-        n = max(1, len(written))
+            outcome.add(e, list(p.messages) if outcome.chat else p.text, {task.metric: v.score} | v.metrics, about)
+        n = len(written)
         cut = sum(w.finish == "length" for w in written)
         empty = sum(not w.text.strip() for w in written)
         unread = sum(v.parsed is None for v in verdicts)
         outcome.more |= {"tokens": _mean([float(w.tokens) for w in written]), "cut": cut / n, "empty": empty / n}
-        if cut > _MANY * n:
-            outcome.warnings.append(f"{cut} of {n} answers were cut at {task.max_tokens} tokens: they never end")
-        if empty > _MANY * n:
-            outcome.warnings.append(f"{empty} of {n} answers are empty")
-        if unread > _MANY * n:
-            outcome.warnings.append(f"in {unread} of {n} answers no answer was found")
-        return outcome
+        found = (
+            (cut, f"{cut} of {n} answers were cut at {task.max_tokens} tokens: they never end"),
+            (empty, f"{empty} of {n} answers are empty"),
+            (unread, f"in {unread} of {n} answers no answer was found"),
+        )
+        outcome.warnings += [text for count, text in found if count > _MANY * n]
 
-    def answers(
-        self, task: Task, name: str, examples: list[Example], prompts: list[Prompt], how: Decoding, label: str
-    ) -> list[list[Written]]:
+    def answers(self, task: Task, formulation: str, prompts: list[Prompt], how: Decoding) -> list[list[Written]]:
         """how.n answers to each prompt, from the store where they are there."""
         settings = [how.max_tokens, how.stop, how.temperature, how.n, how.thinking]
         keys = []
         for i, p in enumerate(prompts):
             seed = how.seed + i if how.temperature else 0
             keys.append(key_of("answer-2", self.subject.identity, p.text, p.messages, settings, seed))
-        known = [self.store.get(key) for key in keys]
-        missing = [i for i, value in enumerate(known) if value is None]
-        if missing:
-            self._check_room(task, prompts, examples, name, min(32, how.max_tokens))
-            with _shown(label) as progress:
-                for i, found in self.subject.write([prompts[i] for i in missing], how, progress):
-                    known[missing[i]] = [[w.text, w.finish, w.prompt_tokens, w.tokens] for w in found]
-                    self.store.put(keys[missing[i]], known[missing[i]])
-        return [[Written(*w) for w in value] for value in known]
+
+        def write(missing: list[int], progress: Progressing) -> Iterator[tuple[int, Any]]:
+            self._check_room(task, formulation, prompts, min(32, how.max_tokens))
+            for i, found in self.subject.write([prompts[i] for i in missing], how, progress):
+                yield i, [astuple(w) for w in found]
+
+        return [[Written(*w) for w in value] for value in self._kept(keys, write, self._label(task, formulation))]
 
     def _verdicts(self, task: Task, examples: list[Example], written: list[Written]) -> list[Verdict]:
         if task.scorer != "judge":
             return [SCORERS[task.scorer](task, e, w.text) for e, w in zip(examples, written, strict=True)]
         judge = task.options.get("judge")
-        by = Evaluation(open_subject(judge, self.store), self.store, self.settings) if judge else self
-        chat = by._chats()
+        subject = open_subject(judge, self.store) if judge else self.subject
+        by = Evaluation(subject, self.store, replace(self.settings, shots=0))
         asked = [judge_prompt(task, e, w.text) for e, w in zip(examples, written, strict=True)]
-        prompts = [Prompt(a, ({"role": "user", "content": a},) if chat else ()) for a in asked]
-        label = f"{by.subject.name}: judges {task.name}"
-        replies = by.answers(task, next(iter(task.formulations)), examples, prompts, Decoding(512), label)
-        return [judged(reply[0].text) for reply in replies]
+        prompts = [Prompt(a, ({"role": "user", "content": a},) if by.is_so("chats") else ()) for a in asked]
+        return [judged(reply[0].text) for reply in by.answers(task, "judging", prompts, Decoding(512))]
 
 
 def _mean(values: list[float]) -> float:
     return sum(values) / len(values) if values else 0.0
-
-
-class _shown:
-    """Progress of a task with the time that is left, as a context."""
-
-    def __init__(self, label: str):
-        self.label, self.progress, self.began = label, Progress(), time.monotonic()
-
-    def __enter__(self) -> Callable[[int, int], None]:
-        return self._show
-
-    def _show(self, done: int, of: int) -> None:
-        left = (time.monotonic() - self.began) * (of - done) / max(1, done)
-        self.progress.show(f"{self.label}: {done} of {of}, {span(left)} left")
-
-    def __exit__(self, *_: Any) -> None:
-        self.progress.clear()
 
 
 # ---- all of them -------------------------------------------------------------------------------------------------
@@ -288,7 +268,8 @@ def evaluate(models: list[str], tasks: list[Task], settings: Settings, out: Path
         task.items()
     store = Store()
     folder = evaluation_folder(out, "results.json", models, [(t.name, t.source) for t in tasks], settings)
-    results: dict[str, Any] = {"format": FORMAT, "models": {}, "settings": _written(settings), "out": str(folder)}
+    results: dict[str, Any] = {"format": FORMAT, "models": {}, "out": str(folder)}
+    results["settings"] = vars(settings) | {"corpora": [str(c) for c in settings.corpora]}
     outcomes: dict[str, dict[str, Outcome]] = {}
     for name in models:
         subject = open_subject(name, store)
@@ -299,14 +280,18 @@ def evaluate(models: list[str], tasks: list[Task], settings: Settings, out: Path
             corpora = [*dict.fromkeys([*settings.corpora, *(corpora_of(Path(name)) if subject.local else [])])]
             rows = task.items(settings.limit)
             found = contaminated(task, rows, corpora, store) if corpora else None
-            facts = _facts(
-                task, outcome, found, folder / "samples" / _file_name(name) / f"{_file_name(task.name)}.jsonl"
-            )
+            samples = folder / "samples" / _file_name(name) / f"{_file_name(task.name)}.jsonl"
+            facts = _facts(task, outcome, found, samples)
             results["models"].setdefault(name, {"tasks": {}})["tasks"][task.name] = facts
             _say_result(name, task, facts)
-    results["differences"] = _differences(models, tasks, outcomes)
+    results["differences"] = [
+        {"task": task.name, "a": models[0], "b": other}
+        | paired(*(outcomes[m][task.name].values[task.metric] for m in (models[0], other)))
+        for task in tasks
+        for other in models[1:]
+    ]
     _write(folder, results, outcomes)
-    for line in results["differences"]:
+    for line in results["differences"]:  # each model against the first, on the same items
         what = f"{line['difference']:+.3f} ({line['low']:+.3f} to {line['high']:+.3f}), p = {line['p']:.3g}"
         say(f"{line['task']:<24} {_short(line['b'])} against {_short(line['a'])}: {what}")
     return results
@@ -324,10 +309,6 @@ def evaluation_folder(out: Path | None, own: str, *what: Any) -> Path:
 
 def _file_name(text: str) -> str:
     return re.sub(r"[^\w.=-]+", "_", text).strip("_.")[-80:] or "x"
-
-
-def _written(settings: Settings) -> dict[str, Any]:
-    return vars(settings) | {"corpora": [str(c) for c in settings.corpora]}
 
 
 def _facts(task: Task, outcome: Outcome, found: dict[str, Any] | None, samples: Path) -> dict[str, Any]:
@@ -375,16 +356,6 @@ def _say_result(name: str, task: Task, f: dict[str, Any]) -> None:
     say("    " + ", ".join(f"{k} {v:.3f}" for k, v in other.items()))
     for warning in f["warnings"]:
         say(f"    warning: {warning}")
-
-
-def _differences(models: list[str], tasks: list[Task], outcomes: dict[str, dict[str, Outcome]]) -> list[dict[str, Any]]:
-    """Each model against the first, on the same items."""
-    out = []
-    for task in tasks:
-        for other in models[1:]:
-            a, b = (outcomes[m][task.name].values[task.metric] for m in (models[0], other))
-            out.append({"task": task.name, "a": models[0], "b": other} | paired(a, b))
-    return out
 
 
 def _write(folder: Path, results: dict[str, Any], outcomes: dict[str, dict[str, Outcome]]) -> None:

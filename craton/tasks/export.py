@@ -9,7 +9,7 @@ from typing import Any
 
 from craton.base import UserError, publish, say
 from craton.tasks.find import find_task
-from craton.tasks.generated import GENERATED, generate
+from craton.tasks.generated import GENERATED, generate, unasked
 from craton.tasks.published import ALIASES, PUBLISHED
 from craton.tasks.task import PARTS, Task
 
@@ -18,9 +18,9 @@ def training_rows(task: Task, part: str, shots: int | None, n: int | None, seed:
     """Pairs of prompt and response; with shots, whole texts, each behind a number of worked examples drawn anew."""
     base, _, dial = task.name.partition("=")
     if base in GENERATED and part == "train" and n is not None:
-        asked = {row["question"] for row in task.part("test")} if "shots" not in task.part("test")[0] else set()
-        made = generate(base, 2 + seed, n, int(dial) if dial else None)
-        rows = [row for row in made if row["question"] not in asked]
+        rows = unasked(task.part("test"), generate(base, 2 + seed, n, int(dial) if dial else None))
+        if not rows:
+            raise UserError(f"{task.name}: has no question that its test part does not ask; a higher dial has more")
     else:
         rows = task.part(part)[:n]
     formulation = next(iter(task.formulations))

@@ -41,7 +41,7 @@ def find_task(text: str) -> Task:
         return published_task(Path(text).name.partition(".")[0], Path(text))
     if ALIASES.get(text, text) in PUBLISHED:
         known = PUBLISHED[ALIASES.get(text, text)]
-        if not known.hub[0]:
+        if not known.hub:
             raise UserError(f"{text}: give its file, as {text}=PATH", field="tasks")
         return published_task(text, None)
     everything = [*PUBLISHED, *ALIASES, *GENERATED]
@@ -65,7 +65,7 @@ def known_tasks() -> list[dict[str, Any]]:
     out: list[dict[str, Any]] = []
     for name, p in PUBLISHED.items():
         kind = "choices" if p.scorer == "choice" else p.scorer
-        size, source = "the file's", f"hub {p.hub[0]}" if p.hub[0] else "a file"
+        size, source = "the file's", f"hub {p.hub}" if p.hub else "a file"
         about = {"shots": p.shots, "licence": p.licence, "formulations": list(p.formulations)}
         out.append({"name": name, "kind": kind, "metric": p.metric, "size": size, "source": source} | about)
         out[-1]["summary"] = p.summary

@@ -10,6 +10,7 @@ import random
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from craton.base import UserError, nearest
@@ -40,35 +41,21 @@ def _column_sums(a: int, b: int) -> str:
     return " ; ".join([*steps, str(a + b)])
 
 
-def _addition(style: str) -> Maker:
-    def make(r: random.Random, digits: int) -> Row:
-        a, b = _operands(r, digits)
-        if style == "reversed":  # the last digit first, as it is computed (arXiv 2307.03381)
-            return _row(f"{a}+{b}=", str(a + b)[::-1])
-        return _row(f"{a}+{b}=", a + b, _column_sums(a, b) if style == "scratchpad" else "")
-
-    return make
+def _addition(r: random.Random, digits: int) -> Row:
+    a, b = _operands(r, digits)
+    return _row(f"{a}+{b}=", a + b, _column_sums(a, b))
 
 
-def _multiplication(style: str) -> Maker:
-    def make(r: random.Random, digits: int) -> Row:
-        a, b = _operands(r, digits)
-        if style == "reversed":
-            return _row(f"{a}*{b}=", str(a * b)[::-1])
-        parts = [f"{a}*{d}{'0' * i}={a * int(d) * 10**i}" for i, d in enumerate(str(b)[::-1])]
-        return _row(f"{a}*{b}=", a * b, " ; ".join([*parts, str(a * b)]) if style == "scratchpad" else "")
-
-    return make
+def _multiplication(r: random.Random, digits: int) -> Row:
+    a, b = _operands(r, digits)
+    parts = [f"{a}*{d}{'0' * i}={a * int(d) * 10**i}" for i, d in enumerate(str(b)[::-1])]
+    return _row(f"{a}*{b}=", a * b, " ; ".join([*parts, str(a * b)]))
 
 
-def _parity(scratchpad: bool) -> Maker:
-    def make(r: random.Random, bits: int) -> Row:
-        given = [r.randrange(2) for _ in range(bits)]
-        running = [str(sum(given[: i + 1]) % 2) for i in range(bits)]
-        worked = f"{' '.join(running)} ; {running[-1]}" if scratchpad else ""
-        return _row(f"{' '.join(map(str, given))} =", running[-1], worked)
-
-    return make
+def _parity(r: random.Random, bits: int) -> Row:
+    given = [r.randrange(2) for _ in range(bits)]
+    running = [str(sum(given[: i + 1]) % 2) for i in range(bits)]
+    return _row(f"{' '.join(map(str, given))} =", running[-1], f"{' '.join(running)} ; {running[-1]}")
 
 
 def _sorting(r: random.Random, size: int) -> Row:
@@ -164,42 +151,43 @@ def _program(r: random.Random, steps: int) -> Row:
     return _row(f"{shown} :", " ".join(words), cases=cases, most=2 * steps + 2)
 
 
-def _maps(made_up: bool) -> Maker:
-    def make(r: random.Random, size: int) -> Row:
-        """A made-up function, to be learned from the shots, or values that follow no function. How often the key was
-        among the shots bounds what can be known."""
-        symbols = _SYMBOLS[:8] if size <= 4 else _SYMBOLS  # few keys, few symbols: small models learn it in a minute
-        keys, given = r.sample(symbols, size), r.sample(symbols, size)
-        values = dict(zip(keys, given, strict=True))
-        drawn = [(key, r.choice(given)) for key in r.choices(keys, k=32)]  # the same items with and without a function
-        shots = [_row(key, values[key] if made_up else other) for key, other in drawn]
-        key = r.choice(keys)
-        return _row(key, values[key], shots=shots)
-
-    return make
+def _maps(r: random.Random, size: int, made_up: bool = True) -> Row:
+    """A made-up function, to be learned from the shots, or values that follow no function. How often the key was among
+    the shots bounds what can be known."""
+    symbols = _SYMBOLS[:8] if size <= 4 else _SYMBOLS  # few keys, few symbols: small models learn it in a minute
+    keys, given = r.sample(symbols, size), r.sample(symbols, size)
+    values = dict(zip(keys, given, strict=True))
+    drawn = [(key, r.choice(given)) for key in r.choices(keys, k=32)]  # the same items with and without a function
+    shots = [_row(key, values[key] if made_up else other) for key, other in drawn]
+    key = r.choice(keys)
+    return _row(key, values[key], shots=shots)
 
 
-def _hops(scratchpad: bool) -> Maker:
-    def make(r: random.Random, hops: int) -> Row:
-        """A table of a cycle; the entry so many steps on, at once or with the steps between. Shots ask the same table
-        from other starts."""
-        ring = r.sample(_SYMBOLS, 6)
-        after = dict(zip(ring, ring[1:] + ring[:1], strict=True))
-        lines = [f"{a} {b}" for a, b in after.items()]
-        r.shuffle(lines)
+def _hops(r: random.Random, hops: int) -> Row:
+    """A table of a cycle; the entry so many steps on. Shots ask the same table from other starts."""
+    ring = r.sample(_SYMBOLS, 6)
+    after = dict(zip(ring, ring[1:] + ring[:1], strict=True))
+    table = [f"{a} {b}" for a, b in after.items()]
+    r.shuffle(table)
 
-        def ask(start: str) -> Row:
-            steps = [start]
-            for _ in range(hops):
-                steps.append(after[steps[-1]])
-            return _row(start, steps[-1], " ".join(steps[1:]) if scratchpad else "")
+    def ask(start: str) -> Row:
+        steps = [start]
+        for _ in range(hops):
+            steps.append(after[steps[-1]])
+        return _row(start, steps[-1], " ".join(steps[1:]))
 
-        first, *others = r.sample(ring, 6)
-        mark = "step by step" if scratchpad else "at once"
-        head = "\n".join([*lines, f"{hops} on, {mark}:"]) + "\n"
-        return ask(first) | {"head": head, "shots": [ask(start) for start in others]}
+    first, *others = r.sample(ring, 6)
+    return ask(first) | {"head": "\n".join([*table, f"{hops} on, "]), "shots": [ask(start) for start in others]}
 
-    return make
+
+def _styled(row: Row, style: str) -> Row:
+    """A row as it is asked for: with the steps written (scratchpad), the last character first, as digits are computed
+    (reversed, arXiv 2307.03381), or the answer alone."""
+    answer = row["answers"][0][::-1] if style == "reversed" else row["answers"][0]
+    row |= {"answers": [answer], "worked": row["worked"] if style == "scratchpad" else answer}
+    for shot in row.get("shots", []):
+        _styled(shot, style)
+    return row
 
 
 # ---- verifiers: whether an answer is right, for a row -------------------------------------------------------------
@@ -249,51 +237,57 @@ VERIFIERS: dict[str, Callable[[Row, str], bool]] = {
 
 @dataclass(frozen=True)
 class Generated:
-    """make: one row. difficulty: the dial's default, and what it means."""
+    """make: one row. difficulty: the dial's default; dial: what it means."""
 
     summary: str
     make: Maker
     difficulty: int
     dial: str
     verifier: str = ""
-    joint: str = ""
+    joint: str = " "
     shots: int = 0
     introduction: str = ""
 
 
 GENERATED: dict[str, Generated] = {
-    "addition": Generated("sums", _addition("plain"), 3, "digits"),
-    "addition:reversed": Generated("sums, last digit first", _addition("reversed"), 3, "digits"),
-    "addition:scratchpad": Generated("sums, column by column", _addition("scratchpad"), 3, "digits", "last"),
-    "multiplication": Generated("products", _multiplication("plain"), 2, "digits"),
-    "multiplication:reversed": Generated("products, last digit first", _multiplication("reversed"), 2, "digits"),
-    "multiplication:scratchpad": Generated("products by parts", _multiplication("scratchpad"), 2, "digits", "last"),
-    "parity": Generated("whether ones are odd in number", _parity(False), 8, "bits", joint=" "),
-    "parity:scratchpad": Generated("the same, bit by bit", _parity(True), 8, "bits", "last", joint=" "),
-    "sorting": Generated("symbols in their order", _sorting, 5, "symbols", joint=" "),
-    "edits": Generated("texts reversed, replaced, rotated", _edits, 6, "characters", joint=" "),
-    "countdown": Generated("numbers to a target", _countdown, 3, "numbers", "countdown", joint=" "),
-    "maze": Generated("the way through a maze", _maze, 3, "cells a side", "maze", joint=" "),
-    "dates": Generated("days and weekdays", _dates, 5, "years"),
-    "program": Generated("a program from its inputs and outputs", _program, 2, "steps", "program", joint=" "),
-    "maps": Generated("a made-up function, from the shots", _maps(True), 6, "keys", joint=" ", shots=16),
-    "maps:unrelated": Generated("a control: values without a function", _maps(False), 6, "keys", joint=" ", shots=16),
-    "hops": Generated("a table followed some steps, at once", _hops(False), 3, "steps", "", " ", 0, "{{head}}"),
+    "addition": Generated("sums", _addition, 3, "digits", joint=""),
+    "addition:reversed": Generated("sums, last digit first", _addition, 3, "digits", joint=""),
+    "addition:scratchpad": Generated("sums, column by column", _addition, 3, "digits", "last", ""),
+    "multiplication": Generated("products", _multiplication, 2, "digits", joint=""),
+    "multiplication:reversed": Generated("products, last digit first", _multiplication, 2, "digits", joint=""),
+    "multiplication:scratchpad": Generated("products by parts", _multiplication, 2, "digits", "last", ""),
+    "parity": Generated("whether ones are odd in number", _parity, 12, "bits"),
+    "parity:scratchpad": Generated("the same, bit by bit", _parity, 12, "bits", "last"),
+    "sorting": Generated("symbols in their order", _sorting, 5, "symbols"),
+    "edits": Generated("texts reversed, replaced, rotated", _edits, 6, "characters"),
+    "countdown": Generated("numbers to a target", _countdown, 3, "numbers", "countdown"),
+    "maze": Generated("the way through a maze", _maze, 5, "cells a side", "maze"),
+    "dates": Generated("days and weekdays", _dates, 5, "years", joint=""),
+    "program": Generated("a program from its inputs and outputs", _program, 2, "steps", "program"),
+    "maps": Generated("a made-up function, from the shots", _maps, 6, "keys", shots=16),
+    "maps:unrelated": Generated("values without a function", partial(_maps, made_up=False), 6, "keys", shots=16),
+    "hops": Generated("a table followed at once", _hops, 3, "steps", introduction="{{head}}at once:\n"),
     "hops:scratchpad": Generated(
-        "the same with the steps written", _hops(True), 3, "steps", "last", " ", 0, "{{head}}"
+        "the same, written", _hops, 3, "steps", "last", introduction="{{head}}step by step:\n"
     ),
 }
 
 
 def generate(name: str, seed: int, n: int, difficulty: int | None = None) -> list[Row]:
     """n rows of a generated task. The same (seed, n) gives the same rows."""
-    g = GENERATED[name]
+    g, (base, _, style) = GENERATED[name], name.partition(":")
     dial = g.difficulty if difficulty is None else difficulty
     out = []
     for number in range(n):
-        r = random.Random(f"{name.partition(':')[0]}/{seed}/{number}/{dial}")
-        out.append(g.make(r, dial) | {"id": number, "where": f"{name}:{number}"})
+        row = _styled(g.make(random.Random(f"{base}/{seed}/{number}/{dial}"), dial), style)
+        out.append(row | {"id": number, "where": f"{name}:{number}"})
     return out
+
+
+def unasked(test: list[Row], rows: list[Row]) -> list[Row]:
+    """Generated rows whose questions are not in the test part, where questions alone make an item."""
+    asked = set() if "shots" in test[0] else {row["question"] for row in test}
+    return [row for row in rows if row["question"] not in asked]
 
 
 def generated_task(name: str, difficulty: int | None = None) -> Task:
@@ -306,16 +300,13 @@ def generated_task(name: str, difficulty: int | None = None) -> Task:
 
     def parts() -> dict[str, list[Row]]:
         test = generate(name, 1, TEST_ROWS, difficulty)
-        asked = {row["question"] for row in test} if "shots" not in test[0] else set()
-        train = [row for row in generate(name, 0, TRAIN_ROWS, difficulty) if row["question"] not in asked]
-        return {"train": train, "test": test}
+        return {"train": unasked(test, generate(name, 0, TRAIN_ROWS, difficulty)), "test": test}
 
-    formulation = Formulation("{{question}}", "{{worked}}", joint=g.joint, between="\n")
-    scorer = "verified" if g.verifier else "exact"
-    title = name if difficulty is None else f"{name}={difficulty}"
-    about = dict(kind="generated", licence="none needed", source=f"made by rule, dial {difficulty or g.difficulty}")
-    options = {"verifier": g.verifier} if g.verifier else {}
     return Task(
-        title, parts, {"generation": formulation}, scorer, "exact_match", shots=g.shots, max_tokens=160, stop=("\n",),
-        introduction=g.introduction, options=options, summary=f"{g.summary} ({g.dial}: {g.difficulty})", **about,  # type: ignore[arg-type]
+        name if difficulty is None else f"{name}={difficulty}", parts,
+        {"generation": Formulation("{{question}}", "{{worked}}", joint=g.joint, between="\n")},
+        "verified" if g.verifier else "exact", "exact_match", shots=g.shots, max_tokens=160, stop=("\n",),
+        introduction=g.introduction, options={"verifier": g.verifier} if g.verifier else {},
+        summary=f"{g.summary} ({g.dial}: {g.difficulty})", kind="generated", licence="none needed",
+        source=f"made by rule, dial {difficulty or g.difficulty}",
     )  # fmt: skip

@@ -157,14 +157,15 @@ def _table(pieces: Iterator[str], name: str) -> Iterator[Row]:
         yield dict(zip(header, row, strict=False))
 
 
-def read_hub(name: str, config: str | None) -> dict[str, list[Row]]:
-    """The parts of a data set on the hub. UserError if it cannot be had."""
+def read_hub(text: str) -> dict[str, list[Row]]:
+    """The parts of a data set on the hub, ORG/NAME or ORG/NAME#CONFIGURATION. UserError if it cannot be had."""
+    name, _, config = text.partition("#")
     try:
         from datasets import load_dataset
     except ImportError:
         raise UserError(f"{name}: reading a data set from the hub needs pip install 'craton[hf]'") from None
     try:
-        found = load_dataset(name, config)
+        found = load_dataset(name, config or None)
     except Exception as error:
         raise UserError(f"{name}: not readable from the hub ({str(error).splitlines()[0]})") from None
     out: dict[str, list[Row]] = {}

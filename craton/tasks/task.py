@@ -11,6 +11,9 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
+import jinja2
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
 from craton.base import UserError
 from craton.tasks.rows import Row
 
@@ -22,7 +25,7 @@ LETTERS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ"
 @dataclass(frozen=True)
 class Formulation:
     """One way to put a task into words. prompt, target, context: Jinja over a row; in `choice` (and `target`) also
-    `choice`, the text of one, and `letter`.
+    `choice`, the text of one, `letter` and `number`.
 
     joint: what stands between prompt and continuation. context: where it is given each choice has a prompt of its own,
     and what is scored is the one target (partial evaluation, arXiv 1806.02847).
@@ -139,30 +142,30 @@ class Task:
         head = self._fill(self.introduction, row)
         worked = [self.worked(shot, f) for shot in shots]
         start = head + "".join(prompt + target + f.between for prompt, target in worked)
-        turns = []
-        for prompt, target in worked:
-            turns += [{"role": "user", "content": prompt}, {"role": "assistant", "content": target.strip()}]
+        group, gold = str(row.get("group", "")), row.get("gold")
         if f.context:
-            own = [self._fill(f.context, row, choice=c, letter=LETTERS[i]) for i, c in enumerate(row["choices"])]
-            target = f.joint + self._fill(f.target, row)
-            texts = tuple(target.strip() for _ in own)
-            prompts = tuple(start + o for o in own)
-            return Example(row["id"], prompts, (target,) * len(own), texts, row["gold"], row=row)
+            prompts = tuple(start + self._choice(f.context, row, i) for i in range(len(row["choices"])))
+            target, n = self._fill(f.target, row), len(prompts)
+            return Example(row["id"], prompts, (f.joint + target,) * n, (target,) * n, gold, group=group, row=row)
         asked = self._fill(f.prompt, row)
-        said = self._fill(f.chat, row) if f.chat else asked
-        turns.append({"role": "user", "content": head + said if not worked else said})
-        if head and worked:
-            turns[0] = {"role": "user", "content": head + turns[0]["content"]}
-        about: dict[str, Any] = dict(messages=tuple(turns), group=str(row.get("group", "")), row=row)
-        prompts = (start + asked,)
+        turns = [(p, target.strip()) for p, target in worked] + [(self._fill(f.chat, row) if f.chat else asked, "")]
+        turns[0] = head + turns[0][0], turns[0][1]
+        messages = []
+        for said, target in turns:
+            messages += [{"role": "user", "content": said}, {"role": "assistant", "content": target}]
+        texts: tuple[str, ...] = ()
         if self.scorer == CHOICE:
-            filled = tuple(self._choice(row, f, i) for i in range(len(row["choices"])))
-            choices = tuple(f.joint + c for c in filled)
-            return Example(row["id"], prompts, choices, filled, row["gold"], (filled[row["gold"]],), **about)
-        target = self._fill(f.target, row) if f.target else ""
-        if self.scorer == COMPLETION:
-            return Example(row["id"], prompts, (f.joint + target,), (target,), 0, (target,), **about)
-        return Example(row["id"], prompts, targets=tuple(row.get("answers") or (target,)), **about)
+            texts = tuple(self._choice(f.choice, row, i) for i in range(len(row["choices"])))
+            targets: tuple[str, ...] = (texts[row["gold"]],)
+        elif self.scorer == COMPLETION:
+            texts = targets = (self._fill(f.target, row),)
+            gold = 0
+        else:
+            targets, gold = tuple(row.get("answers") or (self._fill(f.target, row),)), None
+        choices = tuple(f.joint + text for text in texts)
+        return Example(
+            row["id"], (start + asked,), choices, texts, gold, targets, tuple(messages[:-1]), group=group, row=row
+        )
 
     def plain_text(self, row: Row) -> str:
         """What of a row must not have been seen: its question with the right answer, without instructions."""
@@ -174,45 +177,65 @@ class Task:
         parts = (row.get("context"), row["question"], right, row.get("continuation"))
         return " ".join(str(part) for part in parts if part)
 
-    def _choice(self, row: Row, f: Formulation, number: int) -> str:
-        text, letter = row["choices"][number], LETTERS[number % len(LETTERS)]
-        return self._fill(f.choice, row, choice=text, letter=letter)
-
     def worked(self, row: Row, f: Formulation) -> tuple[str, str]:
         """The prompt of a shot, and its right answer with what joins them."""
         if f.context:
-            right = self._fill(f.context, row, choice=row["choices"][row["gold"]], letter=LETTERS[row["gold"]])
-            return right, f.joint + self._fill(f.target, row)
+            return self._choice(f.context, row, row["gold"]), f.joint + self._fill(f.target, row)
         if self.scorer == CHOICE:
-            return self._fill(f.prompt, row), f.joint + self._choice(row, f, row["gold"])
+            return self._fill(f.prompt, row), f.joint + self._choice(f.choice, row, row["gold"])
         target = self._fill(f.target, row) if f.target else (row.get("answers") or [""])[0]
         return self._fill(f.prompt, row), f.joint + target
 
-    def _fill(self, template: str, row: Row, **more: str) -> str:
-        if "{" not in template:
-            return template
-        if template == "{{choice}}":
-            return more["choice"]
-        import jinja2
+    def _choice(self, template: str, row: Row, number: int) -> str:
+        text, letter = row["choices"][number], LETTERS[number % len(LETTERS)]
+        return self._fill(template, row, choice=text, letter=letter, number=number)
 
-        try:
-            return compiled(template).render(**row, letters=LETTERS, **more)
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
-            where = row.get("where", f"row {row.get('id')}")
-            raise UserError(f"{where}: the template of task {self.name} fails ({error})", field="prompt") from None
+    def _fill(self, template: str, row: Row, **more: Any) -> str:
+        return filled(template, row, "prompt", **more)
+
+
+def filled(template: str, row: Row, key: str, **more: Any) -> str:
+    """A template filled from a row. UserError names the row where that fails."""
+    if "{" not in template:
+        return template
+    if template == "{{choice}}":
+        return str(more["choice"])
+    try:
+        return str(compiled(template).render(row, letters=LETTERS, **more))
+    except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
+        raise UserError(f"{row.get('where')}: the template of the task's {key} fails ({error})", field=key) from None
+
+
+@lru_cache
+def environment() -> Any:
+    """Jinja that can do no harm and refuses names that a row lacks."""
+    return ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
 
 
 @lru_cache(64)
 def compiled(template: str) -> Any:
-    """A Jinja template that can do no harm and refuses names that a row lacks. UserError if it is wrong."""
-    import jinja2
-    from jinja2.sandbox import ImmutableSandboxedEnvironment
-
-    environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True)
+    """A Jinja template over a row. UserError if it is wrong."""
     try:
-        return environment.from_string(template)
+        return environment().from_string(template)
     except jinja2.TemplateError as error:
         raise UserError(f"prompt: not a Jinja template ({error})", field="prompt") from None
+
+
+@lru_cache(128)
+def expression(text: str) -> Callable[[Row], Any]:
+    """A Jinja expression over a row. ValueError where it comes to nothing."""
+    made = environment().compile_expression(text, undefined_to_none=False)
+
+    def value(row: Row) -> Any:
+        try:
+            found = made(row)
+        except jinja2.TemplateError as error:
+            raise ValueError(str(error)) from None
+        if isinstance(found, jinja2.Undefined):
+            raise ValueError(f"{text} is not there")
+        return found
+
+    return value
 
 
 @lru_cache(16)

@@ -251,3 +251,24 @@ def whole_tensors(path: Path, kind: str) -> Iterator[tuple[str, Tensor]]:
     with Checkpoint(path) as opened:
         for name, shape in opened.names(kind).items():
             yield name, opened.read(kind, name, ((0,) * len(shape), shape))
+
+
+def as_folder(checkpoint: Path, place: Path) -> Path:
+    """A checkpoint of a run as a model folder under `place`, made once."""
+    from craton.model.decoder import Decoder
+    from craton.weights.folder import read_config, write_network
+
+    run = checkpoint.parent.parent
+    out = place / sha256(checkpoint / "manifest.json")[:16]
+    if not out.exists():
+        network = Decoder(read_config(run))
+        parameters = dict(network.named_parameters())
+        with torch.no_grad():
+            for name, tensor in whole_tensors(checkpoint, "weights"):
+                if name in parameters:  # a tied head is the embedding
+                    parameters[name].copy_(tensor)
+        temporary = out.with_name(f".{out.name}.{os.getpid()}")
+        temporary.mkdir(parents=True)
+        write_network(temporary, network, run)
+        os.rename(temporary, out)
+    return out

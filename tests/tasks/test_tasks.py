@@ -197,7 +197,7 @@ def test_own_task(tmp_path):
         (("choices", "choises"), "unknown key 'choises' \\(did you mean 'choices'\\?\\)"),
         (('test = "test.jsonl"', ""), "has no test part"),
         (('"test.jsonl"', '"gone.jsonl"'), "test is .*gone.jsonl, which is no file"),
-        (("{{country}}", "{{contry}}"), "test.jsonl:1: the template of task capitals fails .*contry"),
+        (("{{country}}", "{{contry}}"), "test.jsonl:1: the template of the task's prompt fails .*contry"),
         (("{{country}}", "{{country"), "not a Jinja template"),
         (('"city"', '"town"'), "t.*.jsonl:1: no field 'town' \\(it has country, city\\)"),
         (('["Paris", "Rome"]', '["Oslo", "Rome"]'), "test.jsonl:1: the target 'Paris' is none of the choices"),
@@ -263,9 +263,8 @@ def test_generated(name):
 @given(st.integers(1, 12), st.integers(0, 10**6))
 def test_addition_is_addition(digits, seed):
     """Against Python's own arithmetic, in each style."""
-    r = random.Random(seed)
     for name in ("addition", "addition:reversed", "addition:scratchpad"):
-        row = GENERATED[name].make(r, digits)
+        row = generate(name, seed, 1, digits)[0]
         a, b = map(int, row["question"].rstrip("=").split("+"))
         said = row["answers"][0]
         assert int(said[::-1] if name.endswith("reversed") else said) == a + b
