@@ -163,22 +163,19 @@ def _findings(models: list[dict[str, Any]], tasks: list[Task], scores: dict[Any,
     order = sorted(models, key=lambda m: (m["parameters"] or 0, m["tokens"] or 0))
     out = []
     for task in tasks:
-        used = sorted({k for (_, t, k) in scores if t == task.name})
-        if len(used) > 1:
-            gains = [
-                _gain(scores[m["name"], task.name, used[0]], scores[m["name"], task.name, used[-1]]) for m in order
-            ]
-            out.append(_finding(f"{task.name}: {used[-1]} shots instead of {used[0]}", order, gains))
-        unrelated = task.name.replace(task.name.partition("=")[0], f"{task.name.partition('=')[0]}:unrelated", 1)
-        if (order[0]["name"], unrelated, used[-1]) in scores:
-            k = used[-1]
-            gains = [_gain(scores[m["name"], unrelated, k], scores[m["name"], task.name, k]) for m in order]
-            out.append(_finding(f"{task.name}: {k} shots that follow its function instead of none", order, gains))
-        thought = task.name.replace(task.name.partition("=")[0], f"{task.name.partition('=')[0]}:scratchpad", 1)
-        if any(t == thought for (_, t, _) in scores):
-            k = used[0]
-            gains = [_gain(scores[m["name"], task.name, k], scores[m["name"], thought, k]) for m in order]
-            out.append(_finding(f"{task.name}: steps written before the answer", order, gains))
+        name, used = task.name, sorted({k for (_, t, k) in scores if t == task.name})
+        few, many = used[0], used[-1]
+        base, equals, dial = name.partition("=")
+        unrelated, written = (f"{base}:{style}{equals}{dial}" for style in ("unrelated", "scratchpad"))
+        pairs = {
+            f"{many} shots instead of {few}": ((name, few), (name, many)),
+            f"{many} shots that follow its function instead of none": ((unrelated, many), (name, many)),
+            "steps written before the answer": ((name, few), (written, few)),
+        }
+        for what, (a, b) in pairs.items():
+            if a != b and all((order[0]["name"], *one) in scores for one in (a, b)):
+                gains = [_gain(scores[m["name"], *a], scores[m["name"], *b]) for m in order]
+                out.append(_finding(f"{name}: {what}", order, gains))
     return out
 
 

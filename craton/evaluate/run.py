@@ -112,14 +112,15 @@ class Evaluation:
         sizes = [self.subject.count(p) for i, p in enumerate(prompts) if i == 0 or p != prompts[i - 1]]
         if max(sizes) + answer <= context or not shots:
             return sum(size + answer > context for size in sizes)
-        row = max(self.examples(task, formulation), key=lambda e: len(e.prompts[0])).row
+        longest = max(self.examples(task, formulation), key=lambda e: len(e.prompts[0]))
         fits = shots - 1
         while fits:
-            e = task.example(row, formulation, task.shots_for(row, fits, self.settings.seed))
+            fewer = task.shots_for(longest.row, fits, self.settings.seed)
+            e = task.example(longest.row, formulation, fewer)
             if self.subject.count(Prompt(e.prompts[0], e.messages if prompts[0].messages else ())) + answer <= context:
                 break
             fits -= 1
-        problem = f"{shots} shots and an item are {max(sizes)} tokens, {answer} more for the answer"
+        problem = f"{shots} shots and item {longest.id} are {max(sizes)} tokens, {answer} more for the answer"
         fix = f"{fits or 'none'} would fit"
         raise UserError(f"task {task.name}: {problem}, the context is {context}; {fix}", field="shots")
 
@@ -158,9 +159,7 @@ class Evaluation:
         else:
             outcome.more["perplexity"] = math.exp(min(700.0, -_mean([values[0] for values in likelihoods])))
         if cut:
-            outcome.warnings.append(
-                f"{cut} continuations stand behind more than the context holds: beginnings were cut"
-            )
+            outcome.warnings.append(f"{cut} items are longer than the context: their beginnings were cut off")
 
     def scores(self, task: Task, formulation: str, requests: list[tuple[Prompt, str]]) -> tuple[list[Likelihood], int]:
         """Of each (context, continuation), from the store where it is there; and how many were too long."""

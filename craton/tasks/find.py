@@ -1,7 +1,6 @@
 """From what a user writes to a task: NAME, NAME=PATH, NAME=DIAL, or a path of a .toml, .yaml or file of rows."""
 
 from pathlib import Path
-from typing import Any
 
 from craton.base import UserError, nearest
 from craton.tasks.generated import GENERATED, generated_task
@@ -40,8 +39,7 @@ def find_task(text: str) -> Task:
     if Path(text).exists():
         return published_task(Path(text).name.partition(".")[0], Path(text))
     if ALIASES.get(text, text) in PUBLISHED:
-        known = PUBLISHED[ALIASES.get(text, text)]
-        if not known.hub:
+        if not PUBLISHED[ALIASES.get(text, text)].hub:
             raise UserError(f"{text}: give its file, as {text}=PATH", field="tasks")
         return published_task(text, None)
     everything = [*PUBLISHED, *ALIASES, *GENERATED]
@@ -58,24 +56,3 @@ def find_tasks(texts: str) -> list[Task]:
     if twice := next((n for n in names if names.count(n) > 1), None):
         raise UserError(f"--tasks: two tasks are named {twice}; give one another name, as other=PATH", field="tasks")
     return tasks
-
-
-def known_tasks() -> list[dict[str, Any]]:
-    """Every task that has a name of its own: its kind, metric, size and source."""
-    out: list[dict[str, Any]] = []
-    for name, p in PUBLISHED.items():
-        kind = "choices" if p.scorer == "choice" else p.scorer
-        size, source = "the file's", f"hub {p.hub}" if p.hub else "a file"
-        about = {"shots": p.shots, "licence": p.licence, "formulations": list(p.formulations)}
-        out.append({"name": name, "kind": kind, "metric": p.metric, "size": size, "source": source} | about)
-        out[-1]["summary"] = p.summary
-    for name, g in GENERATED.items():
-        about = {"shots": g.shots, "licence": "none needed", "formulations": ["generation"]}
-        source = f"made by rule; {name}=N sets {g.dial}"
-        out.append(
-            {"name": name, "kind": "generated", "metric": "exact_match", "size": "any", "source": source} | about
-        )
-        out[-1]["summary"] = g.summary
-    more = {"kind": "memorisation", "metric": "acc", "shots": 0, "licence": "the corpus's own"}
-    named = (("memorised", "training text word for word (memorised=CORPUS)"), ("canaries", "planted secrets"))
-    return out + [{"name": name, "size": "", "source": "", "summary": what} | more for name, what in named]

@@ -4,21 +4,48 @@ from pathlib import Path
 from typing import Any
 
 from craton.base import UserError, say
-from craton.tasks.find import find_task, known_tasks
+from craton.tasks.find import find_task
+from craton.tasks.generated import GENERATED
+from craton.tasks.published import PUBLISHED
+
+
+def known_tasks() -> list[dict[str, Any]]:
+    """Every task that has a name of its own: its kind, metric, size and source."""
+    out: list[dict[str, Any]] = []
+    for name, p in PUBLISHED.items():
+        kind = "choices" if p.scorer == "choice" else p.scorer
+        row = {"name": name, "kind": kind, "metric": p.metric, "shots": p.shots, "size": "the file's"}
+        row |= {"source": f"hub {p.hub}" if p.hub else "a file", "licence": p.licence, "summary": p.summary}
+        out.append(row | {"formulations": list(p.formulations)})
+    for name, g in GENERATED.items():
+        row = {"name": name, "kind": "generated", "metric": "exact_match", "shots": g.shots, "size": "any"}
+        row |= {"source": f"made by rule; {name}=N sets {g.dial}", "licence": "none needed", "summary": g.summary}
+        out.append(row | {"formulations": ["generation"]})
+    more = {
+        "kind": "memorisation",
+        "metric": "acc",
+        "shots": 0,
+        "size": "",
+        "source": "",
+        "licence": "the corpus's own",
+    }
+    named = (("memorised", "training text word for word (memorised=CORPUS)"), ("canaries", "planted secrets"))
+    return out + [{"name": name, "summary": what} | more for name, what in named]
+
+
+_WHENCE = """
+Published ones come from a file (NAME=PATH) or the hub (NAME, with the hf extra); generated ones are made by rule
+(NAME=N sets how hard). A .toml file describes a task of your own; lm-eval's .yaml files and reasoning-gym (gym:NAME)
+work too. See docs/eval.md."""
 
 
 def list_tasks() -> dict[str, Any]:
     """Print every task that has a name of its own."""
-    rows = known_tasks()
-    say(f"{'task':<26}{'kind':<14}{'metric':<24}{'shots':<7}what it asks for")
-    for row in rows:
+    rows = [{"name": "task", "kind": "kind", "metric": "metric", "shots": "shots", "summary": "what it asks for"}]
+    for row in rows + known_tasks():
         say(f"{row['name']:<26}{row['kind']:<14}{row['metric']:<24}{row['shots']:<7}{row['summary']}")
-    say(
-        "\nPublished ones come from a file (NAME=PATH) or the hub (NAME, with the hf extra); generated ones are made by"
-    )
-    say("rule (NAME=N sets how hard). A .toml file describes a task of your own; lm-eval's .yaml files and")
-    say("reasoning-gym (gym:NAME) work too. See docs/eval.md.")
-    return {"tasks": rows}
+    say(_WHENCE)
+    return {"tasks": known_tasks()}
 
 
 def show_task(name: str, items: int, shots: int | None, chat: bool | None, model: str | None) -> dict[str, Any]:

@@ -4,7 +4,6 @@ import csv
 import io
 import json
 import lzma
-import random
 import tarfile
 from pathlib import Path
 
@@ -14,9 +13,10 @@ from hypothesis import strategies as st
 
 from craton.base import UserError
 from craton.tasks.export import as_file, write_rows
-from craton.tasks.find import find_task, find_tasks, known_tasks
+from craton.tasks.find import find_task, find_tasks
 from craton.tasks.generated import GENERATED, VERIFIERS, execute, generate
 from craton.tasks.scorers import SCORERS, judge_prompt, judged, math_normalised
+from craton.tasks.show import known_tasks
 from craton.tasks.task import Example, Task
 from tests.conftest import craton
 
