@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from craton.model import nll, ops, plain, rope
+from craton.model import modes, nll, ops, plain, rope
 from craton.model.attention import AttentionSpec, Spans
 from craton.model.cache import Past
 from craton.model.config import ModelConfig
@@ -232,15 +232,24 @@ class Experts(nn.Module):
         self.down_proj_bias = nn.Parameter(torch.empty(c.num_experts, c.hidden_size)) if bias else None
 
         self.packed = nn.ModuleDict()  # matrices of few bits by the names of the parameters that they replace
+        self.adapters = nn.ModuleDict()  # low-rank additions (lora.py) by the names of the parameters that they go with
 
     def pack(self, name: str, matrices: Sequence[nn.Module]) -> None:
         """Hold a parameter as a PackedMatrix for each expert; for inference only."""
         setattr(self, name, None)
         self.packed[name] = nn.ModuleList(matrices)
 
+    def shape_of(self, name: str) -> tuple[int, int, int]:
+        """(experts, outputs, inputs) of a parameter."""
+        c = self.config
+        hidden, size = c.hidden_size, c.moe_intermediate_size
+        return (c.num_experts, 2 * size, hidden) if name == "gate_up_proj" else (c.num_experts, hidden, size)
+
     def _product(self, x: Tensor, name: str, expert: int) -> Tensor:
         packed = self.packed[name][expert] if name in self.packed else None  # type: ignore[index]
         y = ops.linear(x, getattr(self, name)[expert]) if packed is None else packed.product(x)
+        if name in self.adapters and not modes.leaves_out_adapters():
+            y = y + self.adapters[name].of_expert(x, expert)  # type: ignore[operator]
         bias = getattr(self, f"{name}_bias")
         return y if bias is None else y + bias[expert]
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 _BATCH_INVARIANT: ContextVar[bool] = ContextVar("batch_invariant", default=False)
 _EXACT: ContextVar[bool] = ContextVar("exact_activations", default=False)
+_BASE_ONLY: ContextVar[bool] = ContextVar("without_adapters", default=False)
 _OBSERVER: ContextVar[Callable[[Tensor], None] | None] = ContextVar("observer", default=None)
 
 
@@ -41,6 +42,16 @@ def exact_activations() -> AbstractContextManager[None]:
 def rounds_activations() -> bool:
     """Whether products with packed weights round: in the engine, unless it was asked not to."""
     return _BATCH_INVARIANT.get() and not _EXACT.get()
+
+
+def without_adapters() -> AbstractContextManager[None]:
+    """Inside, layers compute without their low-rank adapters: the network as it was before it was tuned."""
+    return _held(_BASE_ONLY, True)
+
+
+def leaves_out_adapters() -> bool:
+    """Whether this thread is inside `without_adapters`."""
+    return _BASE_ONLY.get()
 
 
 def observing(observer: Callable[[Tensor], None]) -> AbstractContextManager[None]:

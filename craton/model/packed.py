@@ -6,6 +6,7 @@ activations to 8 bits; elsewhere, where that was not wanted (modes.exact_activat
 """
 
 import threading
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -124,12 +125,35 @@ class PackedMatrix(nn.Module):
 
     def product(self, x: Tensor) -> Tensor:
         """x (..., cols) times the matrix transposed -> (..., rows)."""
+        if torch.is_grad_enabled() and x.requires_grad:
+            return _FrozenProduct.apply(x, self)
         if self.native and modes.rounds_activations():
             return torch.ops.craton.packed_linear(x.float(), self.data, self.rows, self.kind)
         if self.written is not None:
             return ops.linear(x, self.written.to(x.dtype))
-        parts = torch.arange(self.rows).split(max(1, _PIECE // self.cols))
-        return torch.cat([ops.linear(x, self.take(rows).to(x.dtype)) for rows in parts], -1)
+        return torch.cat([ops.linear(x, self.take(rows).to(x.dtype)) for rows in self.pieces()], -1)
+
+    def pieces(self) -> tuple[Tensor, ...]:
+        """Numbers of rows that are written out together."""
+        return torch.arange(self.rows).split(max(1, _PIECE // self.cols))
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """A product whose matrix is kept: it is written out anew for the gradient, not held until then."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, matrix: PackedMatrix) -> Tensor:
+        ctx.matrix = matrix
+        return matrix.product(x)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None]:
+        matrix, at, dx = ctx.matrix, 0, None
+        for rows in matrix.pieces():
+            part = ops.linear(dy[..., at : at + len(rows)].contiguous(), matrix.take(rows).to(dy.dtype).t())
+            dx = part if dx is None else dx + part
+            at += len(rows)
+        return dx, None  # type: ignore[return-value]
 
 
 class PackedLinear(nn.Module):

@@ -4,6 +4,7 @@ a folder or an archive of them, or a data set of the hub."""
 import io
 import json
 import re
+import sys
 import tarfile
 import zipfile
 from collections import Counter
@@ -48,9 +49,19 @@ def read_parts(path: Path) -> dict[str, list[Row]]:
 
 def read_file(path: Path) -> list[Row]:
     """The rows of one file, each with `id`. UserError names what cannot be read."""
+    return list(iterate_file(path))
+
+
+def iterate_file(path: Path) -> Iterator[Row]:
+    """The same, row by row."""
     if not path.is_file():
         raise UserError(f"{path}: no such file")
-    return list(_identified(_rows(path, str(path)), "", str(path)))
+    yield from _identified(_rows(path, str(path)), "", str(path))
+
+
+def iterate_stream() -> Iterator[Row]:
+    """The rows of JSON lines that come in."""
+    yield from _identified(_rows(sys.stdin.buffer, "stdin"), "", "stdin")
 
 
 def _files(path: Path) -> Iterator[tuple[str, Any]]:

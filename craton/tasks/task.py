@@ -5,6 +5,7 @@ rewards, scores, and the text that a corpus must not contain.
 """
 
 import random
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
@@ -198,12 +199,20 @@ def filled(template: str, row: Row, key: str, **more: Any) -> str:
     """A template filled from a row. UserError names the row where that fails."""
     if "{" not in template:
         return template
-    if template == "{{choice}}":
-        return str(more["choice"])
+    alone = _name_alone(template)
+    if alone in more or alone in row:  # without Jinja, which takes ten times as long
+        return str(more[alone] if alone in more else row[alone])
     try:
         return str(compiled(template).render(row, letters=LETTERS, **more))
     except (jinja2.TemplateError, TypeError, ValueError, LookupError) as error:
         raise UserError(f"{row.get('where')}: the template of the task's {key} fails ({error})", field=key) from None
+
+
+@lru_cache(64)
+def _name_alone(template: str) -> str:
+    """The name in a template that is {{name}} and nothing else."""
+    found = re.fullmatch(r"\{\{\s*(\w+)\s*\}\}", template)
+    return found[1] if found else ""
 
 
 @lru_cache

@@ -64,14 +64,7 @@ class Dialogue:
         for name in ("self", "messages", "tools", "add_generation_prompt", "documents", *special):
             if name in more:
                 raise UserError(f"chat_template_kwargs: {name} cannot be set there", field="chat_template_kwargs")
-        shown = [self._message(m) for m in messages]
-        if tools and not self.calls.shows_tools:
-            text = self._told(tools)
-            if shown and shown[0]["role"] == "system":
-                shown[0] = {**shown[0], "content": f"{shown[0]['content']}\n\n{text}"}
-            else:
-                shown.insert(0, {"role": "system", "content": text})
-        prompt = self._rendered(shown, tools if tools and self.calls.shows_tools else None, more)
+        prompt = self._rendered(*self._shown(messages, tools), more)
         if self.harmony:
             final = thinking is False and not tools or prefix
             return prompt + (FINAL if final else "") + (prefix or ""), False
@@ -86,8 +79,29 @@ class Dialogue:
                     prompt += f"{begin}\n\n{end}\n\n"
         return prompt + (prefix or ""), opened
 
+    def render_whole(self, messages: list[dict[str, Any]], tools: list[dict[str, Any]]) -> tuple[str, bool]:
+        """A conversation to its end, as it is learned from, and whether the words of the assistant stand between
+        template.BEGIN and END, as they do where the template has generation blocks. UserError as `render`."""
+        template = self.tokenizer.chat_template
+        marks = template is not None and bool(re.search(r"\{%-?\s*generation\s*-?%\}", template.source))
+        more = {"mark_answers": True} if marks else {}
+        return self._rendered(*self._shown(messages, tools), more, False), marks
+
+    def _shown(
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]]
+    ) -> tuple[list[dict[str, Any]], list[dict[str, Any]] | None]:
+        """Messages and tools as the template is given them."""
+        shown = [self._message(m) for m in messages]
+        if tools and not self.calls.shows_tools:
+            text = self._told(tools)
+            if shown and shown[0]["role"] == "system":
+                shown[0] = {**shown[0], "content": f"{shown[0]['content']}\n\n{text}"}
+            else:
+                shown.insert(0, {"role": "system", "content": text})
+        return shown, tools if tools and self.calls.shows_tools else None
+
     def _rendered(
-        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, more: dict[str, Any]
+        self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None, more: dict[str, Any], ask: bool = True
     ) -> str:
         """The prompt, of the first form of the conversation that the template takes and shows whole. UserError of the
         first, if it takes none."""
@@ -95,7 +109,7 @@ class Dialogue:
         texts = must_show(messages)
         for form in forms(messages):
             try:
-                prompt = self.tokenizer.render_chat(form, tools, True, **more)
+                prompt = self.tokenizer.render_chat(form, tools, ask, **more)
             except UserError as error:
                 problem = problem or error
                 continue

@@ -17,6 +17,7 @@ from typing import Any
 
 from craton.base import UserError
 
+BEGIN, END = "\ue0f0", "\ue0f1"  # private use: no text that is read here holds them
 # Limits of one rendering: time, bytes of the process and of the text.
 SECONDS, MEMORY, OUTPUT = 10.0, 512 << 20, 32 << 20
 
@@ -34,14 +35,16 @@ class ChatTemplate:
         messages: list[dict[str, Any]],
         tools: list[dict[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        mark_answers: bool = False,
         **more: Any,
     ) -> str:
-        """UserError if the template refuses the messages, fails, or passes a limit."""
+        """UserError if the template refuses the messages, fails, or passes a limit. mark_answers: what stands in the
+        template's generation blocks is put between BEGIN and END."""
         given = dict(messages=messages, tools=tools, documents=None, add_generation_prompt=add_generation_prompt)
         values: dict[str, Any] = {**self.special, **given, **more}
         with self.lock:
             try:
-                answer = self._ask(json.dumps({"template": self.source, "values": values}).encode())
+                answer = self._ask(json.dumps([self.source, values, mark_answers]).encode())
             except (OSError, EOFError) as error:
                 self._stop()
                 late = f"took longer than {SECONDS:.0f} s"
@@ -94,7 +97,7 @@ class ChatTemplate:
 # ---- in the process ---------------------------------------------------------------------------------------------
 
 
-def _environment() -> Any:
+def _environment(mark: bool) -> Any:
     from datetime import datetime
 
     import jinja2
@@ -102,13 +105,17 @@ def _environment() -> Any:
     from jinja2.sandbox import ImmutableSandboxedEnvironment
 
     class Generation(Extension):
-        """{% generation %}...{% endgeneration %} marks the assistant's words; here it changes nothing."""
+        """{% generation %}...{% endgeneration %} marks the assistant's words."""
 
         tags = {"generation"}
 
         def parse(self, parser: Any) -> Any:
             next(parser.stream)
-            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            inner = parser.parse_statements(("name:endgeneration",), drop_needle=True)
+            if not mark:
+                return inner
+            begin, end = (jinja2.nodes.Output([jinja2.nodes.TemplateData(m)]) for m in (BEGIN, END))
+            return [begin, *inner, end]
 
     def raise_exception(message: str) -> None:
         raise jinja2.TemplateError(message)
@@ -129,17 +136,17 @@ def _environment() -> Any:
 def _serve() -> None:
     import resource
 
-    environment, compiled = _environment(), dict[str, Any]()
+    environments, compiled = [_environment(mark) for mark in (False, True)], dict[tuple[str, bool], Any]()
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
     resource.setrlimit(resource.RLIMIT_NOFILE, (16, 16))
     source, out = sys.stdin.buffer, sys.stdout.buffer
     while head := source.read(8):
         question = json.loads(source.read(int.from_bytes(head, "little")))
         try:
-            text = question["template"]
-            if text not in compiled:
-                compiled[text] = environment.from_string(text)
-            made = compiled[text].render(**question["values"])
+            text, values, mark = question
+            if (text, mark) not in compiled:
+                compiled[text, mark] = environments[mark].from_string(text)
+            made = compiled[text, mark].render(**values)
             answer = {"text": made} if len(made) <= OUTPUT else {"error": f"gives more than {OUTPUT >> 20} MB of text"}
         except MemoryError:
             answer = {"error": f"needs more than {MEMORY >> 20} MB; it is damaged or hostile"}

@@ -1,31 +1,37 @@
-"""LoRA adapters (arXiv 2106.09685) in PEFT's layout, merged into a network: W + scale * B A.
-
-`adapter_config.json` and `adapter_model.safetensors`, as PEFT writes them for linear layers.
-"""
+"""Adapters in PEFT's layout: `adapter_config.json` and `adapter_model.safetensors`, as PEFT writes and reads them for
+linear layers and for stacks of experts."""
 
 import dataclasses
 import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from craton.base import UserError, read_json
-from craton.model.decoder import Decoder, Linear
+from craton.base import UserError, read_json, write_json
+from craton.model.decoder import Decoder, Experts, Linear
+from craton.model.lora import LoraLinear, LoraSpec, LowRank, LowRankExperts, adapted, fold, shape_of
+from craton.model.packed import PackedLinear, replace
 from craton.weights.tensorfile import read_tensors
 
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # What changes the arithmetic and is not understood must be off.
-_OFF: dict[str, Any] = dict(use_dora=False, fan_in_fan_out=False, bias="none", modules_to_save=None, lora_bias=False)
+_OFF: dict[str, Any] = dict(fan_in_fan_out=False, bias="none", lora_bias=False)
 _OFF |= dict(layer_replication=None, alora_invocation_tokens=None, trainable_token_indices=None)
+_PREFIX = "base_model.model."
 
 
-@torch.no_grad()
-def merge(network: Decoder, folder: Path) -> int:
-    """Change the network's weights by an adapter; returns how many layers it changed. UserError if the adapter is not
-    one for this network, is of a kind that is not understood, or changes nothing."""
-    where = folder / "adapter_config.json"
+def is_adapter(folder: Path) -> bool:
+    """Whether a folder holds one."""
+    return (folder / CONFIG).is_file()
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """adapter_config.json of an adapter that is understood. UserError names what is not."""
+    where = folder / CONFIG
     config = read_json(where)
     kind = config.get("peft_type") if isinstance(config, dict) else None
     if kind != "LORA":
@@ -36,44 +42,115 @@ def merge(network: Decoder, folder: Path) -> int:
     if re.match(r"pissa|olora|corda|loftq", how := str(config.get("init_lora_weights")).lower()):
         why = "which changed the model's own weights too; convert it to plain LoRA when it is saved"
         raise UserError(f"{where}: init_lora_weights is {how!r}, {why}")
-    path = folder / "adapter_model.safetensors"
-    tensors = read_tensors(path)
-    parts: dict[str, dict[str, torch.Tensor]] = {}
-    for key, tensor in tensors.items():
-        own = _untouched(network, key)
-        if own is not None and own.shape == tensor.shape and torch.equal(own.float(), tensor.float()):
-            continue  # PEFT keeps the embedding beside an adapter of the head
-        found = re.fullmatch(r"(?:base_model\.model\.)?(.+)\.lora_(A|B)(?:\.default)?\.weight", key)
-        if not found:
-            raise UserError(f"{path}: {key} is not the A or B of a linear layer, which is all that is supported")
-        parts.setdefault(found[1], {})[found[2]] = tensor.float()
-    modules, changed = dict(network.named_modules()), 0
+    return dict(config)
+
+
+@torch.no_grad()
+def attach(network: Decoder, folder: Path) -> int:
+    """Give a network's layers the adapter of a folder; returns how many. UserError if it is not one for this network,
+    is of a kind that is not understood, or changes nothing."""
+    config, path = read_config(folder), folder / WEIGHTS
+    parts: dict[str, dict[str, Tensor]] = {}
+    saved: dict[str, Tensor] = {}
+    for key, tensor in read_tensors(path).items():
+        found = re.fullmatch(r"(.+)\.lora_(A|B|magnitude_vector)(?:\.default)?(?:\.weight)?", key.removeprefix(_PREFIX))
+        if found:
+            parts.setdefault(found[1], {})[found[2]] = tensor.float()
+        else:
+            saved[key.removeprefix(_PREFIX)] = tensor
+    changed = _put_saved(network, config, saved, path)
     for name, pair in parts.items():
-        layer = modules.get(name)
-        if not isinstance(layer, Linear):
-            hint = "; merge into the model before it is quantised" if layer is not None else ""
-            raise UserError(f"{path}: {name} is no plain linear layer of this model{hint}")
-        a, b, shape = pair.get("A"), pair.get("B"), tuple(layer.weight.shape)
-        if a is None or b is None or (b.shape[0], a.shape[1]) != shape or a.shape[0] != b.shape[1]:
-            raise UserError(f"{path}: {name}: A and B do not fit a layer of {shape}")
-        delta = _scale(config, name, a.shape[0], where) * (b @ a)
-        if not torch.isfinite(delta).all():
-            raise UserError(f"{path}: {name} holds numbers that are not finite")
-        if name == "lm_head" and network.config.tie_word_embeddings:  # the embedding stays as it is
-            layer.weight = nn.Parameter(layer.weight.clone(), requires_grad=False)
-            network.config = dataclasses.replace(network.config, tie_word_embeddings=False)
-        layer.weight.copy_((layer.weight.float() + delta.to(layer.weight.device)).to(layer.weight.dtype))
-        changed += bool(delta.any())
+        changed += _attach_one(network, config, name, pair, folder)
     if not changed:
         raise UserError(f"{path}: the adapter changes nothing; it was never trained, or only its A was saved")
+    return len(parts)
+
+
+def _put_saved(network: Decoder, config: dict[str, Any], saved: dict[str, Tensor], path: Path) -> int:
+    """Whole tensors that come with an adapter: of modules_to_save, which take the place of the network's own, and of
+    embedding and head, which PEFT keeps beside an adapter of them. Returns how many differ from the network's."""
+    own: dict[str, Tensor] = dict(network.named_parameters(remove_duplicate=False))
+    wanted, changed = config.get("modules_to_save") or [], 0
+    if absent := [m for m in wanted if not any(f".{m}." in f".{key}" for key in saved)]:
+        raise UserError(f"{path}: modules_to_save names {absent[0]}, but no tensor of it is there")
+    for key, tensor in saved.items():
+        name = re.sub(r"\.(base_layer|modules_to_save(\.default)?)\.", ".", key)
+        mine = own.get(name)
+        allowed = any(f".{name}".endswith(f".{m}.weight") or f".{name}".endswith(f".{m}.bias") for m in wanted)
+        beside = name.endswith(("embed_tokens.weight", "lm_head.weight"))
+        if mine is None or mine.shape != tensor.shape or not (allowed or beside):
+            raise UserError(f"{path}: {key} is no part of a linear layer's adapter, which is all that is supported")
+        if torch.equal(mine.float(), tensor.float()):
+            continue
+        if not allowed:
+            raise UserError(f"{path}: {key} differs from the model's own; modules_to_save does not name it")
+        if name == "lm_head.weight" and network.config.tie_word_embeddings:
+            _untie(network)
+        parent, _, last = name.rpartition(".")
+        module = network.get_submodule(parent)
+        setattr(module, last, nn.Parameter(tensor.to(mine.dtype), requires_grad=False))
+        if name == "model.embed_tokens.weight" and network.config.tie_word_embeddings:
+            network.tie()
+        changed += 1
     return changed
 
 
-def _untouched(network: Decoder, key: str) -> torch.Tensor | None:
-    """The network's own tensor where an adapter's file holds one that is no part of the adapter."""
-    name = key.removeprefix("base_model.model.").replace(".base_layer.", ".")
-    own: dict[str, torch.Tensor] = dict(network.named_parameters(remove_duplicate=False))
-    return own.get(name) if name.endswith(("embed_tokens.weight", "lm_head.weight")) else None
+def _untie(network: Decoder) -> None:
+    """The head gets a matrix of its own; the embedding stays as it is."""
+    network.lm_head.weight = nn.Parameter(network.lm_head.weight.clone(), requires_grad=False)
+    network.config = dataclasses.replace(network.config, tie_word_embeddings=False)
+
+
+def _attach_one(network: Decoder, config: dict[str, Any], name: str, pair: dict[str, Tensor], folder: Path) -> bool:
+    """Whether it changes anything."""
+    path, where = folder / WEIGHTS, folder / CONFIG
+    layer = dict(network.named_modules()).get(re.sub(r"(\.base_layer)+$", "", name))
+    a, b, magnitude = pair.get("A"), pair.get("B"), pair.get("magnitude_vector")
+    if isinstance(layer, Experts):
+        return _attach_experts(layer, config, name, pair, folder)
+    if not isinstance(layer, Linear | PackedLinear):
+        raise UserError(f"{path}: {name} is no linear layer of this model")
+    shape = shape_of(layer)
+    if a is None or b is None or (b.shape[0], a.shape[1]) != shape or a.shape[0] != b.shape[1]:
+        raise UserError(f"{path}: {name}: A and B do not fit a layer of {shape}")
+    if bool(config.get("use_dora")) != (magnitude is not None):
+        raise UserError(f"{path}: {name}: use_dora is {config.get('use_dora')}, but there is {magnitude is not None}")
+    if not all(torch.isfinite(t).all() for t in pair.values()):
+        raise UserError(f"{path}: {name} holds numbers that are not finite")
+    if name == "lm_head" and network.config.tie_word_embeddings and isinstance(layer, Linear):
+        _untie(network)
+    scale = _scale(config, name, a.shape[0], where)
+    replace(network, name, LoraLinear(layer, LowRank(a, b, scale, magnitude)))
+    return bool(b.any()) or magnitude is not None
+
+
+def _attach_experts(layer: Experts, config: dict[str, Any], name: str, pair: dict[str, Tensor], folder: Path) -> bool:
+    """Of PEFT's target_parameters: the first that is named lies innermost, which its name tells."""
+    named = [text.rpartition(".")[2] for text in config.get("target_parameters") or []]
+    depth = len(named) - 1 - name.count(".base_layer")
+    if not 0 <= depth < len(named) or named[depth] not in ("gate_up_proj", "down_proj") or len(pair) != 2:
+        raise UserError(f"{folder / CONFIG}: target_parameters do not tell what {name} is an adapter of")
+    own, (experts, outputs, inputs) = named[depth], layer.shape_of(named[depth])
+    a, b = pair["A"], pair["B"]
+    rank = a.shape[0] // experts
+    if a.shape != (experts * rank, inputs) or b.shape != (outputs, experts * rank):
+        raise UserError(f"{folder / WEIGHTS}: {name}: A and B do not fit {experts} experts of {(outputs, inputs)}")
+    scale = _scale(config, name, rank, folder / CONFIG)
+    each = b.view(outputs, rank, experts).permute(2, 0, 1).contiguous()
+    layer.adapters[own] = LowRankExperts(a.view(experts, rank, inputs), each, scale)
+    return bool(b.any())
+
+
+def merge(network: Decoder, folder: Path) -> int:
+    """Change the network's weights by an adapter; returns how many layers it changed. UserError as `attach`, and where
+    weights are packed."""
+    attach(network, folder)
+    try:
+        changed = fold(network)
+    except TypeError as error:
+        fix = "merge into the model before it is quantised, or serve it with --adapter"
+        raise UserError(f"{folder}: {error} has packed weights, which cannot hold an adapter; {fix}") from None
+    return changed
 
 
 def _scale(config: dict[str, Any], name: str, rank: int, where: Path) -> float:
@@ -89,3 +166,48 @@ def _scale(config: dict[str, Any], name: str, rank: int, where: Path) -> float:
     if r != rank or not isinstance(alpha, int | float):
         raise UserError(f"{where}: r is {r!r} and lora_alpha {alpha!r}, but {name} has rank {rank}")
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+
+
+# ---- writing ----------------------------------------------------------------------------------------------------
+
+
+def published(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A network's adapter under PEFT's names; other tensors are left out."""
+    out: dict[str, Tensor] = {}
+    experts = sorted({n.rpartition(".adapters.")[0] for n in tensors if ".experts.adapters." in n})
+    for name, tensor in tensors.items():
+        layer, _, part = name.rpartition(".")
+        if not part.startswith("lora_"):
+            continue
+        if ".experts.adapters." in name:
+            layer, _, own = layer.rpartition(".adapters.")
+            inner = ".base_layer" if own == "gate_up_proj" and layer in experts else ""
+            flat = tensor.flatten(0, 1) if part == "lora_A" else tensor.permute(1, 2, 0).flatten(1)
+            out[f"{_PREFIX}{layer}{inner}.{part}.weight"] = flat
+        elif part == "lora_magnitude":
+            out[f"{_PREFIX}{layer.removesuffix('.adapter')}.lora_magnitude_vector"] = tensor
+        else:
+            out[f"{_PREFIX}{layer.removesuffix('.adapter')}.{part}.weight"] = tensor
+    return out
+
+
+def write_config(folder: Path, network: Decoder, spec: LoraSpec, base: dict[str, Any]) -> None:
+    """adapter_config.json. base: where the model lies that it belongs to, and its hash."""
+    layers, stacks = list[str](), list[str]()
+    for name, module in adapted(network):
+        if isinstance(module, Experts):
+            stacks += [f"{name.rpartition('.layers.')[2].partition('.')[2]}.{own}" for own in module.adapters]
+        else:
+            layers.append(name.rpartition(".")[2])
+    config: dict[str, Any] = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base["path"]}
+    config |= {"r": spec.rank, "lora_alpha": spec.alpha, "use_rslora": spec.rank_stabilised, "use_dora": spec.dora}
+    config |= {"target_modules": sorted(set(layers)), "bias": "none", "lora_dropout": 0.0, "fan_in_fan_out": False}
+    config |= {"inference_mode": True, "init_lora_weights": True, "modules_to_save": None, "craton_base": base}
+    if stacks:
+        config["target_parameters"] = sorted(set(stacks), reverse=True)  # gate_up_proj first, as it lies innermost
+    write_json(folder / CONFIG, config)
+
+
+def lora_tensors(network: Decoder) -> Iterator[tuple[str, Tensor]]:
+    """An adapter's own tensors by the network's names."""
+    return ((n, p) for n, p in network.named_parameters() if n.rpartition(".")[2].startswith("lora_"))
