@@ -24,22 +24,12 @@ import torch
 def dequantised(model: str, out: Path) -> Path:
     """The model with its weights written out in fp32, as a folder."""
     from craton.engine.model import load_model
-    from craton.model.decoder import Linear
-    from craton.model.packed import PackedEmbedding, PackedLinear, replace
+    from craton.weights.export import write_out
     from craton.weights.folder import write_network
 
     loaded = load_model(model)
     network = loaded.network
-    for name, module in list(network.named_modules()):
-        if isinstance(module, PackedLinear | PackedEmbedding):
-            weight = module.packed.take(torch.arange(module.packed.rows))
-            layer = torch.nn.Embedding(*weight.shape, _weight=weight) if isinstance(module, PackedEmbedding) else None
-            if layer is None:
-                layer = Linear(weight.shape[1], weight.shape[0])
-                layer.weight = torch.nn.Parameter(weight)
-            replace(network, name, layer)
-    if network.config.tie_word_embeddings:
-        network.tie()
+    write_out(network)
     out.mkdir(parents=True, exist_ok=True)
     write_network(out, network)
     loaded.tokenizer.save(out)
@@ -196,7 +186,7 @@ def _gemm() -> float:
 def _timed(folder: Path, task: dict, batch: int) -> tuple[float, float]:
     """Seconds of lm-eval's evaluation in a process of its own, and of the whole process with imports and loading."""
     code = (
-        "import sys, json; sys.path.insert(0, 'benchmarks')\n"
+        f"import sys, json; sys.path.insert(0, {str(Path(__file__).parent.resolve())!r})\n"
         "from pathlib import Path\nfrom evaluate import harness, theirs\n"
         f"lm = harness(Path({str(folder)!r}), {batch})\n"
         f"print('SECONDS', theirs(lm, [json.loads({json.dumps(task)!r})])[1])"

@@ -169,6 +169,30 @@ TRAINED_ON = (
 )
 
 
+def _settings(recipe: Path | None, flags: dict[str, Any], more: list[str] | None) -> Any:
+    """A recipe file, flags by the settings' names, and --set over them."""
+    from craton.train.recipe import Recipe, assign, parse_setting, read_recipe
+
+    names = {"model.num_hidden_layers": "--depth", "tune.variant": "--set"}
+    settings = Recipe()
+    if recipe:
+        read_recipe(recipe, settings)
+    for key, value in flags.items():
+        if value is not None:
+            assign(settings, key, value, names.get(key, f"--{key.partition('.')[2].replace('_', '-')}"))
+    for text in more or []:
+        parse_setting(settings, text)
+    return settings
+
+
+RECIPE = Annotated[Path | None, Option(help="A TOML file of settings; see recipes/.")]
+SET = Annotated[
+    list[str] | None,
+    Option("--set", metavar="KEY=VALUE", help="Override a setting, as optimizer.matrix_lr=0.01. Repeatable."),
+]
+RESUME = Annotated[bool, Option("--resume", help="Go on with the run in --out.")]
+
+
 @app.command()
 def train(
     corpora: Annotated[list[str], Argument(metavar="CORPUS...", help=TRAINED_ON)],
@@ -180,12 +204,9 @@ def train(
     steps: Annotated[int | None, Option(help="Steps; fixes the run's length instead.")] = None,
     seed: Annotated[int | None, Option(help="Of initialisation and data order.")] = None,
     checkpoint_every: Annotated[int | None, Option(help="Steps between checkpoints.")] = None,
-    recipe: Annotated[Path | None, Option(help="A TOML file of settings; see recipes/.")] = None,
-    set_: Annotated[
-        list[str] | None,
-        Option("--set", metavar="KEY=VALUE", help="Override a setting, as optimizer.matrix_lr=0.01. Repeatable."),
-    ] = None,
-    resume: Annotated[bool, Option("--resume", help="Go on with the run in --out.")] = False,
+    recipe: RECIPE = None,
+    set_: SET = None,
+    resume: RESUME = False,
     json_: Json = False,
 ) -> None:
     """Train a model from a corpus.
@@ -205,20 +226,11 @@ def train(
     from craton.report.page import write_report
     from craton.train.loop import Interrupted
     from craton.train.machine import process_began
-    from craton.train.recipe import Recipe, assign, parse_setting, read_recipe
     from craton.train.start import train as run
 
-    settings = Recipe()
-    if recipe:
-        read_recipe(recipe, settings)
-    if depth is not None:
-        assign(settings, "model.num_hidden_layers", depth, "--depth")
-    flags = dict(budget=budget, steps=steps, seed=seed, checkpoint_every=checkpoint_every)
-    for name, value in flags.items():
-        if value is not None:
-            assign(settings, f"run.{name}", value, f"--{name.replace('_', '-')}")
-    for text in set_ or []:
-        parse_setting(settings, text)
+    flags = {f"run.{k}": v for k, v in dict(budget=budget, steps=steps, seed=seed).items()}
+    flags |= {"run.checkpoint_every": checkpoint_every, "model.num_hidden_layers": depth}
+    settings = _settings(recipe, flags, set_)
     asked = (settings.run.budget, settings.run.steps, settings.model.num_hidden_layers)
     if not resume and not any(asked):
         settings.run.budget = "10m"
@@ -240,6 +252,89 @@ def train(
     if result:  # empty in all but the first process
         say(f"{write_report(out)}: how it went")
         _emit(json_, result)
+
+
+@app.command()
+def tune(
+    model: Annotated[str, Argument(metavar="MODEL", help="A model folder, a GGUF file, or MODEL+ADAPTER.")],
+    data: Annotated[
+        list[str] | None, Argument(metavar="[DATA]...", help="Files of conversations, pairs, labels; - reads stdin.")
+    ] = None,
+    out: Annotated[Path | None, Option(help="The folder to make: an adapter, or with --full a model.")] = None,
+    method: Annotated[
+        str | None, Option(help="sft, dpo, ipo, kto, orpo, simpo, reward, grpo or distill; sft if nothing is said.")
+    ] = None,
+    task: Annotated[str, Option(help="A task (craton tasks): learned from where no DATA is given, and scored.")] = "",
+    lora: Annotated[int | None, Option(help="Rank of the adapter; 32 if nothing is said.")] = None,
+    full: Annotated[bool, Option("--full", help="Train all weights instead of an adapter.")] = False,
+    teacher: Annotated[str, Option(help="For distill: a model folder, a GGUF file, openai:NAME or URL#NAME.")] = "",
+    budget: Annotated[
+        str | None, Option(help="Time (90s, 10m) or compute (1e16flop); else passes of the data.")
+    ] = None,
+    steps: Annotated[int | None, Option(help="Steps; fixes the run's length instead.")] = None,
+    seed: Annotated[int | None, Option(help="Of adapters, data order and sampling.")] = None,
+    preview: Annotated[bool, Option("--preview", help="Show what would be learned, token by token, and end.")] = False,
+    recipe: RECIPE = None,
+    set_: SET = None,
+    resume: RESUME = False,
+    json_: Json = False,
+) -> None:
+    """Adapt a model to data or a task: fine-tuning, preferences, reinforcement, distillation.
+
+    --out becomes a LoRA adapter in PEFT's layout, or with --full a model folder, with a report.
+
+    \b
+    craton tune model chats.jsonl --preview
+    craton tune model chats.jsonl --out helper
+    craton tune SmolLM2.gguf pairs.jsonl --method dpo --out polite --lora 16
+    craton tune model --task addition --method grpo --full --out reasoner --budget 10m
+    """
+    os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # as in train
+    with waiting("loading"):
+        from craton.adapt.preview import preview as show
+        from craton.adapt.tune import Given
+        from craton.adapt.tune import tune as run
+        from craton.report.tuning import write_tuning
+        from craton.train.loop import Interrupted
+        from craton.train.machine import process_began
+
+    if full and lora:
+        raise UserError("--full and --lora exclude each other", field="lora")
+    flags = {f"run.{k}": v for k, v in dict(budget=budget, steps=steps, seed=seed).items()}
+    settings = _settings(recipe, flags | {"tune.method": method, "tune.lora": 0 if full else lora}, set_)
+    command = shlex.join(["craton", *sys.argv[1:]])
+    given = Given(model, data or [], out or Path("."), settings, task, teacher, resume, command, process_began())
+    if preview:
+        _emit(json_, show(given))
+        return
+    if out is None:
+        raise UserError("give --out, the folder to make", field="out")
+    try:
+        result = run(given)
+    except Interrupted as signal:
+        _emit(json_, {"out": str(out), "status": "interrupted", "signal": str(signal)})
+        raise typer.Exit(130 if str(signal) == "SIGINT" else 143) from None
+    if result:
+        say(f"{write_tuning(out)}: how it went")
+        _emit(json_, result)
+
+
+@app.command()
+def merge(
+    adapter: Annotated[Path, Argument(metavar="ADAPTER", help="A LoRA adapter in PEFT's layout.")],
+    out: Annotated[Path, Option(help="The model folder to make, in bf16.")],
+    base: Annotated[str, Option(help="The model, where the adapter does not name it or it has moved.")] = "",
+    json_: Json = False,
+) -> None:
+    """Make one model of an adapter and its base.
+
+    \b
+    craton merge helper --out helper-model
+    """
+    with waiting("loading"):
+        from craton.adapt.merge import merge as run
+
+    _emit(json_, run(adapter, out, base))
 
 
 @tasks_app.callback()

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from craton.base import UserError
 from craton.engine.answer import Answer
+from craton.engine.request import TokenLogprob
 from craton.engine.sampler import adjusted, draw_each, token_logprobs, uniform
 
 
@@ -124,6 +125,9 @@ def _append(answer: Answer, token: int, complete: bool, logits: Tensor, row: int
     ends = () if s.ignore_eos else end_ids
     if (token in ends or token in s.stop_token_ids) and g.answered >= s.min_tokens:
         completion.stop_reason = token if token in s.stop_token_ids else None
+        completion.end_token = TokenLogprob(token, 0.0)
+        if s.logprobs is not None:
+            completion.end_token = token_logprobs(logits[row : row + 1], [token], 0)[0]
         return Choice(None, "stop")
     if s.logprobs is not None:
         completion.logprobs += token_logprobs(logits[row : row + 1], [token], s.logprobs)

@@ -101,6 +101,7 @@ class Completion:
     text: str = ""
     finish_reason: str | None = None
     stop_reason: str | int | None = None  # the stop text or token
+    end_token: TokenLogprob | None = None  # the token that ended it, if one did; its log-probability if asked for
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
     prompt_tokens: int = 0

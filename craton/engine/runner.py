@@ -14,6 +14,7 @@ from craton.model import kernels, modes
 from craton.model.cache import PagedCache, TokenBatch
 from craton.model.decoder import Decoder
 from craton.model.fused import FusedStep, fits
+from craton.model.lora import adapted
 from craton.model.packed import PackedMatrix
 
 
@@ -50,7 +51,8 @@ class Runner:
         type than the cache's are held as copies."""
         network = self.source
         self.fused: FusedStep | None = None
-        if self.device.type == "cpu" and kernels.engine_kernels() is not None and fits(network.config):
+        plain = fits(network.config) and not any(True for _ in adapted(network))
+        if self.device.type == "cpu" and kernels.engine_kernels() is not None and plain:
             self.fused = FusedStep(network, self.cache, self.context)
         self.wide: Decoder | None = None
 

@@ -143,3 +143,18 @@ def plots(record: dict[str, Any]) -> list[tuple[str, str, str]]:
         ),
     ]
     return [(title, what, svg(draw)) for title, what, draw in out]
+
+
+def curves(points: list[tuple[float, float]], label: str) -> str:
+    """One line over steps, and where there are many points a smooth one over it, as SVG."""
+
+    def draw(axes: Any) -> None:
+        xs, ys = [x for x, _ in points], [y for _, y in points]
+        if len(points) > 40:
+            axes.plot(xs, ys, color=ACCENT, alpha=0.25, linewidth=0.8)
+            axes.plot(xs, _smooth(ys), color=ACCENT, linewidth=1.6)
+        else:
+            axes.plot(xs, ys, "o-", color=ACCENT, markersize=4, linewidth=1.4)
+        axes.set_xlabel(label)
+
+    return svg(draw)

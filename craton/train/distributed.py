@@ -192,15 +192,19 @@ def _materialise(network: nn.Module, device: str) -> None:
 @torch.no_grad()
 def fill(network: nn.Module, device: str, rows: Callable[[str, tuple[int, ...], int, int], Tensor]) -> None:
     """Give a network on the meta device memory on its device, each process its part: parameters from `rows(name, whole
-    shape, first row, number of rows)`, buffers 0."""
+    shape, first row, number of rows)`, and buffers that are stored likewise."""
     if any(p.is_meta for p in network.parameters()):
         _materialise(network, device)
-    for name, p in network.named_parameters():
+    for name, p in [*network.named_parameters(), *stored_buffers(network)]:
         (first, *_), (count, *_) = box(p)
         if count:
             local(p).copy_(rows(name, tuple(p.shape), first, count))
-    for buffer in network.buffers():
-        buffer.zero_()
+
+
+def stored_buffers(network: nn.Module) -> list[tuple[str, Tensor]]:
+    """Buffers that are part of a network's state, not made from something else."""
+    kept = network.state_dict()
+    return [(name, buffer) for name, buffer in network.named_buffers() if name in kept]
 
 
 def clip_gradients(parameters: list[nn.Parameter], limit: float, scale: float = 1.0) -> float:

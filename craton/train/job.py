@@ -49,12 +49,15 @@ class Source(Protocol):
 class Store(Protocol):
     """A network and the folder that it becomes."""
 
+    weights_file: str  # of the released folder
+
     def build(self) -> nn.Module:
-        """The network on the meta device; which parameters are trained is said by requires_grad."""
+        """The network, on the meta device or with its weights; requires_grad says which parameters are trained."""
         ...
 
     def rows(self, name: str, shape: tuple[int, ...], first: int, count: int) -> Tensor:
-        """Rows first ... first + count of a parameter as the run begins: drawn, or read from a folder."""
+        """Rows first ... first + count of a parameter or of a buffer that is stored, as the run begins: drawn, or read
+        from a folder."""
         ...
 
     def units(self, network: nn.Module) -> list[list[nn.Module]]:

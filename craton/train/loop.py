@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from craton.base import Progress, UserError, amount, count, say, span
 from craton.train import checkpoint
-from craton.train.distributed import Processes, box, clip_gradients, fill, gathered, local
+from craton.train.distributed import Processes, box, clip_gradients, fill, gathered, local, stored_buffers
 from craton.train.job import Job, Kind, Losses, Store, on
 from craton.train.loggers import Logger
 from craton.train.metrics import Metrics, read_metrics
@@ -140,7 +140,7 @@ class Run:
     def _tensors(self) -> dict[str, Tensor]:
         """What a checkpoint keeps: what is trained, and buffers."""
         trained = {n: p for n, p in self.network.named_parameters() if p.requires_grad}
-        return {**trained, **dict(self.network.named_buffers())}
+        return {**trained, **dict(stored_buffers(self.network))}
 
     def save(self) -> None:
         """Publish a checkpoint and the released folder's weights. Collective."""
@@ -150,12 +150,13 @@ class Run:
         self._release(path)
 
     def _release(self, path: Path) -> None:
-        """model.safetensors: another name of the checkpoint's file where that holds just the same, else written tensor
+        """The store's file: another name of the checkpoint's file where that holds just the same, else written tensor
         by tensor, none of which is gathered before its turn. Collective."""
-        own = {**dict(self.network.named_parameters()), **dict(self.network.named_buffers())}
+        own = {**dict(self.network.named_parameters()), **dict(stored_buffers(self.network))}
         shapes = {n: torch.empty(t.shape, dtype=t.dtype, device="meta") for n, t in own.items()}
         released = self.job.store.published(shapes)
-        target, temporary = self.out / "model.safetensors", self.out / ".model.safetensors.tmp"
+        name = self.job.store.weights_file
+        target, temporary = self.out / name, self.out / f".{name}.tmp"
         same = {n: t.shape for n, t in released.items()} == {n: t.shape for n, t in self._tensors().items()}
         problem = None
         if same and self.processes.world == 1:

@@ -31,8 +31,24 @@ def next_token(network: Any, batch: Batch) -> Losses:
     return Losses(total, batch.weight.sum())
 
 
+def decoder_units(network: Any) -> list[list[nn.Module]]:
+    """The embedding, each block, and the head, which is the embedding's own matrix where they are tied."""
+    if network.config.tie_word_embeddings:
+        return [[network.model.embed_tokens, network.lm_head], *([b] for b in network.model.layers)]
+    return [[network.model.embed_tokens], *([b] for b in network.model.layers), [network.lm_head]]
+
+
+def decoder_forwards(network: Any) -> Iterable[tuple[nn.Module, str]]:
+    """The losses of a decoder and of its head."""
+    for method in ("weighted_nll", "token_nll"):
+        yield network, method
+        yield network.lm_head, method
+
+
 class ModelFolder:
     """A decoder that is trained from random weights, and its folder in the Hugging Face layout."""
+
+    weights_file = "model.safetensors"
 
     def __init__(self, config: ModelConfig, seed: int, tokenizer: Tokenizer | None = None):
         self.config, self.seed, self.tokenizer = config, seed, tokenizer
@@ -47,16 +63,12 @@ class ModelFolder:
         return initial_rows(self.config, self.seed, name, shape, first, count)
 
     def units(self, network: Any) -> list[list[nn.Module]]:
-        """The embedding, each block, and the head, which is the embedding's own matrix where they are tied."""
-        if self.config.tie_word_embeddings:
-            return [[network.model.embed_tokens, network.lm_head], *([b] for b in network.model.layers)]
-        return [[network.model.embed_tokens], *([b] for b in network.model.layers), [network.lm_head]]
+        """See decoder_units."""
+        return decoder_units(network)
 
     def forwards(self, network: Any) -> Iterable[tuple[nn.Module, str]]:
-        """The losses of the network and of its head."""
-        for method in ("weighted_nll", "token_nll"):
-            yield network, method
-            yield network.lm_head, method
+        """See decoder_forwards."""
+        return decoder_forwards(network)
 
     def published(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         """As the family's checkpoints name them."""

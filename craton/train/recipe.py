@@ -93,6 +93,31 @@ class SchedulePart:
 
 
 @dataclass
+class TunePart:
+    """How a model is adapted (docs/tune.md)."""
+
+    method: Literal["sft", "dpo", "ipo", "kto", "orpo", "simpo", "reward", "grpo", "distill"] = "sft"
+    lora: int = _from_zero(32)  # rank of the adapter; 0 trains all weights
+    alpha: float = 32.0  # of the adapter: its scale is alpha / rank
+    rank_stabilised: bool = False  # alpha / sqrt(rank)
+    dora: bool = False  # outputs' lengths are trained apart
+    targets: str = ""  # last parts of layers' names, with commas between; '' is all linear ones
+    lr: float | None = None  # of everything that is trained
+    epochs: float | None = None  # passes over the data
+    rows: int | None = None  # of a batch: packed rows, answers in pairs, or prompts times answers
+    beta: float | None = _from_zero(None)  # how strongly the reference holds
+    gamma: float = _from_zero(1.0)  # SimPO's margin
+    variant: Literal["grpo", "dr_grpo", "dapo", "gspo", "expert"] = "dr_grpo"  # of grpo
+    answers: int = 8  # to each prompt
+    max_tokens: int | None = None  # of an answer
+    temperature: float = 1.0
+    clip_low: float = 0.2
+    clip_high: float = 0.28
+    policy: Literal["on", "off"] = "on"  # distillation: of the student's answers, or of the teacher's
+    general: str = ""  # a text that the model must not get worse at; '' is one of ours
+
+
+@dataclass
 class SafetyPart:
     """What is done about a loss that is not finite or jumps."""
 
@@ -109,6 +134,7 @@ class Recipe:
     data: DataPart = field(default_factory=DataPart)
     optimizer: OptimizerPart = field(default_factory=OptimizerPart)
     schedule: SchedulePart = field(default_factory=SchedulePart)
+    tune: TunePart = field(default_factory=TunePart)
     safety: SafetyPart = field(default_factory=SafetyPart)
     given: set[str] = field(default_factory=set)  # dotted keys that were asked for, be it for what they were anyway
 
@@ -204,4 +230,5 @@ def as_dict(recipe: Recipe) -> dict[str, Any]:
 
 def from_dict(values: dict[str, Any]) -> Recipe:
     """What as_dict gave, as a recipe again."""
-    return Recipe(**{section: kind(**values[section]) for section, kind in SECTIONS.items()})  # type: ignore[operator]
+    known = {section: kind for section, kind in SECTIONS.items() if section in values}  # older runs have fewer
+    return Recipe(**{section: kind(**values[section]) for section, kind in known.items()})  # type: ignore[operator]

@@ -1,0 +1,126 @@
+"""What a model can do before, during and after it is adapted: the loss of samples that are held out, a task's score,
+and bits per byte of general text."""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from craton.adapt.data import Sample
+from craton.adapt.rollout import Asked
+from craton.adapt.rows import Renderer, Tokens, answer_rows
+from craton.base import UserError, read_text
+from craton.engine.engine import Engine
+from craton.engine.request import Sampling
+from craton.tasks.live import Probe
+from craton.tasks.scorers import SCORERS
+from craton.tasks.task import Task
+from craton.text.tokenizer import Tokenizer
+
+ITEMS = 200  # of a task
+_GENERAL = Path(__file__).with_name("general.txt")
+_ROWS = 16  # texts at once
+_CACHE = 256 << 20
+
+
+def asked_of(task: Task, part: str, renderer: Renderer, limit: int | None = None) -> list[Asked]:
+    """A part's rows as prompts in tokens: through the chat template where the model has one, and the task is one of
+    writing."""
+    name = next(iter(task.formulations))
+    out = []
+    for row in task.part(part)[:limit]:
+        e = task.example(row, name, task.shots_for(row, task.shots, 0))
+        chats = renderer.dialogue is not None
+        sample = Sample(row["where"], task.name, list(e.messages) if chats else e.prompts[0])
+        out.append(Asked(renderer.prompt(sample), e))
+    return out
+
+
+def sampling_of(task: Task, chats: bool, max_tokens: int | None, **more: Any) -> Sampling:
+    """How answers to a task are written."""
+    return Sampling(max_tokens or task.max_tokens, stop=() if chats else task.stop, **more)
+
+
+class Measure:
+    """A call measures a network as it is. held: samples that are not learned. general: a file, or '' for ours."""
+
+    def __init__(self, tokenizer: Tokenizer, renderer: Renderer, held: list[Sample], task: Task | None, general: str):
+        self.tokenizer, self.renderer, self.task = tokenizer, renderer, task
+        text = read_text(Path(general) if general else _GENERAL)
+        self.general = [np.array(tokenizer.encode(p), np.int32) for p in text.split("\n\n") if p.strip()]
+        self.bytes = sum(len(p.encode()) for p in text.split("\n\n") if p.strip())
+        if not self.general:
+            raise UserError(f"{general}: holds no text", field="tune.general")
+        self.held = [renderer.answer(s, s.answer, s.form) for s in held if s.answer is not None]
+        self.worse = [renderer.answer(s, s.worse, s.form) for s in held if s.worse is not None]
+        self.probe: Probe | None = None
+        self.asked: list[Asked] = []
+        if task is not None and task.rows.get("test"):
+            if task.by_likelihood:
+                self.probe = Probe([task], tokenizer, renderer.context)
+            else:
+                self.asked = asked_of(task, "test", renderer, ITEMS)
+
+    def __call__(self, network: Any, max_tokens: int | None = None, answers: int = 0) -> dict[str, Any]:
+        """answers: at temperature 1 to each item, for pass@1 and pass@k beside the likeliest answer."""
+        out: dict[str, Any] = {}
+        texts = [Tokens(t, np.arange(len(t)) > 0) for t in self.general]
+        out["general_bits_per_byte"] = -float(_log_probabilities(network, texts).sum()) / math.log(2) / self.bytes
+        if self.held:
+            logp = _log_probabilities(network, self.held)
+            out["heldout_loss"] = -float(logp.sum()) / sum(int(t.learned[1:].sum()) for t in self.held)
+            if self.worse:
+                out["heldout_preferred"] = float((logp > _log_probabilities(network, self.worse)).mean())
+        if self.probe is not None:
+            out["score"] = next(iter(self.probe(network).values()))
+        if self.asked:
+            out |= self._write(network, max_tokens, answers)
+        return out
+
+    def _write(self, network: Any, max_tokens: int | None, answers: int) -> dict[str, Any]:
+        assert self.task is not None
+        task, chats = self.task, self.renderer.dialogue is not None
+        ends = () if self.renderer.dialogue is None or self.renderer.dialogue.turn_end is None else (
+            self.renderer.dialogue.turn_end,
+        )  # fmt: skip
+        engine = Engine(network, self.tokenizer, cache_bytes=_CACHE, end_ids=ends)
+        how = sampling_of(task, chats, max_tokens, temperature=0.0)
+        with torch.inference_mode():
+            found = [c[0] for c in engine.generate([a.ids for a in self.asked], how)]
+            score = SCORERS[task.scorer]
+            scores = [score(task, a.example, c.text).score for a, c in zip(self.asked, found, strict=True)]
+            out: dict[str, Any] = {"score": float(np.mean(scores))}
+            out |= {"answer_tokens": float(np.mean([len(c.token_ids) for c in found])), "sample": found[0].text[:300]}
+            if answers > 1:
+                how = sampling_of(task, chats, max_tokens, temperature=1.0, n=answers, seed=1)
+                several = engine.generate([a.ids for a in self.asked], how)
+                right = np.array(
+                    [
+                        [score(task, a.example, c.text).score >= 1 for c in cs]
+                        for a, cs in zip(self.asked, several, strict=True)
+                    ]
+                )
+                out |= {"pass@1": float(right.mean()), f"pass@{answers}": float(right.any(1).mean())}
+        return out
+
+
+def _log_probabilities(network: Any, texts: list[Tokens]) -> np.ndarray:
+    """(texts,) nats, of what is learned of each."""
+    out = np.zeros(len(texts))
+    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
+    for at in range(0, len(order), _ROWS):
+        picked = order[at : at + _ROWS]
+        rows = answer_rows([texts[i] for i in picked])
+        with torch.no_grad():
+            out[picked] = -(network.token_nll(rows.ids, rows.target) * rows.weight).double().sum(-1).numpy()
+    return out
+
+
+def in_words(found: dict[str, Any]) -> str:
+    """A line of what was measured."""
+    names = {"score": "score", "heldout_loss": "held-out loss", "heldout_preferred": "preferred as held out"}
+    names |= {"general_bits_per_byte": "general text, bits/byte"}
+    parts = [f"{words} {found[key]:.4g}" for key, words in names.items() if key in found]
+    return ", ".join(parts + [f"{k} {v:.3f}" for k, v in found.items() if k.startswith("pass@")])

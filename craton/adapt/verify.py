@@ -1,0 +1,58 @@
+"""The folder that was written, held against the network that was trained: what is saved must be what was learned."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from craton.adapt.store import open_base
+from craton.base import UserError
+from craton.engine.model import load_model
+from craton.model import modes
+from craton.model.decoder import Decoder
+from craton.model.lora import fold
+from craton.weights import adapter
+
+if TYPE_CHECKING:
+    from craton.adapt.tune import Opened
+
+TOLERANCE = 2e-3  # of logits, relative to their spread
+_TOKENS = 64
+
+
+@torch.no_grad()
+def check(out: Path, opened: "Opened", network: Any) -> dict[str, Any]:
+    """changed: whether the network differs from what it was. UserError where the folder gives other logits than the
+    network, or where an adapter that is merged does."""
+    if not isinstance(network, Decoder):
+        return {}
+    ids = torch.tensor([opened.renderer.tokenizer.encode("The quick brown fox; def f(x): return 12 * x")[:_TOKENS]])
+    wanted = network(ids)
+    spread = float(wanted.std())
+    if opened.recipe.tune.lora:
+        with modes.without_adapters():
+            base = network(ids)
+        reloaded = open_base(opened.given.model).network
+        changed = not torch.equal(base, wanted)
+        if not changed:
+            return {"changed": False}
+        adapter.attach(reloaded, out)
+        gaps = {"reloaded": _gap(reloaded(ids), wanted, spread)}
+        try:
+            fold(reloaded)
+            gaps["merged"] = _gap(reloaded(ids), wanted, spread)
+        except TypeError:
+            pass  # packed weights cannot hold it
+    else:
+        changed = not torch.equal(open_base(opened.given.model).network(ids), wanted)
+        gaps = {"reloaded": _gap(load_model(str(out)).network.float()(ids), wanted, spread)}
+    for what, gap in gaps.items():
+        if gap > TOLERANCE:
+            raise UserError(
+                f"{out}: its logits, {what}, differ from those that were trained by {gap:.2g} of their spread"
+            )
+    return {"changed": changed, "logit_gap": gaps}
+
+
+def _gap(a: torch.Tensor, b: torch.Tensor, spread: float) -> float:
+    return float((a - b).abs().max()) / max(spread, 1e-9)
