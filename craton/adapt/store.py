@@ -69,7 +69,6 @@ class Adapter:
 
     def build(self) -> Decoder:
         """The network with fresh adapters."""
-        write_head_out(self.network)
         if not any(True for _ in adapted(self.network)):
             try:
                 put_adapters(self.network, self.spec, self.seed)
@@ -159,6 +158,7 @@ def open_base(path: str) -> Model:
         raise UserError(f"{path}: no such model; MODEL is a folder or a GGUF file")
     model = load_model(name, adapter=own or None)
     model.network.float()
+    write_head_out(model.network)
     return model
 
 
