@@ -550,6 +550,10 @@ def serve(
             help="Folders or GGUF files, as MODEL, NAME=MODEL, NAME,ALIAS=MODEL, or NAME=MODEL+ADAPTER (LoRA).",
         ),
     ],
+    adapter: Annotated[
+        list[str] | None,
+        Option(metavar="NAME=DIR", help="A LoRA adapter of the first MODEL; requests name it. Repeatable."),
+    ] = None,
     host: Annotated[str, Option(help="Where to listen; anything but this machine needs an API key.")] = "127.0.0.1",
     port: Annotated[int, Option(help="0: any that is free.")] = 8000,
     api_keys: Annotated[Path | None, Option(help="A file with one API key a line; also CRATON_API_KEY.")] = None,
@@ -607,6 +611,7 @@ def serve(
         run.Listening(host, port, max_wait, max_queue, drain),
         settings,
         lambda facts: _emit(json_, facts),
+        adapter or [],
         **options,
     )
 

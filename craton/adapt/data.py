@@ -78,6 +78,9 @@ def _message(row: Row, name: str, m: Any) -> dict[str, Any]:
     if content is None and not calls:
         raise _fail(row, f"{name}.content", "is missing")
     out = {k: v for k, v in m.items() if v is not None}
+    if isinstance(content, list) and any(isinstance(p, dict) and "value" in p for p in content):
+        out, content = _of_parts(row, name, out, content)
+        calls = out.get("tool_calls")
     try:
         out["content"] = parts_of(content)
     except (KeyError, TypeError) as error:
@@ -87,6 +90,31 @@ def _message(row: Row, name: str, m: Any) -> dict[str, Any]:
     if calls:
         out["tool_calls"] = [_call(row, f"{name}.tool_calls[{i}]", call) for i, call in enumerate(calls)]
     return out
+
+
+def _of_parts(row: Row, name: str, m: dict[str, Any], parts: Messages) -> tuple[dict[str, Any], Messages]:
+    """LLaMA-Factory's parts {type, value}: what was thought and called beside what was said."""
+    said: Messages = []
+    for part in parts:
+        kind, value = part.get("type"), part.get("value")
+        if not isinstance(value, str):
+            raise _fail(row, f"{name}.content", f"has a part that is none ({_short(part)})")
+        if kind == "reasoning":
+            m["reasoning_content"] = m.get("reasoning_content", "") + value
+        elif kind == "tool_call":
+            m["tool_calls"] = [*m.get("tool_calls", []), *_written_calls(row, f"{name}.content", value)]
+        else:
+            said.append({"type": "text", "text": value})
+    return m, said
+
+
+def _written_calls(row: Row, name: str, text: str) -> Messages:
+    """A call, or several, that stand as JSON in a text."""
+    try:
+        made = json.loads(text)
+    except ValueError:
+        raise _fail(row, name, "is a function_call that is no JSON") from None
+    return [_call(row, name, call) for call in (made if isinstance(made, list) else [made])]
 
 
 def _call(row: Row, name: str, call: Any) -> dict[str, Any]:
@@ -107,13 +135,7 @@ def _of_sharegpt(row: Row, name: str, m: dict[str, Any]) -> dict[str, Any]:
         raise _fail(row, f"{name}.value", f"is {_short(value)}, must be text")
     if role != "call":
         return {"role": role, "content": value}
-    try:
-        made = json.loads(value)
-    except ValueError:
-        raise _fail(row, f"{name}.value", "is a function_call that is no JSON") from None
-    calls = made if isinstance(made, list) else [made]
-    made_calls = [_call(row, f"{name}.value", call) for call in calls]
-    return {"role": "assistant", "content": "", "tool_calls": made_calls}
+    return {"role": "assistant", "content": "", "tool_calls": _written_calls(row, f"{name}.value", value)}
 
 
 def _tools(row: Row) -> Messages:

@@ -1,7 +1,7 @@
 """Slices of answers -> the tensors of one forward pass."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -24,9 +24,12 @@ class Assembled:
 
 
 def assemble(
-    plan: list[Slice], cache: PagedCache, first_output: Callable[[Slice], int] = Slice.first_output
+    plan: list[Slice],
+    cache: PagedCache,
+    first_output: Callable[[Slice], int] = Slice.first_output,
+    numbers: Mapping[str, int] | None = None,
 ) -> Assembled:
-    """The slices one after the other, without padding."""
+    """The slices one after the other, without padding. numbers: of adapters."""
     ids: list[int] = []
     positions: list[int] = []
     slots: list[int] = []
@@ -50,5 +53,10 @@ def assemble(
     columns = (ids, positions, slots, starts, lengths, tables, rows)  # made and moved as one: each tensor costs time
     together = torch.tensor([*itertools.chain(*columns)], dtype=torch.int32, device=cache.keys.device)
     parts = together.split([len(c) for c in columns])
-    batch = TokenBatch(cache, parts[1], parts[2], parts[3], parts[4], parts[5].view(len(plan), most))
+    adapters = None
+    if any(part.generation.adapter is not None for part in plan):
+        own_numbers = [-1 if (a := p.generation.adapter) is None else (numbers or {})[a] for p in plan]
+        many = torch.tensor([part.new for part in plan])
+        adapters = torch.tensor(own_numbers, dtype=torch.int32).repeat_interleave(many)
+    batch = TokenBatch(cache, parts[1], parts[2], parts[3], parts[4], parts[5].view(len(plan), most), adapters)
     return Assembled(parts[0], batch, parts[6], outputs)

@@ -5,7 +5,7 @@ import json
 import time
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,7 @@ class Talker:
     pretrained_only: bool  # it goes on with text rather than answering
     parameters: int
     bits: float  # a parameter, as they are stored
+    adapter: str | None = None  # of the engine's, that its answers are made with
     created: int = field(default_factory=lambda: int(time.time()))
 
 
@@ -69,6 +70,17 @@ def open_talker(name: str, path: str, chat_template: Path | None = None, **optio
     files = [folder] if folder.suffix == ".gguf" else list(folder.glob("*.safetensors"))
     bits = round(8 * sum(f.stat().st_size for f in files) / parameters, 1)
     return Talker(name, model.engine, model.tokenizer, found, defaults, pretrained, parameters, bits)
+
+
+def with_adapter(base: Talker, name: str, folder: Path) -> Talker:
+    """A talker of an adapter that the base's engine has loaded by this name, with the chat template that the adapter
+    brings, if the base has none. UserError as Tokenizer.open."""
+    found, pretrained = base.dialogue, base.pretrained_only
+    if pretrained and (folder / "tokenizer_config.json").is_file():
+        tokenizer = Tokenizer.open(folder)
+        if tokenizer.chat_template is not None:
+            found, pretrained = dialogue.learn(tokenizer, base.engine.end_ids), False
+    return replace(base, name=name, adapter=name, dialogue=found, pretrained_only=pretrained, created=int(time.time()))
 
 
 def _defaults(file: Path) -> dict[str, float]:
@@ -145,6 +157,9 @@ def prepare(talker: Talker, ask: Ask) -> Prepared:
             where = "messages" if ask.prompt is None else "prompt"
             raise too_long(len(prepared.ids), talker.engine.context, ", which leaves no room for an answer", where)
         values["max_tokens"] = room
+    end = None if talker.dialogue is None else talker.dialogue.turn_end
+    if talker.adapter and end is not None and end not in talker.engine.end_ids:  # of a template that it brings itself
+        values["stop_token_ids"] = (*values.get("stop_token_ids", ()), end)
     prepared.sampling = Sampling(**values)
     prepared.matcher = talker.engine.matcher(prepared.sampling)
     return prepared
@@ -352,7 +367,7 @@ def _joined(events: list[EngineEvent]) -> list[EngineEvent]:
 def answer(talker: Talker, prepared: Prepared) -> Iterator[AnswerDelta]:
     """The answers to what `prepare` gave as they come, in this thread, which steps the engine."""
     parts = AnswerParts(talker, prepared)
-    for event in talker.engine.stream(prepared.ids, prepared.sampling, prepared.matcher):
+    for event in talker.engine.stream(prepared.ids, prepared.sampling, prepared.matcher, talker.adapter):
         yield from parts.feed([event])
 
 

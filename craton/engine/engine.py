@@ -9,6 +9,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -28,8 +29,10 @@ from craton.engine.structured import Grammars, Matcher
 from craton.engine.text import TextStream
 from craton.model.cache import bytes_per_token
 from craton.model.decoder import Decoder
+from craton.model.lora import LowRank
 from craton.model.paging import BLOCK
 from craton.text.tokenizer import Tokenizer
+from craton.weights.adapter import low_ranks
 
 _LOGIT_BYTES = 64 << 20  # logits of one step at most
 
@@ -82,7 +85,9 @@ class Engine:
         )
         self.answers: dict[Generation, Answer] = {}
         self.requests: dict[int, list[Answer]] = {}
-        self.last_request = 0
+        self.last_request = self.last_adapter = 0
+        self.adapters: dict[str, str] = {}  # by name, what they are known by below
+        self.leaving: set[str] = set()  # dropped, but still used
         self.inbox: dict[int, deque[EngineEvent]] = {}  # of requests that are streamed
         self.own_grammars: Grammars | None = None
         self.grammars_lock = threading.Lock()
@@ -114,7 +119,8 @@ class Engine:
         answers: list[Answer] = []
         most = min(s.max_tokens, self.context - len(prompt))
         for index in range(s.n):
-            generation = Generation(list(prompt), len(prompt), most, adapter, every_state=embed)
+            own = None if adapter is None else self.adapters[adapter]
+            generation = Generation(list(prompt), len(prompt), most, own, every_state=embed)
             if answers:
                 generation.leader = answers[0].generation
             else:
@@ -153,8 +159,9 @@ class Engine:
             own = self.config.max_position_embeddings
             why = "" if self.context == own else f", which the cache has room for, of the model's {own}"
             raise too_long(len(prompt), self.context, why)
-        if adapter is not None:
-            raise UserError(f"adapter {adapter!r} is not loaded", field="adapter")
+        if adapter is not None and adapter not in self.adapters:
+            known = ", ".join(self.adapters) or "none"
+            raise UserError(f"adapter {adapter!r} is not loaded; loaded: {known}", field="adapter")
         if (s.stop or s.structured or s.reasoning) and self.tokenizer is None:
             raise UserError("stop texts, structured output and reasoning need a tokenizer")
 
@@ -170,6 +177,37 @@ class Engine:
                 assert self.tokenizer is not None
                 self.own_grammars = Grammars(self.tokenizer, self.config.vocab_size, self.end_ids)
         return self.own_grammars
+
+    # ---- adapters ----
+
+    def load_adapter(self, name: str, folder: Path) -> None:
+        """Requests may name it from now on. UserError if it is not one for this network."""
+        self.put_adapter(name, low_ranks(self.runner.source, folder))
+
+    def put_adapter(self, name: str, parts: dict[str, LowRank]) -> None:
+        """The same of what was read already. Another one of the same name takes the place of the one before, which ends
+        the answers that it has begun."""
+        self.last_adapter += 1
+        key = f"{name}@{self.last_adapter}"  # what is cached for one is never used for another
+        self.runner.load_adapter(key, parts)
+        if name in self.adapters:
+            self.drop_adapter(name)
+        self.adapters[name] = key
+
+    def drop_adapter(self, name: str) -> None:
+        """Requests may not name it any more; it goes when the last answer that uses it is finished. UserError if there
+        is none of this name."""
+        if name not in self.adapters:
+            raise UserError(f"adapter {name!r} is not loaded", field="adapter")
+        self.leaving.add(self.adapters.pop(name))
+        self._let_go()
+
+    def _let_go(self) -> None:
+        """Adapters that were dropped and that nothing uses any more."""
+        used = {generation.adapter for generation in self.answers}
+        for key in self.leaving - used:
+            self.runner.drop_adapter(key)
+            self.leaving.discard(key)
 
     def cancel(self, request: int) -> None:
         """Its blocks are free after the next step; unknown and finished requests are passed over. From any thread."""
@@ -222,7 +260,7 @@ class Engine:
             return events
         self.counters.steps += 1
         self.counters.computed_tokens += sum(part.new for part in plan)
-        made = assemble(plan, self.runner.cache)
+        made = assemble(plan, self.runner.cache, numbers=self.runner.numbers)
         want_logits = bool(made.rows.numel()) and any(not part.generation.every_state for part in plan)
         logits, hidden = self.runner.forward(made.ids, made.batch, made.rows, want_logits)
         return events + self._consume(plan, made, logits, hidden)
@@ -318,16 +356,22 @@ class Engine:
         siblings = self.requests[completion.request]
         if all(a.completion.finish_reason for a in siblings):
             del self.requests[completion.request]
+        if self.leaving:
+            self._let_go()
         self.counters.finished += reason != "cancelled"
         return EngineEvent(completion, added, text, _newest(completion, added), True)
 
     # ---- whole answers ----
 
     def stream(
-        self, prompt: Sequence[int], sampling: Sampling | None = None, matcher: Matcher | None = None
+        self,
+        prompt: Sequence[int],
+        sampling: Sampling | None = None,
+        matcher: Matcher | None = None,
+        adapter: str | None = None,
     ) -> Iterator[EngineEvent]:
         """Events of one request, until it is finished."""
-        request = self.add(prompt, sampling, matcher=matcher)
+        request = self.add(prompt, sampling, matcher=matcher, adapter=adapter)
         inbox = self.inbox[request] = deque()
         try:
             while inbox or request in self.requests:

@@ -9,13 +9,15 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from craton.base import free_memory
+from craton.base import UserError, free_memory
 from craton.model import kernels, modes
 from craton.model.cache import PagedCache, TokenBatch
 from craton.model.decoder import Decoder
-from craton.model.fused import FusedStep, fits
-from craton.model.lora import adapted
+from craton.model.fused import MOST_ADAPTERS, FusedStep, fits
+from craton.model.lora import LoraLinear, LowRank, adapted
 from craton.model.packed import PackedMatrix
+
+OWN = 0  # the number of the adapter that is part of a network
 
 
 def cache_dtype(network: Decoder) -> torch.dtype:
@@ -41,6 +43,8 @@ class Runner:
         self.exact = exact and self.packed
         self.source, self.device, self.context = network, network.model.norm.weight.device, context
         self.cache = PagedCache(network.config, blocks, cache_dtype(network), self.device)
+        self.adapters: dict[str, tuple[int, dict[str, LowRank]]] = {}
+        self.numbers: dict[str, int] = {}
         self.weights_changed()
         if self.exact:
             self._write_out()
@@ -51,10 +55,36 @@ class Runner:
         type than the cache's are held as copies."""
         network = self.source
         self.fused: FusedStep | None = None
-        plain = fits(network.config) and not any(True for _ in adapted(network))
-        if self.device.type == "cpu" and kernels.engine_kernels() is not None and plain:
+        live = {n: m for n, m in adapted(network) if isinstance(m, LoraLinear)}
+        plain = all(m.adapter.lora_magnitude is None for m in live.values())
+        if self.device.type == "cpu" and kernels.engine_kernels() is not None and fits(network.config) and plain:
             self.fused = FusedStep(network, self.cache, self.context)
+            if live:  # the network's own adapter, of every token
+                self.fused.put_adapter(OWN, {n: m.adapter for n, m in live.items()})
+            for number, parts in self.adapters.values():
+                self.fused.put_adapter(number, parts)
+        self.own_adapter = bool(live)
         self.wide: Decoder | None = None
+
+    def load_adapter(self, name: str, parts: dict[str, LowRank]) -> None:
+        """Make an adapter known, beside the network as it is. UserError where steps do not run in one call, or too many
+        are known."""
+        if self.fused is None or self.exact or self.own_adapter:
+            raise UserError(f"adapter {name}: this model's steps do not take adapters here; merge it (craton merge)")
+        used = {number for number, _ in self.adapters.values()}
+        number = next((i for i in range(1, MOST_ADAPTERS) if i not in used), None)
+        if number is None:
+            raise UserError(f"adapter {name}: {len(used)} are loaded, which is the most; drop one first")
+        self.fused.put_adapter(number, parts)
+        self.adapters[name] = number, parts
+        self.numbers[name] = number
+
+    def drop_adapter(self, name: str) -> None:
+        """Forget an adapter that nothing uses any more."""
+        number, _ = self.adapters.pop(name)
+        del self.numbers[name]
+        if self.fused is not None:
+            self.fused.remove_adapter(number)
 
     def modules(self) -> Decoder:
         """The network as it runs module by module: on a CPU in fp32, packed matrices shared."""
@@ -94,6 +124,8 @@ class Runner:
         """ids (tokens,) int32 on the device -> logits (outputs, vocabulary) and last hidden states (outputs, hidden) of
         the tokens in rows (outputs,), fp32 on the CPU."""
         if self.fused is not None and not self.exact:
+            if self.own_adapter:
+                batch.adapters = torch.full_like(ids, OWN)
             return self.fused.run(ids, batch, rows, want_logits)
         with modes.batch_invariant(), modes.exact_activations() if self.exact else contextlib.nullcontext():
             network = self.modules()

@@ -16,7 +16,6 @@ from craton.engine.remote import is_remote, open_client
 from craton.engine.score import Likelihood, encode_pair, loglikelihoods
 from craton.evaluate.store import cache_folder, fingerprint, key_of
 from craton.model import kernels, modes
-from craton.train.checkpoint import as_folder
 
 Progress = Callable[[int, int], None]
 Answers = tuple[int, list["Written"]]  # the number of a prompt, and what was written
@@ -254,6 +253,8 @@ def open_subject(name: str, store: Any) -> Subject:
         forms = "a folder, a GGUF file, URL#NAME, or openai:, anthropic:, gemini:, mistral: or deepseek:NAME"
         raise UserError(f"{name}: no such model; MODEL is {forms}")
     if (Path(path) / "manifest.json").is_file() and Path(path).resolve().parent.name == "training":
+        from craton.train.checkpoint import as_folder  # it brings what many processes need, a second and more
+
         path = str(as_folder(Path(path).resolve(), cache_folder() / "checkpoints"))
     parts = [fingerprint(store, Path(p)) for p in (path, adapter) if p]
     opened = f"{path}+{adapter}" if adapter else path

@@ -51,7 +51,8 @@ class TokenBatch:
 
     positions and slots: (tokens,), a token's place in its sequence and in the pools (block * 16 + offset).
     starts: (sequences + 1,), where each sequence's tokens begin. lengths: (sequences,), tokens in the cache after this
-    batch. tables: (sequences, most blocks), each sequence's blocks in order. All int32.
+    batch. tables: (sequences, most blocks), each sequence's blocks in order. adapters: (tokens,), the number of each
+    token's adapter, -1 for none; None where no token has one. All int32.
     """
 
     cache: PagedCache
@@ -60,6 +61,7 @@ class TokenBatch:
     starts: Tensor
     lengths: Tensor
     tables: Tensor
+    adapters: Tensor | None = None
 
     @property
     def places(self) -> list[Tensor]:

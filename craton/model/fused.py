@@ -1,6 +1,7 @@
 """A decoder's whole step in one call of the engine's kernels (step.h)."""
 
 import ctypes
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,8 +11,11 @@ from craton.model import kernels, modes
 from craton.model.cache import PagedCache, TokenBatch
 from craton.model.config import ModelConfig
 from craton.model.decoder import MLP, Attention, Decoder, Linear
-from craton.model.native import KINDS, LayerC, MatrixC, ModelC, step_of
+from craton.model.lora import LoraLinear, LowRank
+from craton.model.native import KINDS, LayerC, LowC, MatrixC, ModelC, step_of
 from craton.model.packed import PackedEmbedding, PackedLinear
+
+MOST_ADAPTERS = 256  # that are known at the same time
 
 
 def fits(config: ModelConfig) -> bool:
@@ -39,6 +43,10 @@ class FusedStep:
         """context: positions whose rotations are made beforehand."""
         c = network.config
         self.library, self.config, self.kept = kernels.engine_kernels(), c, list[Tensor]()
+        self.places: dict[str, tuple[LayerC, str]] = {}  # of the matrices that adapters can change
+        self.lows: dict[str, Any] = {}  # their parts of each, by number
+        self.held: dict[int, list[Tensor]] = {}  # what those point to
+        self.rank = 0
         backbone = network.model
         with modes.batch_invariant():
             turned = backbone.ropes(torch.arange(context))
@@ -63,10 +71,11 @@ class FusedStep:
     def _fill(self, layer: LayerC, block: Any, number: int, cache: PagedCache, rope: int) -> None:
         c, attention, mlp = self.config, block.self_attn, block.mlp
         assert isinstance(attention, Attention) and isinstance(mlp, MLP)
-        for name in ("q", "k", "v", "o"):
-            setattr(layer, name, self._matrix(getattr(attention, f"{name}_proj")))
-        for name in ("gate", "up", "down"):
-            setattr(layer, name, self._matrix(getattr(mlp, f"{name}_proj")))
+        parents = {"self_attn": (attention, "q k v o"), "mlp": (mlp, "gate up down")}
+        for parent, (module, names) in parents.items():
+            for name in names.split():
+                setattr(layer, name, self._matrix(getattr(module, f"{name}_proj")))
+                self.places[f"model.layers.{number}.{parent}.{name}_proj"] = layer, name
         norms = {"norm": block.input_layernorm, "q_norm": attention.q_norm, "k_norm": attention.k_norm}
         if c.norm_placement == "both":
             norms |= {"after": block.post_attention_layernorm, "mlp_norm": block.pre_feedforward_layernorm}
@@ -86,7 +95,32 @@ class FusedStep:
         self.kept.append(tensor)
         return tensor.data_ptr()
 
+    def put_adapter(self, number: int, parts: Mapping[str, LowRank]) -> None:
+        """Make an adapter known by a number; parts by the names of layers. KeyError for a layer that steps do not
+        have."""
+        held: list[Tensor] = []
+        for name, low in parts.items():
+            layer, own = self.places[name]
+            if name not in self.lows:
+                self.lows[name] = (LowC * MOST_ADAPTERS)()
+                getattr(layer, own).low = ctypes.addressof(self.lows[name])
+            kind = low.lora_A.dtype if low.lora_A.dtype == low.lora_B.dtype == torch.bfloat16 else torch.float32
+            a, b = low.lora_A.detach().to(kind).contiguous(), low.lora_B.detach().to(kind).t().contiguous()
+            held += [a, b]
+            rank = a.shape[0]
+            self.lows[name][number] = LowC(a.data_ptr(), b.data_ptr(), rank, KINDS[kind], low.scale)
+            self.rank = self.model.rank = max(self.rank, rank)
+        self.held[number] = held
+
+    def remove_adapter(self, number: int) -> None:
+        """Forget an adapter; nothing may use it any more."""
+        for lows in self.lows.values():
+            lows[number] = LowC()
+        self.held.pop(number, None)
+
     def _matrix(self, layer: Any) -> MatrixC:
+        if isinstance(layer, LoraLinear):
+            layer = layer.base
         bias = None if getattr(layer, "bias", None) is None else self._float(layer.bias)
         if isinstance(layer, PackedLinear | PackedEmbedding):
             self.kept.append(layer.packed.data)  # type: ignore[arg-type]
@@ -104,8 +138,10 @@ class FusedStep:
         if self.workspace.numel() < need:
             self.workspace = torch.empty(need, dtype=torch.uint8)
         logits = torch.empty(rows.shape[0], c.vocab_size) if want_logits else None
+        adapters = batch.adapters
         hidden = torch.empty(rows.shape[0], c.hidden_size)
         step, scores = step_of(batch.places), None if logits is None else logits.data_ptr()
+        step.adapters = None if adapters is None else adapters.data_ptr()
         inputs = ids.data_ptr(), rows.shape[0], rows.data_ptr()
         places = scores, hidden.data_ptr(), self.workspace.data_ptr()
         self.library.craton_step(model, ctypes.byref(step), *inputs, *places, threads)

@@ -9,10 +9,16 @@ from torch import Tensor
 _I, _P, _F = ctypes.c_int64, ctypes.c_void_p, ctypes.c_float
 
 
+class LowC(ctypes.Structure):
+    """products.h: Low."""
+
+    _fields_: ClassVar[Any] = [("a", _P), ("b", _P), ("rank", _I), ("kind", _I), ("scale", _F)]
+
+
 class MatrixC(ctypes.Structure):
     """products.h: Matrix."""
 
-    _fields_: ClassVar[Any] = [("data", _P), ("bias", _P), ("rows", _I), ("cols", _I), ("kind", _I)]
+    _fields_: ClassVar[Any] = [("data", _P), ("bias", _P), ("rows", _I), ("cols", _I), ("kind", _I), ("low", _P)]
 
 
 class LayerC(ctypes.Structure):
@@ -29,13 +35,14 @@ class ModelC(ctypes.Structure):
     _fields_: ClassVar[Any] = [(n, _I) for n in ("layers", "hidden", "heads", "kv_heads", "head_dim", "intermediate")]
     _fields_ += [("gelu", _I), ("eps", _F), ("scale", _F), ("embedding_scale", _F), ("layer", _P)]
     _fields_ += [("embedding", MatrixC), ("head", MatrixC), ("norm", _P), ("cos", _P * 2), ("sin", _P * 2)]
+    _fields_ += [("rank", _I)]
 
 
 class StepC(ctypes.Structure):
     """paged_attention.h: Step."""
 
     _fields_: ClassVar[Any] = [(n, _I) for n in ("tokens", "sequences", "most_blocks")]
-    _fields_ += [(n, _P) for n in ("positions", "slots", "starts", "lengths", "tables")]
+    _fields_ += [(n, _P) for n in ("positions", "slots", "starts", "lengths", "tables", "adapters")]
 
 
 class HeadsC(ctypes.Structure):

@@ -5,6 +5,7 @@
 struct Step {  // craton/model/cache.py: TokenBatch
     int64_t tokens, sequences, most_blocks;
     const int32_t *positions, *slots, *starts, *lengths, *tables;
+    const int32_t* adapters;  // of each token its adapter's number, -1 for none; or null
 };
 
 struct Heads {

@@ -235,10 +235,17 @@ static void quantise(const float* x, int64_t row, int64_t rows, int64_t cols, co
 
 // ---- products ---------------------------------------------------------------------------------------------------
 
+struct Low {  // an adapter's part of a matrix: scale * B (A x). kind: F32 or BF16
+    const void *a, *b;  // (rank, cols), and B the other way round, (rank, rows); null: it leaves this matrix as it is
+    int64_t rank, kind;
+    float scale;
+};
+
 struct Matrix {  // kind: of formats.h; fp32, bf16 and fp16 lie row by row, the others in panels
     const void* data;
     const float* bias;
     int64_t rows, cols, kind;
+    const Low* low;  // by the adapters' numbers, or null
 };
 
 // R weight rows and T activation rows, R * T = 16: each sum has 16 lanes, which are joined at the end. Meanwhile AHEAD
@@ -416,6 +423,37 @@ static void product(const Matrix& m, int64_t from, int64_t to, const float* x, Q
                 rows_block((const float*)m.data + row * m.cols, bias, rows, own, n, m.cols, o, stride);
             p += pair ? 2 : 1;
         }
+    }
+}
+
+// scale * A x of one row for one adapter: z (rank,).
+template <typename Weight>
+static inline void narrow_row(const Low& l, int64_t cols, const float* x, float* z) {
+    const Weight* a = (const Weight*)l.a;
+    for (int64_t r = 0; r < l.rank; r++) {
+        f16 acc = f16{};
+        const int64_t whole = cols & ~int64_t(15);
+        for (int64_t i = 0; i < whole; i += 16) acc += load16(a + r * cols + i) * load16(x + i);
+        float total = sum16(acc);
+        for (int64_t i = whole; i < cols; i++) total += single(a[r * cols + i]) * x[i];
+        z[r] = total * l.scale;
+    }
+}
+
+// y += B z for rows [from, to) of one matrix; b lies the other way round.
+template <typename Weight>
+static inline void widen_row(const Low& l, int64_t rows, int64_t from, int64_t to, const float* z, float* y) {
+    const Weight* b = (const Weight*)l.b;
+    int64_t r = from;
+    for (; r + 16 <= to; r += 16) {
+        f16 acc = f16{};
+        for (int64_t j = 0; j < l.rank; j++) acc += load16(b + j * rows + r) * z[j];
+        store16(y + r, load16(y + r) + acc);
+    }
+    for (; r < to; r++) {
+        float acc = 0;
+        for (int64_t j = 0; j < l.rank; j++) acc += single(b[j * rows + r]) * z[j];
+        y[r] += acc;
     }
 }
 

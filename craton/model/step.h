@@ -24,6 +24,7 @@ struct Model {
     const Layer* layer;
     Matrix embedding, head;
     const float *norm, *cos[2], *sin[2];  // cos, sin: (context, head_dim / 2)
+    int64_t rank;                         // the largest of any adapter
 };
 
 struct alignas(64) Work {  // dynamic sharing of a phase's pieces between threads
@@ -61,10 +62,13 @@ static void rotate_head(const float* x, const float* norm, int64_t d, float eps,
     }
 }
 
+constexpr int MATRICES = 7;  // of a layer that an adapter can change
+
 static inline int64_t workspace_bytes(const Model& m, int64_t tokens, int64_t threads) {
     const int64_t q = m.heads * m.head_dim, kv = m.kv_heads * m.head_dim, h = m.hidden;
     const int64_t most = std::max({h, q, m.intermediate});
-    const int64_t floats = tokens * (3 * h + (q + 2 * kv) + 2 * q + 3 * m.intermediate) + (threads + 1) * tokens * h;
+    const int64_t floats = tokens * (3 * h + (q + 2 * kv) + 2 * q + 3 * m.intermediate + MATRICES * m.rank) +
+                           (threads + 1) * tokens * h;
     return floats * 4 + (threads + 1) * tokens * (most + (most / GROUP) * 12) + (threads + 8) * 4096;
 }
 
@@ -86,12 +90,12 @@ struct Shared {
     const bool alone;   // few tokens: each thread normalises for itself instead of waiting
     const bool halves;  // whether a matrix has scales for 16 columns
     char* at;
-    float *x[2], *delta, *qkv, *rotated, *mixed, *act;
+    float *x[2], *delta, *qkv, *rotated, *mixed, *act, *low;  // low: (MATRICES, tokens, rank), what adapters made
     std::vector<float*> y;      // normalised rows, a copy a thread where alone
     std::vector<Quantised> yq;  // and in 8 bits
     Quantised mid;
     std::vector<Tile> tiles;
-    std::vector<Work> work;  // a layer: four products, two norms, rotation, attention, rounding
+    std::vector<Work> work;  // a layer: four products, two norms, rotation, attention, rounding; four of adapters
 
     Shared(const Model& model, const Step& step, char* workspace, int64_t threads)
         : m(model),
@@ -109,13 +113,14 @@ struct Shared {
           at(workspace),
           y(threads),
           yq(threads),
-          work(m.layers * 9 + 2) {
+          work(m.layers * 13 + 2) {
         for (auto& buffer : x) buffer = floats(T * h);
         delta = floats(T * h);
         qkv = floats(T * width);
         rotated = floats(T * qn);
         mixed = floats(T * qn);
         act = floats(T * I);
+        low = floats(MATRICES * T * m.rank);
         for (int64_t i = 0; i < threads; i++) {
             const bool own = alone || i == 0;
             y[i] = own ? floats(T * h) : y[0];
@@ -242,15 +247,58 @@ class Thread {
         }
     }
 
+    float* narrowed(int place, int64_t t) { return c.low + (place * c.T + t) * c.m.rank; }
+
+    // What the tokens' adapters of some matrices make of the rows x (tokens, cols), from `place` on.
+    void narrow(std::initializer_list<const Matrix*> matrices, int place, const float* x) {
+        if (!c.s.adapters) return;
+        share(c.T, few, [&](int64_t from, int64_t to) {
+            for (int64_t t = from; t < to; t++) {
+                int here = place;
+                for (const Matrix* m : matrices) {
+                    const int32_t k = c.s.adapters[t];
+                    const Low* l = k >= 0 && m->low ? m->low + k : 0;
+                    if (l && l->a) {
+                        if (l->kind == BF16)
+                            narrow_row<uint16_t>(*l, m->cols, x + t * m->cols, narrowed(here, t));
+                        else
+                            narrow_row<float>(*l, m->cols, x + t * m->cols, narrowed(here, t));
+                    }
+                    here++;
+                }
+            }
+        });
+        barrier();
+    }
+
+    // Adds what adapters give to panels [from, to) of a matrix's rows, for tokens from `first` on. out: as in product.
+    void widen(const Matrix& m, int place, int64_t from, int64_t to, int64_t first, int64_t tokens, float* out,
+               int64_t stride) {
+        if (!c.s.adapters || !m.low) return;
+        for (int64_t t = 0; t < tokens; t++) {
+            const int32_t k = c.s.adapters[first + t];
+            if (k < 0 || !m.low[k].a) continue;
+            const Low& l = m.low[k];
+            const int64_t end = std::min(to * ROWS, m.rows);
+            if (l.kind == BF16)
+                widen_row<uint16_t>(l, m.rows, from * ROWS, end, narrowed(place, first + t), out + t * stride);
+            else
+                widen_row<float>(l, m.rows, from * ROWS, end, narrowed(place, first + t), out + t * stride);
+        }
+    }
+
     void attention(const Layer& layer) {
+        narrow({&layer.q, &layer.k, &layer.v}, 0, c.y[me]);
         const Matrix* parts[3] = {&layer.q, &layer.k, &layer.v};
         const int64_t pq = panels(layer.q), pk = panels(layer.k);
         const int64_t begin[4] = {0, pq, pq + pk, pq + 2 * pk}, column[3] = {0, c.qn, c.qn + c.kvn};
         share(begin[3], chunk(begin[3]), [&](int64_t from, int64_t to) {
             for (int i = 0; i < 3; i++) {
                 int64_t a = std::max(from, begin[i]), b = std::min(to, begin[i + 1]);
-                if (a < b)
+                if (a < b) {
                     product(*parts[i], a - begin[i], b - begin[i], c.y[me], c.yq[me], c.T, c.qkv + column[i], c.width);
+                    widen(*parts[i], i, a - begin[i], b - begin[i], 0, c.T, c.qkv + column[i], c.width);
+                }
             }
         });
         barrier();
@@ -270,8 +318,11 @@ class Thread {
                 for (int64_t t = from; t < to; t++) quantise(c.mixed + t * c.qn, t, c.T, c.qn, c.yq[me]);
             });
         }
-        share(panels(layer.o), chunk(panels(layer.o)),
-              [&](int64_t from, int64_t to) { product(layer.o, from, to, c.mixed, c.yq[me], c.T, c.delta, c.h); });
+        narrow({&layer.o}, 3, c.mixed);
+        share(panels(layer.o), chunk(panels(layer.o)), [&](int64_t from, int64_t to) {
+            product(layer.o, from, to, c.mixed, c.yq[me], c.T, c.delta, c.h);
+            widen(layer.o, 3, from, to, 0, c.T, c.delta, c.h);
+        });
         barrier();
     }
 
@@ -293,13 +344,17 @@ class Thread {
     }
 
     void mlp(const Layer& layer) {
+        narrow({&layer.gate, &layer.up}, 4, c.y[me]);
         // Two panels of gate and of up give a group of 32, which this thread can round at once.
         share((c.I + 31) / 32, chunk((c.I + 31) / 32), [&](int64_t from, int64_t to) {
             for (int64_t b = from; b < to; b++) gate_and_up(layer, b);
         });
         barrier();
-        share(panels(layer.down), chunk(panels(layer.down)),
-              [&](int64_t from, int64_t to) { product(layer.down, from, to, c.act, c.mid, c.T, c.delta, c.h); });
+        narrow({&layer.down}, 6, c.act);
+        share(panels(layer.down), chunk(panels(layer.down)), [&](int64_t from, int64_t to) {
+            product(layer.down, from, to, c.act, c.mid, c.T, c.delta, c.h);
+            widen(layer.down, 6, from, to, 0, c.T, c.delta, c.h);
+        });
         barrier();
     }
 
@@ -313,6 +368,8 @@ class Thread {
                               c.yq[me].first ? c.yq[me].first + group : 0};
             product(layer.gate, b * 2, last, c.y[me] + t * h, here, tokens, g - b * 32, 32);
             product(layer.up, b * 2, last, c.y[me] + t * h, here, tokens, u - b * 32, 32);
+            widen(layer.gate, 4, b * 2, last, t, tokens, g - b * 32, 32);
+            widen(layer.up, 5, b * 2, last, t, tokens, u - b * 32, 32);
             for (int64_t i = 0; i < tokens; i++) {
                 float* o = c.act + (t + i) * c.I + b * 32;
                 for (int64_t j = 0; j < n; j += 16) {

@@ -28,6 +28,16 @@ static inline f16 load16(const uint16_t* p) {  // bf16
     return (f16)(__builtin_convertvector(*(const h16*)p, i16) << 16);
 }
 
+static inline float single(float x) {
+    return x;
+}
+static inline float single(uint16_t x) {  // bf16
+    const uint32_t bits = (uint32_t)x << 16;
+    float out;
+    memcpy(&out, &bits, 4);
+    return out;
+}
+
 struct Half {  // IEEE fp16
     uint16_t bits;
 };

@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route
 
-from craton.serve import about, anthropic, openai_chat, openai_text, responses, schema, tokens
+from craton.serve import about, adapters, anthropic, openai_chat, openai_text, responses, schema, tokens
 from craton.serve import schema_anthropic as anthropic_schema
 from craton.serve import schema_responses as responses_schema
 from craton.serve.guard import Guard, Settings, error_body
@@ -35,7 +35,7 @@ def create_app(models: dict[str, Served], settings: Settings, metrics: Metrics) 
     )
     app.state.craton = state
     dialects = (openai_chat, openai_text, responses, anthropic, tokens)
-    routers = [*(d.routes(state) for d in dialects), about.routes(state, page)]
+    routers = [*(d.routes(state) for d in dialects), adapters.routes(state), about.routes(state, page)]
     for router in routers:
         app.include_router(router)
     routes = [route for router in routers for route in router.routes if isinstance(route, Route)]
@@ -55,13 +55,14 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
     """Workers run as long as the application does."""
     state: State = app.state.craton
     loop = asyncio.get_running_loop()
-    for served in state.models.values():
-        served.worker.start(loop)
+    workers = {s.worker for s in state.models.values()}
+    for worker in workers:
+        worker.start(loop)
     watcher = asyncio.create_task(state.watch())
     yield
     state.draining = True
     watcher.cancel()
-    await asyncio.gather(*(s.worker.stop(0) for s in state.models.values()))
+    await asyncio.gather(*(worker.stop(0) for worker in workers))
 
 
 def _handle_errors(app: FastAPI, routes: list[Route]) -> None:

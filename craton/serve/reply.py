@@ -42,6 +42,10 @@ class State:
             raise ApiError(404, message, "model", "model_not_found")
         return served
 
+    def base(self) -> Served:
+        """The model that adapters go with: the first."""
+        return next(iter(self.models.values()))
+
     def counted(self, body: Any) -> Served:
         """The model of a request that may ask for several answers. ApiError if for too many."""
         if (getattr(body, "n", None) or 1) > self.settings.max_n:

@@ -9,7 +9,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from craton.model.paging import BLOCK
 from craton.serve.app import create_app
 from craton.serve.guard import Protocol, Settings
 from craton.serve.metrics import Metrics
-from craton.serve.served import Served, open_served
+from craton.serve.served import Served, adapter_served, open_served
 
 
 def populate(caches: list[Any]) -> None:
@@ -96,6 +96,7 @@ def serve(
     where: Listening,
     settings: Settings,
     ready: Callable[[dict[str, Any]], None] = lambda facts: None,
+    adapters: Sequence[str] = (),
     **options: Any,
 ) -> None:
     """Until SIGTERM or SIGINT. ready: is told the address and the models when requests are taken. options: of the
@@ -109,6 +110,12 @@ def serve(
         name, *aliases = names.split(",")
         _open(served, name, path, where, metrics, **options)
         settings.aliases |= dict.fromkeys(aliases, name)
+    base = next(iter(served.values()))
+    for name, path in named(list(adapters)).items():
+        if name in served or name in settings.aliases:
+            raise UserError(f"--adapter {name}: another model has this name; give NAME=DIR")
+        served[name] = adapter_served(base, name, Path(path))
+        say(f"{name}: an adapter of {base.name}")
     address = f"[{where.host}]" if ":" in where.host else where.host
     if not settings.keys:
         settings.hosts = {"localhost", "127.0.0.1", "[::1]", address}
@@ -124,7 +131,7 @@ def serve(
     url = f"http://{address}:{listener.getsockname()[1]}"
     say(f"{url}  (page at /, API at /v1{key}); Ctrl-C ends")
     ready({"url": url, "models": [s.describe() for s in served.values()]})
-    runners = [s.talker.engine.runner for s in served.values()]
+    runners = {s.talker.engine.runner for s in served.values()}
     caches = [t for r in runners if r.device.type == "cpu" for t in (r.cache.keys, r.cache.values)]
     threading.Thread(target=populate, args=(caches,), daemon=True).start()
     uvicorn.Server(config).run(sockets=[listener])

@@ -304,3 +304,18 @@ class VoteRequest(Strict):
     left: Contender
     right: Contender
     vote: Literal["left", "right", "tie", "neither"]
+
+
+class LoadAdapterRequest(Strict):
+    """POST /v1/load_lora_adapter, as vLLM has it: a name, and a folder of the machine that serves."""
+
+    lora_name: Annotated[str, Field(min_length=1, max_length=256)]
+    lora_path: Annotated[str, Field(min_length=1, max_length=4096)]
+    load_inplace: bool = False
+
+
+class UnloadAdapterRequest(Strict):
+    """POST /v1/unload_lora_adapter."""
+
+    lora_name: Annotated[str, Field(min_length=1, max_length=256)]
+    lora_int_id: int | None = None

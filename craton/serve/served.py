@@ -4,10 +4,22 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
-from craton.engine.converse import NEUTRAL, AnswerDelta, AnswerParts, Ask, Prepared, Talker, open_talker, prepare
+from craton.engine.converse import (
+    NEUTRAL,
+    AnswerDelta,
+    AnswerParts,
+    Ask,
+    Prepared,
+    Talker,
+    open_talker,
+    prepare,
+    with_adapter,
+)
 from craton.serve.worker import Stream, Unavailable, Worker
+from craton.weights.adapter import low_ranks
 
 Json = dict[str, Any]  # an object of a request or of an answer
 
@@ -29,6 +41,8 @@ class Served:
     talker: Talker
     worker: Worker
 
+    parent: str | None = None  # the base of an adapter
+
     @property
     def name(self) -> str:
         """As requests name it."""
@@ -38,7 +52,7 @@ class Served:
         """As /v1/models lists it: OpenAI's fields, Anthropic's, and ours."""
         talker, d = self.talker, self.talker.dialogue
         when = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(talker.created))
-        openai = dict(id=talker.name, object="model", created=talker.created, owned_by="craton")
+        openai = dict(id=talker.name, object="model", created=talker.created, owned_by="craton", parent=self.parent)
         anthropic = dict(type="model", display_name=talker.name, created_at=when)
         ours = dict(context_length=talker.engine.context, defaults={**NEUTRAL, **talker.defaults})
         ours |= dict(parameters=talker.parameters, bits=talker.bits)
@@ -53,13 +67,29 @@ def open_served(name: str, path: str, max_wait: float, max_queue: int, observe: 
     return Served(talker, Worker(talker.engine, max_wait, max_queue, observe))
 
 
+def adapter_served(base: Served, name: str, folder: Path) -> Served:
+    """An adapter of a base that is not started yet. UserError if it is not one for it."""
+    base.talker.engine.load_adapter(name, folder)
+    return Served(with_adapter(base.talker, name, folder), base.worker, base.name)
+
+
+async def load_adapter(base: Served, name: str, folder: Path) -> Served:
+    """The same while the base is serving: read beside it, and put in between two of its steps."""
+    engine = base.talker.engine
+    parts = await asyncio.to_thread(low_ranks, engine.runner.source, folder)
+    talker = await asyncio.to_thread(with_adapter, base.talker, name, folder)
+    await base.worker.between_steps(lambda: engine.put_adapter(name, parts))
+    return Served(talker, base.worker, base.name)
+
+
 class Answers:
     """A request that runs. Iterate for deltas; close it whatever happens."""
 
     def __init__(self, served: Served, prepared: Prepared, already_admitted: bool = False):
         self.served, self.parts = served, AnswerParts(served.talker, prepared)
         asked = (prepared.ids, prepared.sampling, prepared.matcher)
-        self.stream: Stream = served.worker.submit(*asked, already_admitted=already_admitted)
+        adapter = served.talker.adapter
+        self.stream: Stream = served.worker.submit(*asked, adapter=adapter, already_admitted=already_admitted)
 
     async def __aiter__(self) -> AsyncIterator[list[AnswerDelta]]:
         while events := await self.stream.take():

@@ -94,6 +94,7 @@ MODEL = obj(
     parameters=INTEGER,
     defaults=_DEFAULTS,
 )
+DONE = obj(status=STRING)
 MODELS = obj(object=one("list"), data=many(MODEL))
 _ERROR = obj(error=obj(message=STRING, type=STRING, param=maybe(STRING), code=maybe(STRING)))
 _ANTHROPIC_ERROR = obj(type=one("error"), error=obj(type=STRING, message=STRING))

@@ -141,6 +141,7 @@ class Worker:
         sampling: Sampling,
         matcher: Matcher | None = None,
         embed: bool = False,
+        adapter: str | None = None,
         already_admitted: bool = False,
     ) -> Stream:
         """A request for the engine. already_admitted: it is a further part of one that was let in.
@@ -161,7 +162,7 @@ class Worker:
 
         def add() -> None:
             try:
-                stream.request = self.engine.add(prompt, sampling, matcher=matcher, embed=embed)
+                stream.request = self.engine.add(prompt, sampling, matcher=matcher, embed=embed, adapter=adapter)
                 self.streams[stream.request] = stream
                 if stream.cancelled:
                     self.engine.cancel(stream.request)
@@ -175,6 +176,22 @@ class Worker:
 
         self._send(add)
         return stream
+
+    async def between_steps(self, call: Callable[[], None]) -> None:
+        """Run something in the engine's thread. What it raises is raised here."""
+        assert self.loop is not None
+        done: asyncio.Future[None] = self.loop.create_future()
+
+        def run() -> None:
+            try:
+                call()
+            except Exception as error:
+                self._post(done.set_exception, error)
+            else:
+                self._post(done.set_result, None)
+
+        self._send(run)
+        await done
 
     def cancel(self, stream: Stream) -> None:
         if stream.request is not None:

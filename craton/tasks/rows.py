@@ -137,6 +137,8 @@ def _rows(source: Any, name: str) -> Iterator[Row]:
                 if not isinstance(value, dict):
                     raise UserError(f"{name}:{number}: a row is {json.dumps(value)[:60]}, must be an object")
                 yield from _unpacked(value)
+    except UserError as error:  # of a corpus's reader, which has a flag for it
+        raise UserError(str(error).partition(", or pass --skip-bad")[0], field=error.field) from None
     except UNREADABLE as error:
         raise UserError(f"{name}: cannot be read ({str(error).splitlines()[0] if str(error) else error!r})") from None
 

@@ -50,20 +50,48 @@ def attach(network: Decoder, folder: Path) -> int:
     """Give a network's layers the adapter of a folder; returns how many. UserError if it is not one for this network,
     is of a kind that is not understood, or changes nothing."""
     config, path = read_config(folder), folder / WEIGHTS
-    parts: dict[str, dict[str, Tensor]] = {}
-    saved: dict[str, Tensor] = {}
-    for key, tensor in read_tensors(path).items():
-        found = re.fullmatch(r"(.+)\.lora_(A|B|magnitude_vector)(?:\.default)?(?:\.weight)?", key.removeprefix(_PREFIX))
-        if found:
-            parts.setdefault(found[1], {})[found[2]] = tensor.float()
-        else:
-            saved[key.removeprefix(_PREFIX)] = tensor
+    parts, saved = _read(path)
     changed = _put_saved(network, config, saved, path)
     for name, pair in parts.items():
         changed += _attach_one(network, config, name, pair, folder)
     if not changed:
         raise UserError(f"{path}: the adapter changes nothing; it was never trained, or only its A was saved")
     return len(parts)
+
+
+def _read(path: Path) -> tuple[dict[str, dict[str, Tensor]], dict[str, Tensor]]:
+    """A and B (and magnitudes) by layers, and whole tensors that lie beside them."""
+    parts: dict[str, dict[str, Tensor]] = {}
+    saved: dict[str, Tensor] = {}
+    for key, tensor in read_tensors(path).items():
+        found = re.fullmatch(r"(.+)\.lora_(A|B|magnitude_vector)(?:\.default)?(?:\.weight)?", key.removeprefix(_PREFIX))
+        if found:
+            parts.setdefault(found[1], {})[found[2]] = tensor
+        else:
+            saved[key.removeprefix(_PREFIX)] = tensor
+    return parts, saved
+
+
+def low_ranks(network: Decoder, folder: Path) -> dict[str, LowRank]:
+    """An adapter's parts by the layers of a network that they go with, to be served beside others, in the type that
+    they are stored in. UserError as `attach`, and for what only a network of its own can hold."""
+    config, (parts, saved) = read_config(folder), _read(folder / WEIGHTS)
+    modules = dict(network.named_modules())
+    alone = "merge it into a model of its own (craton merge)"
+    if saved or config.get("use_dora"):
+        what = f"whole tensors ({next(iter(saved))})" if saved else "DoRA"
+        raise UserError(f"{folder}: holds {what}, which cannot be served beside others; {alone}")
+    out = {}
+    for name, pair in parts.items():
+        layer = modules.get(name)
+        if name == "lm_head" or not isinstance(layer, Linear | PackedLinear):
+            raise UserError(f"{folder / WEIGHTS}: {name} is no linear layer of this model's blocks; {alone}")
+        out[name] = _low_rank(config, layer, name, pair, folder)
+    if not any(bool(low.lora_B.any()) for low in out.values()):
+        raise UserError(
+            f"{folder / WEIGHTS}: the adapter changes nothing; it was never trained, or only its A was saved"
+        )
+    return out
 
 
 def _put_saved(network: Decoder, config: dict[str, Any], saved: dict[str, Tensor], path: Path) -> int:
@@ -103,25 +131,29 @@ def _untie(network: Decoder) -> None:
 
 def _attach_one(network: Decoder, config: dict[str, Any], name: str, pair: dict[str, Tensor], folder: Path) -> bool:
     """Whether it changes anything."""
-    path, where = folder / WEIGHTS, folder / CONFIG
     layer = dict(network.named_modules()).get(re.sub(r"(\.base_layer)+$", "", name))
-    a, b, magnitude = pair.get("A"), pair.get("B"), pair.get("magnitude_vector")
     if isinstance(layer, Experts):
         return _attach_experts(layer, config, name, pair, folder)
     if not isinstance(layer, Linear | PackedLinear):
-        raise UserError(f"{path}: {name} is no linear layer of this model")
-    shape = shape_of(layer)
+        raise UserError(f"{folder / WEIGHTS}: {name} is no linear layer of this model")
+    low = _low_rank(config, layer, name, {k: t.float() for k, t in pair.items()}, folder)
+    if name == "lm_head" and network.config.tie_word_embeddings and isinstance(layer, Linear):
+        _untie(network)
+    replace(network, name, LoraLinear(layer, low))
+    return bool(low.lora_B.any()) or low.lora_magnitude is not None
+
+
+def _low_rank(config: dict[str, Any], layer: nn.Module, name: str, pair: dict[str, Tensor], folder: Path) -> LowRank:
+    """UserError where the parts do not fit the layer or each other."""
+    path, shape = folder / WEIGHTS, shape_of(layer)
+    a, b, magnitude = pair.get("A"), pair.get("B"), pair.get("magnitude_vector")
     if a is None or b is None or (b.shape[0], a.shape[1]) != shape or a.shape[0] != b.shape[1]:
         raise UserError(f"{path}: {name}: A and B do not fit a layer of {shape}")
     if bool(config.get("use_dora")) != (magnitude is not None):
         raise UserError(f"{path}: {name}: use_dora is {config.get('use_dora')}, but there is {magnitude is not None}")
     if not all(torch.isfinite(t).all() for t in pair.values()):
         raise UserError(f"{path}: {name} holds numbers that are not finite")
-    if name == "lm_head" and network.config.tie_word_embeddings and isinstance(layer, Linear):
-        _untie(network)
-    scale = _scale(config, name, a.shape[0], where)
-    replace(network, name, LoraLinear(layer, LowRank(a, b, scale, magnitude)))
-    return bool(b.any()) or magnitude is not None
+    return LowRank(a, b, _scale(config, name, a.shape[0], folder / CONFIG), magnitude)
 
 
 def _attach_experts(layer: Experts, config: dict[str, Any], name: str, pair: dict[str, Tensor], folder: Path) -> bool:
@@ -131,7 +163,7 @@ def _attach_experts(layer: Experts, config: dict[str, Any], name: str, pair: dic
     if not 0 <= depth < len(named) or named[depth] not in ("gate_up_proj", "down_proj") or len(pair) != 2:
         raise UserError(f"{folder / CONFIG}: target_parameters do not tell what {name} is an adapter of")
     own, (experts, outputs, inputs) = named[depth], layer.shape_of(named[depth])
-    a, b = pair["A"], pair["B"]
+    a, b = pair["A"].float(), pair["B"].float()
     rank = a.shape[0] // experts
     if a.shape != (experts * rank, inputs) or b.shape != (outputs, experts * rank):
         raise UserError(f"{folder / WEIGHTS}: {name}: A and B do not fit {experts} experts of {(outputs, inputs)}")
