@@ -105,9 +105,10 @@ class FusedStep:
                 self.lows[name] = (LowC * MOST_ADAPTERS)()
                 getattr(layer, own).low = ctypes.addressof(self.lows[name])
             kind = low.lora_A.dtype if low.lora_A.dtype == low.lora_B.dtype == torch.bfloat16 else torch.float32
-            a, b = low.lora_A.detach().to(kind).contiguous(), low.lora_B.detach().to(kind).t().contiguous()
+            a, rank = low.lora_A.detach().to(kind).contiguous(), low.lora_A.shape[0]
+            padded = torch.nn.functional.pad(low.lora_B.detach().to(kind), (0, 0, 0, -low.lora_B.shape[0] % 16))
+            b = padded.unflatten(0, (-1, 16)).transpose(1, 2).contiguous()  # panels of 16 rows
             held += [a, b]
-            rank = a.shape[0]
             self.lows[name][number] = LowC(a.data_ptr(), b.data_ptr(), rank, KINDS[kind], low.scale)
             self.rank = self.model.rank = max(self.rank, rank)
         self.held[number] = held

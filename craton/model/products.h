@@ -236,7 +236,7 @@ static void quantise(const float* x, int64_t row, int64_t rows, int64_t cols, co
 // ---- products ---------------------------------------------------------------------------------------------------
 
 struct Low {  // an adapter's part of a matrix: scale * B (A x). kind: F32 or BF16
-    const void *a, *b;  // (rank, cols), and B the other way round, (rank, rows); null: it leaves this matrix as it is
+    const void *a, *b;  // (rank, cols), and B in panels of 16 rows, (rows / 16, rank, 16); null: this matrix stays
     int64_t rank, kind;
     float scale;
 };
@@ -426,35 +426,60 @@ static void product(const Matrix& m, int64_t from, int64_t to, const float* x, Q
     }
 }
 
-// scale * A x of one row for one adapter: z (rank,).
-template <typename Weight>
-static inline void narrow_row(const Low& l, int64_t cols, const float* x, float* z) {
-    const Weight* a = (const Weight*)l.a;
-    for (int64_t r = 0; r < l.rank; r++) {
-        f16 acc = f16{};
-        const int64_t whole = cols & ~int64_t(15);
-        for (int64_t i = 0; i < whole; i += 16) acc += load16(a + r * cols + i) * load16(x + i);
-        float total = sum16(acc);
+// R rows of A at once, so that no sum waits for another. next: what will be read after it, as far away as a is long.
+template <typename Weight, int R>
+static inline void narrow_rows(const Weight* a, const Weight* next, int64_t cols, float scale, const float* x,
+                               float* z) {
+    f16 acc[R] = {};
+    const int64_t whole = cols & ~int64_t(15);
+    for (int64_t i = 0; i < whole; i += 16) {
+        const f16 v = load16(x + i);
+        if (i % (64 / (int64_t)sizeof(Weight)) == 0)
+            for (int r = 0; r < R; r++) __builtin_prefetch(next + r * cols + i, 0, 2);
+        for (int r = 0; r < R; r++) acc[r] += load16(a + r * cols + i) * v;
+    }
+    for (int r = 0; r < R; r++) {
+        float total = sum16(acc[r]);
         for (int64_t i = whole; i < cols; i++) total += single(a[r * cols + i]) * x[i];
-        z[r] = total * l.scale;
+        z[r] = total * scale;
     }
 }
 
-// y += B z for rows [from, to) of one matrix; b lies the other way round.
+// scale * A x of one row for one adapter: z (rank,).
+template <typename Weight>
+static inline void narrow_row(const Low& l, const Low& next, int64_t cols, const float* x, float* z) {
+    const Weight *a = (const Weight*)l.a, *n = (const Weight*)(next.a ? next.a : l.a);
+    int64_t r = 0;
+    for (; r + 8 <= l.rank; r += 8) narrow_rows<Weight, 8>(a + r * cols, n + r * cols, cols, l.scale, x, z + r);
+    for (; r < l.rank; r++) narrow_rows<Weight, 1>(a + r * cols, n + r * cols, cols, l.scale, x, z + r);
+}
+
+// y += B z for panels [from, to) of one matrix of so many rows.
 template <typename Weight>
 static inline void widen_row(const Low& l, int64_t rows, int64_t from, int64_t to, const float* z, float* y) {
-    const Weight* b = (const Weight*)l.b;
-    int64_t r = from;
-    for (; r + 16 <= to; r += 16) {
-        f16 acc = f16{};
-        for (int64_t j = 0; j < l.rank; j++) acc += load16(b + j * rows + r) * z[j];
-        store16(y + r, load16(y + r) + acc);
+    for (int64_t p = from; p < to; p++) {
+        const Weight* b = (const Weight*)l.b + p * l.rank * ROWS;
+        f16 even = f16{}, odd = f16{};
+        int64_t j = 0;
+        for (; j + 2 <= l.rank; j += 2) {
+            even += load16(b + j * ROWS) * z[j];
+            odd += load16(b + (j + 1) * ROWS) * z[j + 1];
+        }
+        if (j < l.rank) even += load16(b + j * ROWS) * z[j];
+        even += odd;
+        if ((p + 1) * ROWS <= rows) {
+            store16(y + p * ROWS, load16(y + p * ROWS) + even);
+        } else {
+            for (int64_t r = p * ROWS; r < rows; r++) y[r] += even[r - p * ROWS];
+        }
     }
-    for (; r < to; r++) {
-        float acc = 0;
-        for (int64_t j = 0; j < l.rank; j++) acc += single(b[j * rows + r]) * z[j];
-        y[r] += acc;
-    }
+}
+
+// What `widen_row` will read of these panels, on its way to the cache.
+static inline void fetch_panels(const Low& l, int64_t from, int64_t to) {
+    const int64_t panel = l.rank * ROWS * (l.kind == F32 ? 4 : 2);
+    const char* b = (const char*)l.b;
+    for (int64_t i = from * panel; i < to * panel; i += 64) __builtin_prefetch(b + i, 0, 2);
 }
 
 static inline int64_t panels(const Matrix& m) {

@@ -256,13 +256,14 @@ class Thread {
             for (int64_t t = from; t < to; t++) {
                 int here = place;
                 for (const Matrix* m : matrices) {
-                    const int32_t k = c.s.adapters[t];
+                    const int32_t k = c.s.adapters[t], ahead = t + 1 < to ? c.s.adapters[t + 1] : -1;
                     const Low* l = k >= 0 && m->low ? m->low + k : 0;
                     if (l && l->a) {
+                        const Low& next = ahead >= 0 ? m->low[ahead] : *l;
                         if (l->kind == BF16)
-                            narrow_row<uint16_t>(*l, m->cols, x + t * m->cols, narrowed(here, t));
+                            narrow_row<uint16_t>(*l, next, m->cols, x + t * m->cols, narrowed(here, t));
                         else
-                            narrow_row<float>(*l, m->cols, x + t * m->cols, narrowed(here, t));
+                            narrow_row<float>(*l, next, m->cols, x + t * m->cols, narrowed(here, t));
                     }
                     here++;
                 }
@@ -276,14 +277,14 @@ class Thread {
                int64_t stride) {
         if (!c.s.adapters || !m.low) return;
         for (int64_t t = 0; t < tokens; t++) {
-            const int32_t k = c.s.adapters[first + t];
+            const int32_t k = c.s.adapters[first + t], ahead = t + 4 < tokens ? c.s.adapters[first + t + 4] : -1;
+            if (ahead >= 0 && m.low[ahead].a) fetch_panels(m.low[ahead], from, to);
             if (k < 0 || !m.low[k].a) continue;
             const Low& l = m.low[k];
-            const int64_t end = std::min(to * ROWS, m.rows);
             if (l.kind == BF16)
-                widen_row<uint16_t>(l, m.rows, from * ROWS, end, narrowed(place, first + t), out + t * stride);
+                widen_row<uint16_t>(l, m.rows, from, to, narrowed(place, first + t), out + t * stride);
             else
-                widen_row<float>(l, m.rows, from * ROWS, end, narrowed(place, first + t), out + t * stride);
+                widen_row<float>(l, m.rows, from, to, narrowed(place, first + t), out + t * stride);
         }
     }
 
