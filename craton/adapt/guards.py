@@ -33,7 +33,7 @@ def check_contamination(samples: Sequence[Sample], task: Task, fixed: bool) -> s
     """Samples that hold a test item of a task, 13 words of it in a row or a short one whole; they are left out where
     the data are the task's own (fixed False). UserError for people's own data, which names them."""
     items = [task.plain_text(row) for row in task.part("test")]
-    grams = evaluation_grams(items)
+    grams = evaluation_grams(items, whole=task.kind == "generated")
     whole = {_plain(item) for item in items}
     found = {i for i, s in enumerate(samples) if grams.grams and grams.found_in(Words(_text_of(s)))}
     found |= {i for i, s in enumerate(samples) if _plain(_text_of(s)) in whole}

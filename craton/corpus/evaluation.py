@@ -28,19 +28,20 @@ class Evaluation:
         return any(np.isin(ngrams(words.folded, n), g).any() for n, g in self.grams.items())
 
 
-def item_grams(item: str) -> tuple[int, np.ndarray] | None:
+def item_grams(item: str, whole: bool = False) -> tuple[int, np.ndarray] | None:
     """n and the n-grams of an item: 13 words (GPT-3, arXiv 2005.14165 app. C), an item of 8 to 12 words whole; None for
-    a shorter one. Where words are not spaced two characters stand for a word."""
+    a shorter one. Where words are not spaced two characters stand for a word. whole: longer ones too, where symbols are
+    few and any 13 in a row are found anywhere."""
     words = Words(item)
     scale = 2 if words.unspaced > 0.5 else 1
-    n = min(NGRAM * scale, len(words.folded))
+    n = len(words.folded) if whole else min(NGRAM * scale, len(words.folded))
     return None if n < SHORTEST * scale else (n, ngrams(words.folded, n))
 
 
-def evaluation_grams(items: list[str]) -> Evaluation:
+def evaluation_grams(items: list[str], whole: bool = False) -> Evaluation:
     """The n-grams of all items."""
     grams: dict[int, list[np.ndarray]] = defaultdict(list)
-    found = [one for one in map(item_grams, items) if one is not None]
+    found = [one for one in (item_grams(item, whole) for item in items) if one is not None]
     for n, own in found:
         grams[n].append(own)
     unique = {n: np.unique(np.concatenate(g)) for n, g in grams.items()}

@@ -32,9 +32,10 @@ def contaminated(task: Task, rows: list[Row], folders: list[Path], store: Store)
     that is no corpus."""
     corpora = [Corpus(folder, verify=False) for folder in folders]
     texts = [task.plain_text(row) for row in rows]
-    known = key_of("contamination-1", [c.digest for c in corpora], texts)
+    whole = task.kind == "generated"  # its symbols are few
+    known = key_of("contamination-2", [c.digest for c in corpora], texts, whole)
     if (found := store.get(known)) is None:
-        found = _look(texts, corpora)
+        found = _look(texts, corpora, whole)
         store.put(known, found)
     hits = found["hits"]
     searched = max(1, len(rows) - found["too_short"])
@@ -44,14 +45,14 @@ def contaminated(task: Task, rows: list[Row], folders: list[Path], store: Store)
     }  # fmt: skip
 
 
-def _look(texts: list[str], corpora: list[Corpus]) -> dict[str, Any]:
-    found = [item_grams(text) for text in texts]
+def _look(texts: list[str], corpora: list[Corpus], whole: bool) -> dict[str, Any]:
+    found = [item_grams(text, whole) for text in texts]
     tables = {}  # the n-grams of each length, and the items that they are of
     for n in {one[0] for one in found if one is not None}:
         own = [(i, one[1]) for i, one in enumerate(found) if one is not None and one[0] == n]
         tables[n] = np.concatenate([g for _, g in own]), np.concatenate([np.full(len(g), i) for i, g in own])
     hits: set[int] = set()
-    progress, whole, done = Progress(), sum(c.length("train") for c in corpora), 0
+    progress, size, done = Progress(), sum(c.length("train") for c in corpora), 0
     for corpus in corpora:
         length = corpus.length("train")
         for start in range(0, length, _PIECE):
@@ -61,7 +62,7 @@ def _look(texts: list[str], corpora: list[Corpus]) -> dict[str, Any]:
             for n, (grams, owner) in tables.items():
                 hits.update(owner[np.isin(grams, ngrams(folded, n))].tolist())
             done += len(piece)
-            progress.show_part("contamination: tokens", done, whole)
+            progress.show_part("contamination: tokens", done, size)
     progress.clear()
     return {"hits": sorted(hits), "too_short": sum(one is None for one in found)}
 

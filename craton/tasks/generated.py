@@ -53,9 +53,11 @@ def _multiplication(r: random.Random, digits: int) -> Row:
 
 
 def _parity(r: random.Random, bits: int) -> Row:
+    """Bits are o and i: letters, which tokenizers keep together with the space before them."""
     given = [r.randrange(2) for _ in range(bits)]
-    running = [str(sum(given[: i + 1]) % 2) for i in range(bits)]
-    return _row(f"{' '.join(map(str, given))} =", running[-1], f"{' '.join(running)} ; {running[-1]}")
+    running = ["oi"[sum(given[: i + 1]) % 2] for i in range(bits)]
+    question = " ".join("oi"[bit] for bit in given)
+    return _row(f"{question} =", running[-1], f"{' '.join(running)} ; {running[-1]}")
 
 
 def _sorting(r: random.Random, size: int) -> Row:
