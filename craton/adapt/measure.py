@@ -18,9 +18,11 @@ from craton.tasks.live import Probe
 from craton.tasks.scorers import SCORERS
 from craton.tasks.task import Task
 from craton.text.tokenizer import Tokenizer
+from craton.train.recipe import TunePart
 
 ITEMS = 200  # of a task
 _GENERAL = Path(__file__).with_name("general.txt")
+_BY_TOKEN = ("ipo", "simpo", "orpo")  # methods that compare means over tokens
 _ROWS = 16  # texts at once
 _CACHE = 256 << 20
 
@@ -44,9 +46,10 @@ def sampling_of(task: Task, chats: bool, max_tokens: int | None, **more: Any) ->
 
 
 class Measure:
-    """A call measures a network as it is. held: samples that are not learned. general: a file, or '' for ours."""
+    """A call measures a network as it is. held: samples that are not learned."""
 
-    def __init__(self, tokenizer: Tokenizer, renderer: Renderer, held: list[Sample], task: Task | None, general: str):
+    def __init__(self, tokenizer: Tokenizer, renderer: Renderer, held: list[Sample], task: Task | None, tune: TunePart):
+        self.by_token, general = tune.method in _BY_TOKEN, tune.general
         self.tokenizer, self.renderer, self.task = tokenizer, renderer, task
         text = read_text(Path(general) if general else _GENERAL)
         self.general = [np.array(tokenizer.encode(p), np.int32) for p in text.split("\n\n") if p.strip()]
@@ -55,6 +58,7 @@ class Measure:
             raise UserError(f"{general}: holds no text", field="tune.general")
         self.held = [renderer.answer(s, s.answer, s.form) for s in held if s.answer is not None]
         self.worse = [renderer.answer(s, s.worse, s.form) for s in held if s.worse is not None]
+        self.moved_from: np.ndarray | None = None  # held-out pairs' margins by the model as it was
         self.probe: Probe | None = None
         self.asked: list[Asked] = []
         if task is not None and task.rows.get("test"):
@@ -62,6 +66,19 @@ class Measure:
                 self.probe = Probe([task], tokenizer, renderer.context)
             else:
                 self.asked = asked_of(task, "test", renderer, ITEMS)
+
+    def remember(self, network: Any) -> None:
+        """How the model as it was ranks pairs, which is what later rankings are measured from."""
+        if self.worse:
+            self.moved_from = self._margin(network)
+
+    def _margin(self, network: Any) -> np.ndarray:
+        """(pairs,) by how much the better answers are likelier, by tokens where the method compares means."""
+        sides = []
+        for texts in (self.held, self.worse):
+            size = np.array([int(t.learned[1:].sum()) for t in texts]) if self.by_token else 1
+            sides.append(_log_probabilities(network, texts) / size)
+        return sides[0] - sides[1]
 
     def __call__(self, network: Any, max_tokens: int | None = None, answers: int = 0) -> dict[str, Any]:
         """answers: at temperature 1 to each item, for pass@1 and pass@k beside the likeliest answer."""
@@ -71,8 +88,10 @@ class Measure:
         if self.held:
             logp = _log_probabilities(network, self.held)
             out["heldout_loss"] = -float(logp.sum()) / sum(int(t.learned[1:].sum()) for t in self.held)
-            if self.worse:
-                out["heldout_preferred"] = float((logp > _log_probabilities(network, self.worse)).mean())
+            if self.worse and self.moved_from is not None:
+                margin = self._margin(network) - self.moved_from
+                out["heldout_preferred"] = float((margin > 0).mean())
+                out["heldout_margin"] = float(margin.mean())
         if self.probe is not None:
             out["score"] = next(iter(self.probe(network).values()))
         if self.asked:
@@ -120,7 +139,12 @@ def _log_probabilities(network: Any, texts: list[Tokens]) -> np.ndarray:
 
 def in_words(found: dict[str, Any]) -> str:
     """A line of what was measured."""
-    names = {"score": "score", "heldout_loss": "held-out loss", "heldout_preferred": "preferred as held out"}
+    names = {
+        "score": "score",
+        "heldout_loss": "held-out loss",
+        "heldout_preferred": "held-out pairs moved the right way",
+    }
+    names |= {"heldout_margin": "their margin, nats"}
     names |= {"general_bits_per_byte": "general text, bits/byte"}
     parts = [f"{words} {found[key]:.4g}" for key, words in names.items() if key in found]
     return ", ".join(parts + [f"{k} {v:.3f}" for k, v in found.items() if k.startswith("pass@")])

@@ -33,6 +33,8 @@ from craton.train.plan import parse_budget
 from craton.train.recipe import Recipe, as_dict, from_dict
 from craton.weights.folder import only_pretrained
 
+OWN = "the model's own"  # where a chat template is from
+RANK = 32  # of an adapter, where nothing is said
 FORMAT = "craton-tuning-1"  # of training/recipe.json
 _HELD, _MOST_HELD = 20, 200  # every so-manieth sample is held out, at most so many
 _OPTIMIZER = dict(name="adamw", beta1=0.9, beta2=0.95, weight_decay=0.0)
@@ -117,12 +119,17 @@ def open_all(given: Given) -> Opened:
     for section in ("run", "data", "optimizer", "schedule", "tune"):
         setattr(recipe, section, dataclasses.replace(getattr(recipe, section)))
     model = open_base(given.model)
-    if not recipe.tune.lora:
-        check_whole(model, given.model)
     task = find_task(given.task) if given.task else None
     samples = _samples(given, recipe, task)
     chats = any(s.chats for s in samples[:1])
     own, end_ids, template = _template(given, model, chats)
+    if recipe.tune.lora is None:
+        recipe.tune.lora = 0 if end_ids and template != OWN else RANK
+    elif recipe.tune.lora and end_ids and template != OWN:
+        fix = "--full learns them"
+        say(f"WARNING  the model has never seen the tokens of turns, and an adapter hardly learns new ones; {fix}")
+    if not recipe.tune.lora:
+        check_whole(model, given.model)
     config = model.network.config
     ends = tuple(dict.fromkeys([*config.eos_token_ids, *end_ids]))
     end = next((i for i in (model.tokenizer.eos_id, *ends, model.tokenizer.document_id) if i is not None), 0)
@@ -164,7 +171,7 @@ def _template(given: Given, model: Model, chats: bool) -> tuple[Dialogue | None,
     if bare and not chats:
         return None, (), "none: the data go through no template"
     more: tuple[int, ...] = ()
-    where = "the model's own"
+    where = OWN
     if bare:
         more, where = (give_template(tokenizer),), "given by this run, as the model had none"
     found = dialogue.learn(tokenizer, (*model.network.config.eos_token_ids, *more))
@@ -196,7 +203,7 @@ def _tune(opened: Opened, processes: Processes) -> dict[str, Any]:
     given, recipe = opened.given, opened.recipe
     stored = given.out / "training" / "recipe.json"
     again = processes.agree(stored.exists())
-    looker = measure.Measure(opened.model.tokenizer, opened.renderer, opened.held, opened.task, recipe.tune.general)
+    looker = measure.Measure(opened.model.tokenizer, opened.renderer, opened.held, opened.task, recipe.tune)
     asked = _asked(opened)
     settled: dict[str, Any] = _stored(stored, asked, given.out) if again else {}
     if again:
@@ -204,6 +211,7 @@ def _tune(opened: Opened, processes: Processes) -> dict[str, Any]:
     else:
         _defaults(opened, recipe)
     before = settled["before"] if again else looker(opened.model.network)
+    looker.remember(opened.model.network)
     made = make_job(opened, looker)
     if not again:
         settled = _settle(opened, made, processes, asked, before)
@@ -286,6 +294,8 @@ def _settle(
     run, tune = recipe.run, recipe.tune
     peak = machine.gemm_peak(processes.device, torch.bfloat16 if run.precision == "bf16" else torch.float32)
     what = f"an adapter of rank {tune.lora} on {tune.targets or 'every linear layer'}" if tune.lora else "all weights"
+    if not tune.lora and opened.given.recipe.tune.lora is None:
+        what += ", since tokens of turns are new to the model"
     why.insert(0, f"{tune.method}, {what}: {count(made.trained)} parameters of {count(made.parameters)} are trained")
     if run.steps is None and run.budget:
         kind, amount = parse_budget(run.budget)

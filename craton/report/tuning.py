@@ -9,7 +9,7 @@ from craton.report.plots import curves
 
 _NAMES = {"score": "task score", "heldout_loss": "loss of held-out rows, nats a token"}
 _NAMES |= {
-    "heldout_preferred": "held-out pairs ranked as they are",
+    "heldout_preferred": "held-out pairs that moved the right way",
     "general_bits_per_byte": "general text, bits a byte",
 }
 _NAMES |= {"answer_tokens": "tokens of an answer", "reward": "reward of sampled answers"}

@@ -97,7 +97,7 @@ class TunePart:
     """How a model is adapted (docs/tune.md)."""
 
     method: Literal["sft", "dpo", "ipo", "kto", "orpo", "simpo", "reward", "grpo", "distill"] = "sft"
-    lora: int = _from_zero(32)  # rank of the adapter; 0 trains all weights
+    lora: int | None = _from_zero(None)  # rank of the adapter; 0 trains all weights
     alpha: float = 32.0  # of the adapter: its scale is alpha / rank
     rank_stabilised: bool = False  # alpha / sqrt(rank)
     dora: bool = False  # outputs' lengths are trained apart
