@@ -36,6 +36,7 @@ _WITH_REFERENCE = ("dpo", "ipo", "kto")
 _TOGETHER = 8  # labelled answers whose distance from the reference is judged together
 _STEPS = 150  # that the data should give at least, by smaller batches
 _RL_STEPS = 100
+_ROW, _MOST_TOKENS = 512, 16_384  # tokens of a packed row, and of a step at most, where nothing is said
 _MICRO = 4096  # tokens of a forward pass
 
 

@@ -130,7 +130,8 @@ class Packed:
     def facts(self) -> dict[str, Any]:
         """For the record."""
         learned = sum(int(t.learned[1:].sum()) for t in self.texts)
-        return {"texts": len(self.texts), "tokens": sum(self.sizes), "learned_tokens": learned}
+        facts = {"texts": len(self.texts), "tokens": sum(self.sizes), "learned_tokens": learned}
+        return facts | {"length": self.length, "rows_an_epoch": len(self.epoch(0))}
 
 
 def packed_batch(rows: list[list[Tokens]], length: int) -> Batch:

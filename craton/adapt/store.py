@@ -15,6 +15,7 @@ from craton.model.decoder import Decoder
 from craton.model.lora import LoraSpec, adapted, put_adapters, write_head_out
 from craton.model.packed import PackedMatrix
 from craton.text.tokenizer import Tokenizer
+from craton.train.distributed import local
 from craton.train.pretrain import decoder_forwards, decoder_units
 from craton.weights import adapter
 from craton.weights.folder import published, write_config
@@ -79,8 +80,10 @@ class Adapter:
 
     def rows(self, name: str, shape: tuple[int, ...], first: int, count: int) -> Tensor:
         """As drawn, or as it is."""
-        tensor = self.first.get(name)
-        return (self.network.get_parameter(name).detach() if tensor is None else tensor)[first : first + count]
+        if name in self.first:
+            return self.first[name][first : first + count]
+        kept = local(self.network.get_parameter(name).detach())
+        return kept if len(kept) == count else kept[first : first + count]
 
     def units(self, network: Any) -> list[list[nn.Module]]:
         """As in pretraining."""
@@ -160,6 +163,15 @@ def open_base(path: str) -> Model:
     model.network.float()
     write_head_out(model.network)
     return model
+
+
+def tuned(model: str, out: Path) -> Decoder:
+    """The network of a folder that was made of a model: an adapter with its base, or a model."""
+    if not adapter.is_adapter(out):
+        return open_base(str(out)).network
+    network = open_base(model).network
+    adapter.attach(network, out)
+    return network
 
 
 def check_whole(model: Model, path: str) -> None:

@@ -14,7 +14,7 @@ from craton.adapt import guards, measure, verify
 from craton.adapt.data import Sample, kind_of, read_samples, task_samples
 from craton.adapt.jobs import NEEDS, Made, make_job
 from craton.adapt.rows import Renderer
-from craton.adapt.store import base_file, check_whole, open_base
+from craton.adapt.store import base_file, check_whole, open_base, tuned
 from craton.base import Progress, UserError, claim, count, digest, read_json, say, sha256, span, write_json
 from craton.engine.model import Model
 from craton.model import kernels
@@ -333,8 +333,11 @@ def _finish(
     out, given = opened.given.out, opened.given
     rows = read_metrics(out / "metrics.jsonl")
     steps = [r for r in rows if "loss" in r]
-    after = made.after(run.network) if interrupted is None else {}
-    checks = verify.check(out, opened, run.network) if interrupted is None else {}
+    after, checks = dict[str, Any](), dict[str, Any]()
+    if interrupted is None and run.processes.mesh is None:
+        after, checks = made.after(run.network), verify.check(out, opened, run.network)
+    elif interrupted is None:  # the network is in pieces
+        after = made.after(tuned(given.model, out))
     warnings = guards.check_learned(checks)
     if "general_bits_per_byte" in after:
         warnings += guards.check_general(before["general_bits_per_byte"], after["general_bits_per_byte"])
