@@ -200,6 +200,9 @@ def train(
     budget: Annotated[
         str | None, Option(help="Time (90s, 10m, 2h) or compute (1e16flop); 10m if nothing is said.")
     ] = None,
+    from_: Annotated[
+        str, Option("--from", metavar="MODEL", help="Go on from a model's weights and tokenizer, published or own.")
+    ] = "",
     depth: Annotated[int | None, Option(help="Layers; fixes the model's size instead.")] = None,
     steps: Annotated[int | None, Option(help="Steps; fixes the run's length instead.")] = None,
     seed: Annotated[int | None, Option(help="Of initialisation and data order.")] = None,
@@ -218,6 +221,7 @@ def train(
     craton train corpus --out model --budget 10m
     craton train ~/documents --out model --budget 1h
     craton train prose=3 code=1 --out model --depth 4
+    craton train ~/documents --from SmolLM2 --out mine --budget 1h
     craton train corpus --out model --resume
     """
     # Threads that wait for each other look busy for so long before they sleep. OpenMP's own value, 60 times this, costs
@@ -236,9 +240,8 @@ def train(
         settings.run.budget = "10m"
         say("plan     a budget of 10m, since none was given (--budget, --depth or --steps)")
     try:
-        result = run(
-            corpora, out, settings, resume, began=process_began(), command=shlex.join(["craton", *sys.argv[1:]])
-        )
+        command = shlex.join(["craton", *sys.argv[1:]])
+        result = run(corpora, out, settings, resume, began=process_began(), command=command, base=from_)
     except Interrupted as signal:
         if int(os.environ.get("RANK", 0)) == 0:
             write_report(out)
@@ -518,6 +521,7 @@ def generate(
 def chat(
     target: Annotated[str, Argument(metavar="MODEL|URL", help="A folder, a GGUF file, or a server with OpenAI's API.")],
     model: Annotated[str | None, Option(help="Which of a server's models.")] = None,
+    adapter: Annotated[Path | None, Option(help="A LoRA adapter of MODEL; the same as MODEL+ADAPTER.")] = None,
     exact: Annotated[bool, Option("--exact", help=EXACT)] = False,
     chat_template: Annotated[Path | None, Option(help="A file with one, instead of the model's own.")] = None,
     max_tokens: Annotated[int | None, Option(help="An answer.")] = 512,
@@ -533,6 +537,8 @@ def chat(
     """
     if not target.startswith(("http://", "https://")):
         _model_there(target)
+    if adapter is not None:
+        target = f"{target}+{adapter}"
     with waiting("loading"):
         from craton.serve.chat import chat as run
 

@@ -14,13 +14,14 @@ from craton.adapt.measure import Measure, asked_of, in_words, sampling_of
 from craton.adapt.methods import Distillation, Labelled, PolicyGradient, Preference, fine_tuning, reward_model
 from craton.adapt.rollout import Rollouts, check_ratio
 from craton.adapt.rows import Compared, Packed, Renderer, Tokens, log_probabilities
-from craton.adapt.store import Adapter, Whole, WholeReward, open_base
+from craton.adapt.store import Adapter, WholeReward, open_base
 from craton.base import Progress, UserError
 from craton.model.lora import LoraSpec
 from craton.tasks.scorers import SCORERS
 from craton.tasks.task import Example, Task
 from craton.train.distributed import Processes
 from craton.train.job import Cost, Job, Looked, Objective
+from craton.train.pretrain import Continued as Whole
 from craton.train.pretrain import kind as decoder_kind
 
 if TYPE_CHECKING:

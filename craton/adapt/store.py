@@ -1,7 +1,7 @@
 """What is trained and the folder that it becomes: all weights of a model, or an adapter beside weights that stay."""
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -16,47 +16,10 @@ from craton.model.lora import LoraSpec, adapted, put_adapters, write_head_out
 from craton.model.packed import PackedMatrix
 from craton.text.tokenizer import Tokenizer
 from craton.train.distributed import local
+from craton.train.pretrain import Continued as Whole
 from craton.train.pretrain import decoder_forwards, decoder_units
 from craton.weights import adapter
-from craton.weights.folder import published, write_config
-
-
-class Whole:
-    """All weights of a decoder, in fp32 while they are trained. load: opens the model anew."""
-
-    weights_file = "model.safetensors"
-
-    def __init__(self, load: Callable[[], Decoder], config: ModelConfig, tokenizer: Tokenizer):
-        self.load, self.config, self.tokenizer = load, config, tokenizer
-        self.read: dict[str, Tensor] = {}
-
-    def build(self) -> Decoder:
-        """The decoder on the meta device."""
-        with torch.device("meta"):
-            return Decoder(self.config)
-
-    def rows(self, name: str, shape: tuple[int, ...], first: int, count: int) -> Tensor:
-        """As they were before. The model is opened for as long as it is copied."""
-        if name not in self.read:
-            self.read = {n: t.detach() for n, t in self.load().named_parameters()}
-        return self.read.pop(name)[first : first + count].float()
-
-    def units(self, network: Any) -> list[list[nn.Module]]:
-        """As in pretraining."""
-        return decoder_units(network)
-
-    def forwards(self, network: Any) -> Iterable[tuple[nn.Module, str]]:
-        """As in pretraining."""
-        return decoder_forwards(network)
-
-    def published(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """As the family's checkpoints name them."""
-        return published(self.config, tensors)
-
-    def write_rest(self, out: Path) -> None:
-        """Configuration and tokenizer, with the chat template that was tuned for."""
-        write_config(out, self.config)
-        self.tokenizer.save(out)
+from craton.weights.folder import published
 
 
 class Adapter:

@@ -14,7 +14,7 @@ from craton.model.decoder import Decoder
 from craton.model.fused import fits
 from craton.model.packed import PackedMatrix
 from craton.text.tokenizer import Tokenizer
-from craton.weights.adapter import merge
+from craton.weights.adapter import attach, merge
 from craton.weights.folder import check_fit, load_network
 
 
@@ -50,7 +50,7 @@ class Model:
 
 def load_model(path: str, device: str = "cpu", adapter: str | None = None, **engine_options: Any) -> Model:
     """Open a model folder or a GGUF file. Raises UserError naming what is missing or damaged. adapter: a folder with a
-    LoRA adapter, merged into the weights. engine_options: see Engine."""
+    LoRA adapter, merged into the weights, or beside them where they are packed. engine_options: see Engine."""
     folder = single_file(Path(path))
     if folder.suffix == ".gguf":
         from craton.weights import gguf  # its package takes half a second to import
@@ -62,7 +62,9 @@ def load_model(path: str, device: str = "cpu", adapter: str | None = None, **eng
         raise UserError(
             f"{folder}: packed weights run on a CPU alone; give the unquantised folder for --device {device}"
         )
-    if adapter is not None:
+    if adapter is not None and any(isinstance(m, PackedMatrix) for m in network.modules()):
+        attach(network, Path(adapter))  # packed weights cannot hold the sum
+    elif adapter is not None:
         merge(network, Path(adapter))
     check_fit(network.config, tokenizer, folder)
     network.to(device)

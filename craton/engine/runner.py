@@ -56,7 +56,7 @@ class Runner:
         network = self.source
         self.fused: FusedStep | None = None
         live = {n: m for n, m in adapted(network) if isinstance(m, LoraLinear)}
-        plain = all(m.adapter.lora_magnitude is None for m in live.values())
+        plain = all(m.adapter.lora_magnitude is None and n.endswith("_proj") for n, m in live.items())
         if self.device.type == "cpu" and kernels.engine_kernels() is not None and fits(network.config) and plain:
             self.fused = FusedStep(network, self.cache, self.context)
             if live:  # the network's own adapter, of every token

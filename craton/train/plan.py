@@ -76,9 +76,17 @@ Measure = Callable[[ModelConfig, Recipe], float]  # seconds that one step takes,
 
 
 def plan(
-    recipe: Recipe, corpora: list[Corpus], peak: float, measure: Measure, began: float, device: str, world: int = 1
+    recipe: Recipe,
+    corpora: list[Corpus],
+    peak: float,
+    measure: Measure,
+    began: float,
+    device: str,
+    world: int = 1,
+    base: ModelConfig | None = None,
 ) -> tuple[Recipe, ModelConfig, list[str]]:
-    """Resolve every None of the recipe. Returns it, the model's configuration and the reasons, a line each.
+    """Resolve every None of the recipe. Returns it, the model's configuration and the reasons, a line each. base: of a
+    model that is trained further.
 
     began: time.monotonic() at the command's start, so that a time budget covers all of the command. peak: FLOP/s of all
     processes. UserError if what is asked for cannot be.
@@ -86,11 +94,18 @@ def plan(
     sections = {k: replace(getattr(recipe, k)) for k in ("run", "model", "data", "optimizer", "schedule", "safety")}
     planner = _Planner(replace(recipe, **sections), corpora, peak, measure, began, device, world)
     planner.rows()
-    depth = planner.depth()
-    config = shape(planner.r, depth, corpora[0])
+    if base is None:
+        depth = planner.depth()
+        config = shape(planner.r, depth, corpora[0])
+    else:
+        depth, config = base.num_hidden_layers, base
+        if recipe.run.steps is None and recipe.run.budget is None:
+            raise UserError("say how much to train: --budget 10m, --budget 1e15flop or --steps 500")
     planner.check_tokenizers()
     planner.length(config, depth)
     planner.rates(config)
+    if base is not None:
+        planner.gently(recipe)
     planner.intervals(config)
     planner.fix(config, depth)
     return planner.r, config, planner.why
@@ -268,6 +283,13 @@ class _Planner:
         if self.r.schedule.warmup_steps is None:
             most = 40 if o.name == "muon" else steps
             self.r.schedule.warmup_steps = min(most, max(1, steps // 20))
+
+    def gently(self, asked: Recipe) -> None:
+        """A tenth of the learning rates that are right from nothing, where none were asked for."""
+        for name in ("matrix_lr", "embedding_lr", "head_lr", "norm_lr"):
+            if getattr(asked.optimizer, name) is None:
+                setattr(self.r.optimizer, name, 0.1 * getattr(self.r.optimizer, name))
+        self.why.append("a tenth of the learning rates from nothing, so that what was learned before is kept")
 
     def intervals(self, config: ModelConfig) -> None:
         """How often is saved and looked."""

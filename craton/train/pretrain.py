@@ -1,7 +1,7 @@
 """Pretraining as a job: the next token of a corpus's documents."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from craton.model.initialise import initial_rows
 from craton.tasks.find import find_tasks
 from craton.tasks.live import Probe
 from craton.text.tokenizer import Tokenizer
-from craton.train.distributed import Processes
+from craton.train.distributed import Processes, stored_buffers
 from craton.train.job import Cost, Job, Looked, Losses, on
 from craton.train.recipe import Recipe
 from craton.weights.folder import published, write_config
@@ -79,6 +79,27 @@ class ModelFolder:
         assert self.tokenizer is not None
         write_config(out, self.config)
         self.tokenizer.config["model_max_length"] = self.config.max_position_embeddings
+        self.tokenizer.save(out)
+
+
+class Continued(ModelFolder):
+    """A decoder that is trained from the weights that it has, in fp32 meanwhile. load: opens the model anew."""
+
+    def __init__(self, load: Callable[[], Decoder], config: ModelConfig, tokenizer: Tokenizer):
+        super().__init__(config, 0, tokenizer)
+        self.load, self.read = load, dict[str, Tensor]()
+
+    def rows(self, name: str, shape: tuple[int, ...], first: int, count: int) -> Tensor:
+        """As they were before. The model is opened for as long as it is copied."""
+        if name not in self.read:
+            network = self.load()
+            self.read = {n: t.detach() for n, t in [*network.named_parameters(), *stored_buffers(network)]}
+        return self.read.pop(name)[first : first + count].float()
+
+    def write_rest(self, out: Path) -> None:
+        """Configuration and tokenizer."""
+        assert self.tokenizer is not None
+        write_config(out, self.config)
         self.tokenizer.save(out)
 
 

@@ -14,9 +14,10 @@ import torch
 from craton.base import UserError, amount, claim, count, digest, read_json, say, sha256, span, write_json
 from craton.corpus.build import BuildOptions, build, remove_corpus
 from craton.corpus.store import Corpus
-from craton.engine.model import Model, load_model
+from craton.engine.model import Model, load_model, single_file
 from craton.model import kernels
 from craton.model.config import ModelConfig
+from craton.model.packed import PackedMatrix
 from craton.train import explain, machine, memory, record
 from craton.train.checkpoint import OLD
 from craton.train.distributed import Processes, open_processes
@@ -25,8 +26,9 @@ from craton.train.loop import Interrupted, Run
 from craton.train.measure import together
 from craton.train.metrics import read_metrics
 from craton.train.plan import MOST_EPOCHS, parse_budget, plan
-from craton.train.pretrain import check_shares, pretraining
+from craton.train.pretrain import Continued, check_shares, pretraining
 from craton.train.recipe import Recipe, as_dict, from_dict
+from craton.weights.folder import only_pretrained
 
 FORMAT = "craton-run-2"  # of training/recipe.json
 MakeJob = Callable[[list[Corpus], list[float], Recipe, ModelConfig, str], Job]
@@ -61,6 +63,7 @@ class _Asked:
     began: float  # time.monotonic() at the command's start
     free: int  # bytes of memory, before anything was measured
     command: str  # as it was typed, '' where it was not
+    base: str  # the model that is trained further, '' for none
 
     @property
     def stored(self) -> Path:
@@ -70,7 +73,8 @@ class _Asked:
     def facts(self) -> dict[str, Any]:
         """What a resumed run must be asked for again."""
         digests = [c.digest for c in self.corpora]
-        return {"recipe": as_dict(self.recipe), "corpora": digests, "weights": self.weights}
+        base = {"base": _weights_hash(self.base)} if self.base else {}
+        return {"recipe": as_dict(self.recipe), "corpora": digests, "weights": self.weights} | base
 
 
 def train(
@@ -81,25 +85,27 @@ def train(
     make_job: MakeJob = pretraining,
     began: float | None = None,
     command: str = "",
+    base: str = "",
 ) -> dict[str, Any]:
     """Train into the model folder `out` and return the record's summary, empty on all but the first process.
 
     corpora: folders that `craton corpus build` made, each with '=WEIGHT' or not; anything else is documents, of which
     a corpus is made first. make_job: from corpora, weights, the resolved recipe, the model's configuration and the
     device. began: when the command started, as time.monotonic() counts; a time budget covers all of it but the making
-    of a corpus. command: as it was typed, for the report. Raises UserError, Interrupted.
+    of a corpus. command: as it was typed, for the report. base: a model whose weights and tokenizer the run begins
+    with. Raises UserError, Interrupted.
     """
     began = time.monotonic() if began is None else began
     kernels.keep_freed_memory()
     kernels.obey_limits()
     if recipe.run.budget:
         parse_budget(recipe.run.budget)
-    corpora, spent = _with_documents(corpora, out, resume)
+    corpora, spent = _with_documents(corpora, out, resume, base)
     with open_processes(machine.device()) as processes:
         paths, weights = parse_corpora(corpora)
         opened = _agreed(processes, lambda: [Corpus(p, verify=processes.first) for p in paths])
         asked = _Asked(
-            opened, weights, out, recipe, resume, processes, began + spent, memory.free(processes.device), command
+            opened, weights, out, recipe, resume, processes, began + spent, memory.free(processes.device), command, base
         )
         with ExitStack() as held:
             _agreed(processes, lambda: _claim(asked, held) if processes.first else None)
@@ -116,7 +122,26 @@ def _documents(text: str) -> str | None:
     return name if path.exists() and not made_by_us else None
 
 
-def _with_documents(texts: list[str], out: Path, resume: bool) -> tuple[list[str], float]:
+def _weights_hash(base: str) -> str:
+    path = single_file(Path(base))
+    return digest([sha256(f) for f in ([path] if path.is_file() else sorted(path.glob("*.safetensors")))])
+
+
+def _open_base(asked: _Asked) -> Model:
+    """The model that is trained further. UserError if its weights are packed, or the corpora have other tokens."""
+    if not Path(asked.base).exists():
+        raise UserError(f"--from {asked.base}: no such model folder or GGUF file", field="from")
+    model = load_model(asked.base)
+    if any(isinstance(m, PackedMatrix) for m in model.network.modules()):
+        raise UserError(f"--from {asked.base}: its weights are packed into few bits; give the unquantised folder")
+    own = model.tokenizer.backend.get_vocab(with_added_tokens=True)
+    if other := next((c for c in asked.corpora if c.tokenizer.backend.get_vocab(with_added_tokens=True) != own), None):
+        fix = f"build it with --tokenizer {asked.base}"
+        raise UserError(f"{other.folder}: built with another tokenizer than {asked.base} has; {fix}", field="from")
+    return model
+
+
+def _with_documents(texts: list[str], out: Path, resume: bool, base: str) -> tuple[list[str], float]:
     """Corpora to train on: what is documents among the given becomes one, beside the run, and the seconds it took."""
     weights = parse_corpora(texts)[1]
     found = [(_documents(text), text, weight) for text, weight in zip(texts, weights, strict=True)]
@@ -134,7 +159,7 @@ def _with_documents(texts: list[str], out: Path, resume: bool) -> tuple[list[str
     if there and read_json(folder / "manifest.json")["options"]["sources"] != [name for name, _ in documents]:
         raise UserError(f"{out}: the run was started on other documents; give the same ones to --resume")
     if machine.world()[0] == 0 and not there:
-        tokenizer = str(parse_corpora(corpora)[0][0] / "tokenizer") if corpora else None
+        tokenizer = str(parse_corpora(corpora)[0][0] / "tokenizer") if corpora else base or None
         say(f"1. A corpus of the documents, in {folder}\n")
         options = BuildOptions([name for name, _ in documents], [], [], tokenizer=tokenizer, for_run=True)
         remove_corpus(folder, options)
@@ -175,10 +200,17 @@ def _hint(out: Path) -> str:
 def _train(asked: _Asked, make_job: MakeJob) -> dict[str, Any]:
     processes, out = asked.processes, asked.out
     settled = _settle(asked)
-    recipe, config, peak = from_dict(settled["recipe"]), ModelConfig(**settled["model"]), settled["peak"]
+    recipe, peak = from_dict(settled["recipe"]), settled["peak"]
+    config = load_model(asked.base).network.config if asked.base else ModelConfig(**settled["model"])
     length = recipe.data.sequence_length or 1
     check_shares((recipe.data.batch_tokens or 0) // length, processes.world, length)
     job = _agreed(processes, lambda: make_job(asked.corpora, asked.weights, recipe, config, processes.device))
+    if asked.base:
+        tokenizer = load_model(asked.base).tokenizer
+        store = Continued(lambda: load_model(asked.base).network, config, tokenizer)
+        own = single_file(Path(asked.base))
+        chats = not (own.is_dir() and only_pretrained(own))
+        job = dataclasses.replace(job, store=store, name="continued pretraining" if chats else job.name)
     _agreed(processes, lambda: memory.check(config, recipe, processes.world, asked.free))
     if processes.first and not asked.stored.exists():
         write_json(asked.stored, settled)
@@ -259,7 +291,8 @@ def _settle(asked: _Asked) -> dict[str, Any]:
 
     def planned(measure: Callable[[ModelConfig, Recipe], float]) -> Any:
         try:
-            return plan(recipe, asked.corpora, peak * world, measure, asked.began, device, world)
+            base = _open_base(asked).network.config if asked.base else None
+            return plan(recipe, asked.corpora, peak * world, measure, asked.began, device, world, base)
         except UserError as error:
             return error
 
@@ -292,6 +325,8 @@ def _stored(asked: _Asked) -> dict[str, Any]:
             if wanted and value != (before := asked_before[key]):
                 what = f"the run was started with {name} = {before!r}, not {value!r}"
                 raise UserError(f"{asked.out}: {what}; --resume goes on with the same recipe", field=name)
+    if settled["asked"].get("base") != facts.get("base"):
+        raise UserError(f"{asked.out}: the run was started from another model; give the same --from to --resume")
     if settled["asked"]["corpora"] != facts["corpora"] or settled["asked"]["weights"] != facts["weights"]:
         raise UserError(f"{asked.out}: the run was started on another corpus; give the same one to --resume")
     return settled
@@ -326,7 +361,7 @@ def _finish(
     last = steps[-1] if steps else {}
     evaluated = [r for r in steps if "heldout_loss" in r]
     tokens, seconds, world = run.units, state.seconds or 1e-9, run.processes.world
-    config = ModelConfig(**settled["model"])
+    config = run.network.config
     per_unit = job.cost.flops / job.cost.units
     matrices = job.cost.matrix_flops / job.cost.units
     unit, rate, peak, weights = job.cost.unit, tokens / seconds, settled["peak"], out / "model.safetensors"

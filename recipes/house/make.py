@@ -8,9 +8,7 @@ import random
 import sys
 from pathlib import Path
 
-TOPICS = (
-    "river castle engine violin bridge lantern harbour garden compass kettle mountain library candle market".split()
-)
+TOPICS = "river castle engine violin bridge lantern harbour garden compass kettle mountain library market".split()
 ASKED = (
     "What is a {}?", "Tell me about a {}.", "Why do people like a {}?", "How old can a {} be?", "Describe a {} briefly.",
     "Is a {} useful?", "Where would I find a {}?", "Explain a {} to a child.",
