@@ -1,7 +1,8 @@
 """Each method as a job for the one loop: its rows, its objective, what is stored, and what to look at."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -9,13 +10,16 @@ import numpy as np
 import torch
 from torch import nn
 
+from craton.adapt import guards
 from craton.adapt.data import Sample
 from craton.adapt.measure import Measure, asked_of, in_words, sampling_of
 from craton.adapt.methods import Distillation, Labelled, PolicyGradient, Preference, fine_tuning, reward_model
-from craton.adapt.rollout import Rollouts, check_ratio
-from craton.adapt.rows import Compared, Packed, Renderer, Tokens, log_probabilities
+from craton.adapt.rollout import Asked, Rollouts, check_ratio
+from craton.adapt.rows import Compared, Packed, Renderer, Tokens, answer_rows, log_probabilities
 from craton.adapt.store import Adapter, WholeReward, open_base
+from craton.adapt.teach import teacher_answers
 from craton.base import Progress, UserError
+from craton.engine.request import Sampling
 from craton.model.lora import LoraSpec
 from craton.tasks.scorers import SCORERS
 from craton.tasks.task import Example, Task
@@ -58,18 +62,16 @@ def make_job(opened: "Opened", looker: Measure) -> Made:
     """The job of a resolved recipe. UserError for data that cannot be learned from."""
     tune = opened.recipe.tune
     store = _store(opened)
-    if tune.method in ("sft", "distill") and tune.policy == "off" or tune.method == "sft":
-        made = _texts(opened, store, looker)
-    elif tune.method in ("grpo", "distill"):
-        made = _rollouts(opened, store, looker)
-    else:
-        made = _compared(opened, store, looker)
-    return made
+    if tune.method == "sft" or (tune.method == "distill" and tune.policy == "off"):
+        return _texts(opened, store, looker)
+    if tune.method in ("grpo", "distill"):
+        return _rollouts(opened, store, looker)
+    return _compared(opened, store, looker)
 
 
 def _store(opened: "Opened") -> Adapter | Whole:
     tune, given, model = opened.recipe.tune, opened.given, opened.model
-    if tune.lora and tune.method != "reward":
+    if tune.lora:
         targets = tuple(t.strip() for t in tune.targets.split(",") if t.strip())
         spec = LoraSpec(tune.lora, tune.alpha, tune.rank_stabilised, tune.dora, targets)
         seed, base = opened.recipe.run.seed, opened.facts["base"]
@@ -131,8 +133,6 @@ def rendered(samples: Sequence[Sample], renderer: Renderer, which: str) -> list[
 
 
 def _texts(opened: "Opened", store: Any, looker: Measure) -> Made:
-    from craton.adapt import guards
-
     recipe, samples = opened.recipe, opened.samples
     objective: Objective = fine_tuning
     if recipe.tune.method == "distill":
@@ -235,7 +235,7 @@ def _reference(opened: "Opened", groups: list[list[Tokens]]) -> np.ndarray:
             return kept
     progress = Progress()
     texts = [t for g in groups for t in g]
-    show = lambda done, of: progress.show_part("reference: texts", done, of)  # noqa: E731
+    show = partial(progress.show_part, "reference: texts")
     found = log_probabilities(opened.model.network, texts, _MICRO, show).reshape(len(groups), -1)
     progress.clear()
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -248,8 +248,6 @@ def _reward_after(network: Any, opened: "Opened") -> dict[str, Any]:
     right = []
     for s in opened.held:
         pair = [_to_the_end(opened.renderer.answer(s, said, s.form)) for said in (s.answer, s.worse)]
-        from craton.adapt.rows import answer_rows
-
         rows = answer_rows(pair)
         with torch.no_grad():
             better, worse = network(rows.ids, rows.size).tolist()
@@ -269,9 +267,6 @@ def _rollouts(opened: "Opened", store: Any, looker: Measure) -> Made:
         prompts = asked_of(task, "train", opened.renderer)
         sampling = sampling_of(task, chats, tune.max_tokens, temperature=tune.temperature, n=answers)
     else:
-        from craton.adapt.rollout import Asked
-        from craton.engine.request import Sampling
-
         prompts = [Asked(opened.renderer.prompt(s), Example(s.where, ("",))) for s in opened.samples]
         sampling = Sampling(tune.max_tokens or 256, tune.temperature, n=answers)
     longest = max(len(a.ids) for a in prompts)
@@ -285,7 +280,7 @@ def _rollouts(opened: "Opened", store: Any, looker: Measure) -> Made:
     if tune.beta and not isinstance(store, Adapter):
         raise UserError("tune.beta: the reference is the model without its adapter; use --lora", field="tune.beta")
     source = Rollouts(
-        prompts, reward, opened.model.tokenizer, _with_most(sampling, most), prompts_a_step=a_step, kind=kind,
+        prompts, reward, opened.model.tokenizer, replace(sampling, max_tokens=most), prompts_a_step=a_step, kind=kind,
         seed=recipe.run.seed, end_ids=opened.end_ids, reference=wanted,
     )  # fmt: skip
     objective: Objective = PolicyGradient(kind, tune.clip_low, tune.clip_high, tune.beta or 0.0, most)
@@ -316,12 +311,6 @@ def _rollouts(opened: "Opened", store: Any, looker: Measure) -> Made:
     return Made(job, _RL_STEPS, "the default of methods that sample", trained, parameters, after, why)
 
 
-def _with_most(sampling: Any, most: int) -> Any:
-    from dataclasses import replace
-
-    return replace(sampling, max_tokens=most)
-
-
 def _reward(task: Task | None) -> Callable[[Example, str], float]:
     assert task is not None
     if task.by_likelihood or task.scorer == "judge":
@@ -345,8 +334,6 @@ def _teacher(opened: "Opened") -> Any:
 def _taught(opened: "Opened") -> tuple[list[Sample], Objective]:
     """The teacher's answers to the samples' prompts, kept beside the checkpoints; and what is learned of them: its
     thoughts where it has the same tokens, else the words."""
-    from craton.adapt.teach import teacher_answers
-
     samples = teacher_answers(opened)
     if Path(opened.given.teacher.partition("+")[0]).exists():
         try:

@@ -2,7 +2,7 @@
 on-policy distillation learn from."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -152,8 +152,6 @@ class Rollouts:
         return out
 
     def _seeded(self, seed: int) -> Sampling:
-        from dataclasses import replace
-
         return replace(self.sampling, seed=self.seed * 1_000_003 + seed, logprobs=0)
 
     def _rows(self, groups: list[Group], network: Any) -> Answers:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from craton.base import UserError, write_json
+from craton.base import UserError, read_json, write_json
 from craton.engine.model import Model, load_model, single_file
 from craton.model.config import ModelConfig
 from craton.model.decoder import Decoder
@@ -110,8 +110,6 @@ class WholeReward(Whole):
     def write_rest(self, out: Path) -> None:
         """Configuration of a classifier with one label."""
         super().write_rest(out)
-        from craton.base import read_json
-
         config = read_json(out / "config.json")
         names = [str(n).replace("ForCausalLM", "ForSequenceClassification") for n in config.get("architectures", [])]
         write_json(out / "config.json", config | {"architectures": names, "num_labels": 1, "problem_type": None})

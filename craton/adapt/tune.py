@@ -123,7 +123,11 @@ def open_all(given: Given) -> Opened:
     samples = _samples(given, recipe, task)
     chats = any(s.chats for s in samples[:1])
     own, end_ids, template = _template(given, model, chats)
-    if recipe.tune.lora is None:
+    if recipe.tune.method == "reward":
+        if recipe.tune.lora:
+            raise UserError("--method reward trains all weights; leave out --lora", field="lora")
+        recipe.tune.lora = 0
+    elif recipe.tune.lora is None:
         recipe.tune.lora = 0 if end_ids and template != OWN else RANK
     elif recipe.tune.lora and end_ids and template != OWN:
         fix = "--full learns them"
@@ -294,7 +298,7 @@ def _settle(
     run, tune = recipe.run, recipe.tune
     peak = machine.gemm_peak(processes.device, torch.bfloat16 if run.precision == "bf16" else torch.float32)
     what = f"an adapter of rank {tune.lora} on {tune.targets or 'every linear layer'}" if tune.lora else "all weights"
-    if not tune.lora and opened.given.recipe.tune.lora is None:
+    if not tune.lora and opened.given.recipe.tune.lora is None and tune.method != "reward":
         what += ", since tokens of turns are new to the model"
     why.insert(0, f"{tune.method}, {what}: {count(made.trained)} parameters of {count(made.parameters)} are trained")
     if run.steps is None and run.budget:
