@@ -47,9 +47,8 @@ class Source(Protocol):
 
 
 class Store(Protocol):
-    """A network and the folder that it becomes."""
-
-    weights_file: str  # of the released folder
+    """A network and the folder that it becomes. weights_file: the name of the released weights; model.safetensors where
+    a store has none."""
 
     def build(self) -> nn.Module:
         """The network, on the meta device or with its weights; requires_grad says which parameters are trained."""

@@ -155,7 +155,7 @@ class Run:
         own = {**dict(self.network.named_parameters()), **dict(stored_buffers(self.network))}
         shapes = {n: torch.empty(t.shape, dtype=t.dtype, device="meta") for n, t in own.items()}
         released = self.job.store.published(shapes)
-        name = self.job.store.weights_file
+        name = getattr(self.job.store, "weights_file", "model.safetensors")
         target, temporary = self.out / name, self.out / f".{name}.tmp"
         same = {n: t.shape for n, t in released.items()} == {n: t.shape for n, t in self._tensors().items()}
         problem = None

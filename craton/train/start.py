@@ -100,6 +100,8 @@ def train(
     kernels.obey_limits()
     if recipe.run.budget:
         parse_budget(recipe.run.budget)
+    if base and not Path(base).exists():
+        raise UserError(f"--from {base}: no such model folder or GGUF file", field="from")
     corpora, spent = _with_documents(corpora, out, resume, base)
     with open_processes(machine.device()) as processes:
         paths, weights = parse_corpora(corpora)
@@ -129,8 +131,6 @@ def _weights_hash(base: str) -> str:
 
 def _open_base(asked: _Asked) -> Model:
     """The model that is trained further. UserError if its weights are packed, or the corpora have other tokens."""
-    if not Path(asked.base).exists():
-        raise UserError(f"--from {asked.base}: no such model folder or GGUF file", field="from")
     model = load_model(asked.base)
     if any(isinstance(m, PackedMatrix) for m in model.network.modules()):
         raise UserError(f"--from {asked.base}: its weights are packed into few bits; give the unquantised folder")
