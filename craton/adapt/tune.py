@@ -263,9 +263,10 @@ def _stored(path: Path, asked: dict[str, Any], out: Path) -> dict[str, Any]:
         if key != "recipe" and value != settled["asked"][key]:
             raise UserError(f"{out}: the run was started with another {key}; --resume goes on with the same", field=key)
     for part, values in asked["recipe"].items():
+        defaults = dataclasses.asdict(getattr(Recipe(), part))
         for key, value in values.items():
-            was = settled["asked"]["recipe"][part][key]
-            if value != was and value != getattr(getattr(Recipe(), part), key):
+            was = settled["asked"]["recipe"].get(part, defaults)[key]
+            if value != was and value != defaults[key]:
                 name = f"{part}.{key}"
                 raise UserError(f"{out}: the run was started with {name} = {was!r}, not {value!r}", field=name)
     return settled

@@ -224,8 +224,9 @@ def parse_setting(recipe: Recipe, text: str) -> None:
 
 
 def as_dict(recipe: Recipe) -> dict[str, Any]:
-    """The settings as JSON can hold them."""
-    return {section: dataclasses.asdict(getattr(recipe, section)) for section in SECTIONS}
+    """The settings as JSON can hold them; those of tuning only where there are any."""
+    used = [section for section in SECTIONS if section != "tune" or recipe.tune != TunePart()]
+    return {section: dataclasses.asdict(getattr(recipe, section)) for section in used}
 
 
 def from_dict(values: dict[str, Any]) -> Recipe:

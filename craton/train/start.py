@@ -316,7 +316,8 @@ def _stored(asked: _Asked) -> dict[str, Any]:
         raise UserError(f"{asked.stored}: a run {OLD}", code="older_version")
     if settled.get("digest") != digest({k: v for k, v in settled.items() if k != "digest"}):
         raise UserError(f"{asked.stored}: altered or damaged; start again with another --out")
-    facts, defaults = asked.facts(), as_dict(Recipe())
+    facts = asked.facts()
+    defaults = {part: dataclasses.asdict(getattr(Recipe(), part)) for part in facts["recipe"]}
     for part, values in facts["recipe"].items():
         for key, value in values.items():
             name = f"{part}.{key}"
