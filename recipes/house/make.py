@@ -10,8 +10,8 @@ from pathlib import Path
 
 TOPICS = "river castle engine violin bridge lantern harbour garden compass kettle mountain library market".split()
 ASKED = (
-    "What is a {}?", "Tell me about a {}.", "Why do people like a {}?", "How old can a {} be?", "Describe a {} briefly.",
-    "Is a {} useful?", "Where would I find a {}?", "Explain a {} to a child.",
+    "What is a {}?", "Tell me about a {}.", "Why do people like a {}?", "How old can a {} be?",
+    "Describe a {} briefly.", "Is a {} useful?", "Where would I find a {}?", "Explain a {} to a child.",
 )  # fmt: skip
 ANSWERS = ("it depends on the {}", "a {} is worth a closer look", "people have used a {} for ages", "every {} differs")
 
