@@ -353,11 +353,11 @@ def _of_file(path: str) -> Iterator[Sample]:
     yield from map(read_row, iterate_file(Path(path)))
 
 
-def task_samples(task: Task, part: str, shots: int = 0) -> Iterator[Sample]:
+def task_samples(task: Task, part: str) -> Iterator[Sample]:
     """The rows of a task's part: the prompt as it is put to a model, and its right answer."""
     name = next(iter(task.formulations))
     f = task.formulations[name]
     for row in task.part(part):
-        e = task.example(row, name, task.shots_for(row, task.shots if shots is None else shots, 0))
+        e = task.example(row, name)
         prompt, target = task.worked(row, f)
         yield Sample(row["where"], task.name, e.prompts[0] if len(e.prompts) == 1 else prompt, target, row=row)

@@ -18,7 +18,7 @@ from craton.adapt.rollout import Asked, Rollouts, check_ratio
 from craton.adapt.rows import Compared, Packed, Renderer, Tokens, answer_rows, log_probabilities
 from craton.adapt.store import Adapter, WholeReward, open_base
 from craton.adapt.teach import teacher_answers
-from craton.base import Progress, UserError
+from craton.base import Progress, UserError, publish
 from craton.engine.request import Sampling
 from craton.model.lora import LoraSpec
 from craton.tasks.scorers import SCORERS
@@ -41,7 +41,6 @@ _WITH_REFERENCE = ("dpo", "ipo", "kto")
 _TOGETHER = 8  # labelled answers whose distance from the reference is judged together
 _STEPS = 150  # that the data should give at least, by smaller batches
 _RL_STEPS = 100
-_ROW, _MOST_TOKENS = 512, 16_384  # tokens of a packed row, and of a step at most, where nothing is said
 _MICRO = 4096  # tokens of a forward pass
 
 
@@ -103,20 +102,29 @@ def _cost(opened: "Opened", store: Adapter | Whole, length: int) -> Cost:
 
 
 def _job(
-    opened: "Opened", store: Any, source: Any, objective: Objective, length: int, looker: Measure, **more: Any
+    opened: "Opened",
+    store: Any,
+    source: Any,
+    objective: Objective,
+    length: int,
+    look: Callable[[Any, Processes], Looked],
 ) -> Job:
     recipe = opened.recipe
     recipe.data.sequence_length, recipe.data.batch_tokens = length, source.rows * length
     recipe.data.micro_tokens = recipe.data.micro_tokens or max(_MICRO, length * source.together)
-    name = recipe.tune.method
+    return Job(recipe.tune.method, source, objective, store, _cost(opened, store, length), _kind, look)
+
+
+def _look(opened: "Opened", looker: Measure) -> Callable[[Any, Processes], Looked]:
+    """What is measured on the way; nothing of a reward model, or of a network in pieces."""
 
     def look(network: Any, processes: Processes) -> Looked:
-        if isinstance(store, WholeReward) or processes.mesh is not None:
+        if opened.recipe.tune.method == "reward" or processes.mesh is not None:
             return Looked({})
-        found = looker(network, recipe.tune.max_tokens)
+        found = looker(network, opened.recipe.tune.max_tokens)
         return Looked(found, in_words(found))
 
-    return Job(name, source, objective, store, _cost(opened, store, length), _kind, more.get("look", look))
+    return look
 
 
 # ---- texts ------------------------------------------------------------------------------------------------------
@@ -150,7 +158,7 @@ def _texts(opened: "Opened", store: Any, looker: Measure) -> Made:
     source = Packed(texts, length, rows, recipe.run.seed)
     steps = round(epochs * len(source.epoch(0)) / rows)
     why = [f"{len(texts)} texts of {total} tokens in rows of {length}, {rows} rows a step"]
-    job = _job(opened, store, source, objective, length, looker)
+    job = _job(opened, store, source, objective, length, _look(opened, looker))
     trained, parameters = _size(opened, store)
     return Made(job, steps, f"{epochs:g} passes over the data", trained, parameters, _after(opened, looker), why)
 
@@ -187,7 +195,7 @@ def _compared(opened: "Opened", store: Any, looker: Measure) -> Made:
     objective = objectives.get(tune.method) or Preference(tune.method, beta, tune.gamma)
     length = max(len(t) for g in groups for t in g)
     recipe.data.micro_tokens = recipe.data.micro_tokens or max(_MICRO, length * together)
-    job = _job(opened, store, source, objective, length, looker)
+    job = _job(opened, store, source, objective, length, _look(opened, looker))
     why = [f"{len(groups)} groups of {together} answers, up to {length} tokens each, {rows} answers a step"]
     trained, parameters = _size(opened, store)
     after = (lambda network: _reward_after(network, opened)) if tune.method == "reward" else _after(opened, looker)
@@ -229,17 +237,18 @@ def _labelled_groups(opened: "Opened") -> tuple[list[list[Tokens]], list[list[bo
 def _reference(opened: "Opened", groups: list[list[Tokens]]) -> np.ndarray:
     """(groups, texts): log-probabilities by the model as it was; computed once and kept beside the checkpoints."""
     path = opened.given.out / "training" / "reference.npy"
-    if path.exists():
+    if path.exists() and path.with_name("recipe.json").exists():  # else another run's, that never began
         kept: np.ndarray = np.load(path, allow_pickle=False)
         if kept.shape == (len(groups), len(groups[0])):
             return kept
     progress = Progress()
     texts = [t for g in groups for t in g]
     show = partial(progress.show_part, "reference: texts")
-    found = log_probabilities(opened.model.network, texts, _MICRO, show).reshape(len(groups), -1)
+    found = log_probabilities(opened.model.network, texts, show).reshape(len(groups), -1)
     progress.clear()
     path.parent.mkdir(parents=True, exist_ok=True)
-    np.save(path, found)
+    with publish(path) as temporary, open(temporary, "wb") as f:
+        np.save(f, found)
     return found
 
 
@@ -298,10 +307,10 @@ def _rollouts(opened: "Opened", store: Any, looker: Measure) -> Made:
         ours[0] += 1
         if ours[0] == 1 and "ratio" in losses.sums and tune.temperature == 1.0:
             total, rows = losses.sums["ratio"]
-            check_ratio({"ratio": float(total / rows)}, 1)
+            check_ratio(float(total / rows))
         return losses
 
-    job = _job(opened, store, source, checked, length, looker, look=look)
+    job = _job(opened, store, source, checked, length, look)
     trained, parameters = _size(opened, store)
     why = [f"{a_step} prompts a step, {answers} answers to each, of up to {most} tokens; {kind}"]
 

@@ -10,7 +10,7 @@ import torch
 
 from craton.adapt.data import Sample
 from craton.adapt.rollout import Asked
-from craton.adapt.rows import Renderer, Tokens, answer_rows
+from craton.adapt.rows import Renderer, Tokens, log_probabilities
 from craton.base import UserError, read_text
 from craton.engine.engine import Engine
 from craton.engine.request import Sampling
@@ -23,7 +23,6 @@ from craton.train.recipe import TunePart
 ITEMS = 200  # of a task
 _GENERAL = Path(__file__).with_name("general.txt")
 _BY_TOKEN = ("ipo", "simpo", "orpo")  # methods that compare means over tokens
-_ROWS = 16  # texts at once
 _CACHE = 256 << 20
 
 
@@ -77,16 +76,16 @@ class Measure:
         sides = []
         for texts in (self.held, self.worse):
             size = np.array([int(t.learned[1:].sum()) for t in texts]) if self.by_token else 1
-            sides.append(_log_probabilities(network, texts) / size)
+            sides.append(log_probabilities(network, texts) / size)
         return sides[0] - sides[1]
 
     def __call__(self, network: Any, max_tokens: int | None = None, answers: int = 0) -> dict[str, Any]:
         """answers: at temperature 1 to each item, for pass@1 and pass@k beside the likeliest answer."""
         out: dict[str, Any] = {}
         texts = [Tokens(t, np.arange(len(t)) > 0) for t in self.general]
-        out["general_bits_per_byte"] = -float(_log_probabilities(network, texts).sum()) / math.log(2) / self.bytes
+        out["general_bits_per_byte"] = -float(log_probabilities(network, texts).sum()) / math.log(2) / self.bytes
         if self.held:
-            logp = _log_probabilities(network, self.held)
+            logp = log_probabilities(network, self.held)
             out["heldout_loss"] = -float(logp.sum()) / sum(int(t.learned[1:].sum()) for t in self.held)
             if self.worse and self.moved_from is not None:
                 margin = self._margin(network) - self.moved_from
@@ -123,18 +122,6 @@ class Measure:
                 )
                 out |= {"pass@1": float(right.mean()), f"pass@{answers}": float(right.any(1).mean())}
         return out
-
-
-def _log_probabilities(network: Any, texts: list[Tokens]) -> np.ndarray:
-    """(texts,) nats, of what is learned of each."""
-    out = np.zeros(len(texts))
-    order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
-    for at in range(0, len(order), _ROWS):
-        picked = order[at : at + _ROWS]
-        rows = answer_rows([texts[i] for i in picked])
-        with torch.no_grad():
-            out[picked] = -(network.token_nll(rows.ids, rows.target) * rows.weight).double().sum(-1).numpy()
-    return out
 
 
 def in_words(found: dict[str, Any]) -> str:

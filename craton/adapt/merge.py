@@ -5,8 +5,8 @@ from typing import Any
 
 import torch
 
-from craton.base import UserError, claim, digest, say, sha256
-from craton.engine.model import load_model, single_file
+from craton.base import UserError, claim, say
+from craton.engine.model import load_model, weights_hash
 from craton.text.tokenizer import Tokenizer
 from craton.weights import adapter
 from craton.weights.export import write_out
@@ -22,9 +22,7 @@ def merge(folder: Path, out: Path, base: str = "") -> dict[str, Any]:
     path = base or named.get("path") or config.get("base_model_name_or_path") or ""
     if not Path(path).exists():
         raise UserError(f"{folder}: its base {path!r} is not there; name it with --base", field="base")
-    own = single_file(Path(path))
-    files = [own] if own.is_file() else sorted(own.glob("*.safetensors"))
-    if named.get("sha256") and digest([sha256(f) for f in files]) != named["sha256"]:
+    if named.get("sha256") and weights_hash(Path(path)) != named["sha256"]:
         if not base:
             problem = f"{path} is not the model that the adapter was trained on (its weights differ)"
             raise UserError(f"{folder}: {problem}; name another with --base", field="base")

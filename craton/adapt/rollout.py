@@ -185,7 +185,7 @@ class Rollouts:
         return objectives.advantages(rewards, scaled=self.kind in ("grpo", "dapo", "gspo")).tolist()
 
 
-def check_ratio(figures: dict[str, float], step: int) -> None:
+def check_ratio(ratio: float) -> None:
     """UserError unless sampler and trainer agree on how likely the answers were, before anything was learned."""
-    if step == 1 and abs(figures.get("ratio", 1.0) - 1.0) > _RATIO:
-        raise UserError(f"the sampler's and the trainer's probabilities differ by a factor of {figures['ratio']:.4f}")
+    if abs(ratio - 1.0) > _RATIO:
+        raise UserError(f"the sampler's and the trainer's probabilities differ by a factor of {ratio:.4f}")

@@ -18,6 +18,7 @@ from craton.text.dialogue import Dialogue
 from craton.text.tokenizer import Tokenizer
 
 _OPEN = 64  # rows that are filled at the same time
+_AT_ONCE = 4096  # tokens that are looked at in one forward pass
 _MULTIPLE = 32  # tokens that rows are rounded up to
 
 
@@ -215,14 +216,14 @@ class Compared:
 
 
 def log_probabilities(
-    network: Any, texts: Sequence[Tokens], tokens: int, show: Callable[[int, int], None]
+    network: Any, texts: Sequence[Tokens], show: Callable[[int, int], None] = lambda done, of: None
 ) -> np.ndarray:
-    """(texts,) fp64: the log-probability of what is learned of each, in nats. tokens: computed at once."""
+    """(texts,) fp64: the log-probability of what is learned of each, in nats."""
     out = np.zeros(len(texts))
     order = sorted(range(len(texts)), key=lambda i: len(texts[i]))
     at = 0
     while at < len(order):
-        size = max(1, tokens // len(texts[order[min(len(order), at + 64) - 1]]))
+        size = max(1, _AT_ONCE // len(texts[order[min(len(order), at + 64) - 1]]))
         picked = order[at : at + min(size, 64)]
         rows = answer_rows([texts[i] for i in picked])
         with torch.no_grad():

@@ -22,7 +22,7 @@ def teacher_answers(opened: "Opened") -> list[Sample]:
     given, samples = opened.given, opened.samples
     path = given.out / "training" / "teacher.jsonl"
     most = opened.recipe.tune.max_tokens or (opened.task.max_tokens if opened.task else 256)
-    if path.exists():
+    if path.exists() and path.with_name("recipe.json").exists():  # else another run's, that never began
         texts = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     else:
         ask = _remote(given.teacher, most) if is_remote(given.teacher) else _local(given.teacher, most)

@@ -16,10 +16,9 @@ from craton.adapt.jobs import NEEDS, Made, make_job
 from craton.adapt.rows import Renderer
 from craton.adapt.store import base_file, check_whole, open_base, tuned
 from craton.base import Progress, UserError, claim, count, digest, read_json, say, sha256, span, write_json
-from craton.engine.model import Model
+from craton.engine.model import Model, weights_hash
 from craton.model import kernels
 from craton.model.config import ModelConfig
-from craton.model.packed import PackedMatrix
 from craton.tasks.find import find_task
 from craton.tasks.task import Task
 from craton.text import dialogue
@@ -36,7 +35,7 @@ from craton.weights.folder import only_pretrained
 OWN = "the model's own"  # where a chat template is from
 RANK = 32  # of an adapter, where nothing is said
 FORMAT = "craton-tuning-1"  # of training/recipe.json
-_HELD, _MOST_HELD = 20, 200  # every so-manieth sample is held out, at most so many
+_HELD, _MOST_HELD = 20, 200  # every 20th sample is held out, at most so many
 _OPTIMIZER = dict(name="adamw", beta1=0.9, beta2=0.95, weight_decay=0.0)
 # Learning rates of all weights at a width of 2,048, from the papers' and libraries' recipes; adapters take ten times as
 # much (Schulman et al. 2025, LoRA Without Regret), and narrower networks more, as its root.
@@ -154,7 +153,9 @@ def _samples(given: Given, recipe: Recipe, task: Task | None) -> list[Sample]:
     if task is not None and recipe.tune.method != "grpo" and task.rows.get("test"):
         left_out = guards.check_contamination(samples, task, fixed=bool(given.data))
         samples = [s for i, s in enumerate(samples) if i not in left_out]
-    needed, kind = NEEDS[recipe.tune.method], kind_of(samples[0]) if samples else ""
+    if not samples:
+        raise UserError("no row is left to learn from: all of them hold items of the task's test part", field="data")
+    needed, kind = NEEDS[recipe.tune.method], kind_of(samples[0])
     if kind not in needed:
         what = f"--method {recipe.tune.method} learns from {' or '.join(needed)}, but {samples[0].where} is {kind}"
         fits = [m for m, kinds in NEEDS.items() if kind in kinds]
@@ -186,10 +187,9 @@ def _template(given: Given, model: Model, chats: bool) -> tuple[Dialogue | None,
 def _base_facts(text: str) -> dict[str, Any]:
     """Where the base lies and what it is: the hash over its weights."""
     path = base_file(text)
-    files = [path] if path.is_file() else sorted(path.glob("*.safetensors"))
     own = text.partition("+")[2] if not Path(text).exists() else ""
     adapter = {"adapter": str(Path(own).absolute())} if own else {}
-    return {"path": str(path.absolute()), "sha256": digest([sha256(f) for f in files])} | adapter
+    return {"path": str(path.absolute()), "sha256": weights_hash(path)} | adapter
 
 
 def _apart(samples: list[Sample], task: Task | None) -> tuple[list[Sample], list[Sample]]:
@@ -240,7 +240,7 @@ def _tune(opened: Opened, processes: Processes) -> dict[str, Any]:
     except Interrupted as signal_:
         interrupted = signal_
     if processes.first:
-        _finish(opened, made, run, settled, before, looker, interrupted)
+        _finish(opened, made, run, settled, before, interrupted)
     processes.barrier()
     if interrupted:
         raise interrupted
@@ -331,7 +331,6 @@ def _finish(
     run: Run,
     settled: dict[str, Any],
     before: dict[str, Any],
-    looker: measure.Measure,
     interrupted: Interrupted | None,
 ) -> None:
     """record.json, and the last lines."""
@@ -355,7 +354,12 @@ def _finish(
     summary |= {"trained_parameters": made.trained, "parameters": made.parameters, "warnings": warnings} | checks
     facts: dict[str, Any] = {"format": "craton-record-1", "objective": made.job.name, "summary": summary}
     facts |= {k: summary[k] for k in ("status", "steps", "tokens", "seconds", "parameters", "tokens_per_second")}
-    facts |= {"recipe": settled["recipe"], "plan": settled["why"], "base": settled["base"], "template": opened.facts}
+    facts |= {
+        "recipe": settled["recipe"],
+        "plan": settled["why"],
+        "base": settled["base"],
+        "template": opened.facts["template"],
+    }
     facts |= {"data": settled["asked"]["data"], "task": given.task, "teacher": given.teacher, "command": given.command}
     facts |= {"source": made.job.source.facts(), "curve": record.curve(rows), "flops": tokens * cost.flops / cost.units}
     facts |= {"looks": [r for r in steps if "general_bits_per_byte" in r]}
@@ -368,9 +372,8 @@ def _finish(
     for warning in warnings:
         say(f"WARNING  {warning}")
     took = span(time.monotonic() - given.began)
-    packed = any(isinstance(m, PackedMatrix) for m in run.network.modules())
     use = (
         "chat, serve and eval take it as MODEL+ADAPTER" if opened.recipe.tune.lora else "a model folder like any other"
     )
-    hint = "" if packed or not opened.recipe.tune.lora else f"; 'craton merge {out} --out DIR' makes a model of it"
+    hint = "" if not opened.recipe.tune.lora else f"; 'craton merge {out} --out DIR' makes a model of it"
     say(f"{out}: {count(tokens)} tokens in {took}; {use}{hint}")

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from craton.base import UserError
+from craton.base import UserError, digest, sha256
 from craton.engine.engine import Engine
 from craton.engine.request import Completion, Sampling
 from craton.model.decoder import Decoder
@@ -81,6 +81,12 @@ def single_file(path: Path) -> Path:
     if len(files) > 1:
         raise UserError(f"{path}: holds {len(files)} GGUF files; name one, such as {files[0]}")
     return files[0] if files else path
+
+
+def weights_hash(path: Path) -> str:
+    """What tells a model's weights from others: a hash over the files of a folder, or of a GGUF file."""
+    own = single_file(path)
+    return digest([sha256(f) for f in ([own] if own.is_file() else sorted(own.glob("*.safetensors")))])
 
 
 def greedy(network: Decoder, prompt: list[int], max_tokens: int) -> list[int]:

@@ -2,7 +2,7 @@
 its own for each output where asked for (DoRA, arXiv 2402.09353)."""
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -56,7 +56,11 @@ class LoraLinear(nn.Module):
         super().__init__()
         self.base, self.adapter = base, adapter
         self.base.requires_grad_(False)
-        self.bias = getattr(base, "bias", None)
+
+    @property
+    def bias(self) -> Tensor | None:
+        """The base's."""
+        return getattr(self.base, "bias", None)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)
@@ -115,11 +119,6 @@ def adapted(network: nn.Module) -> Iterator[tuple[str, LoraLinear | Experts]]:
     for name, module in network.named_modules():
         if isinstance(module, LoraLinear) or (isinstance(module, Experts) and module.adapters):
             yield name, module
-
-
-def adapter_parameters(network: nn.Module) -> Iterable[nn.Parameter]:
-    """Those that are trained."""
-    return (p for n, p in network.named_parameters() if n.rpartition(".")[2].startswith("lora_"))
 
 
 def targets_of(network: Decoder, targets: tuple[str, ...]) -> list[str]:

@@ -33,7 +33,7 @@ def write_tuning(folder: Path) -> Path:
     values: dict[str, Any] = {"name": folder.name, "method": s["method"], "tiles": tiles, "rows": rows}
     values |= {"warnings": s["warnings"], "plan": record["plan"], "command": record["command"]}
     values |= {"plots": _plots(record["curve"], looks), "samples": [r for r in looks if r.get("sample")][-6:]}
-    values |= {"base": record["base"], "template": record["template"]["template"]}
+    values |= {"base": record["base"], "template": record["template"]}
     write_text(folder / "report.html", filled("tuning", style="training", **values))
     return folder / "report.html"
 

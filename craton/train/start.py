@@ -14,7 +14,7 @@ import torch
 from craton.base import UserError, amount, claim, count, digest, read_json, say, sha256, span, write_json
 from craton.corpus.build import BuildOptions, build, remove_corpus
 from craton.corpus.store import Corpus
-from craton.engine.model import Model, load_model, single_file
+from craton.engine.model import Model, load_model, single_file, weights_hash
 from craton.model import kernels
 from craton.model.config import ModelConfig
 from craton.model.packed import PackedMatrix
@@ -73,7 +73,7 @@ class _Asked:
     def facts(self) -> dict[str, Any]:
         """What a resumed run must be asked for again."""
         digests = [c.digest for c in self.corpora]
-        base = {"base": _weights_hash(self.base)} if self.base else {}
+        base = {"base": weights_hash(Path(self.base))} if self.base else {}
         return {"recipe": as_dict(self.recipe), "corpora": digests, "weights": self.weights} | base
 
 
@@ -122,11 +122,6 @@ def _documents(text: str) -> str | None:
         return name
     made_by_us = (path / "manifest.json").exists() or (path / ".work").is_dir()
     return name if path.exists() and not made_by_us else None
-
-
-def _weights_hash(base: str) -> str:
-    path = single_file(Path(base))
-    return digest([sha256(f) for f in ([path] if path.is_file() else sorted(path.glob("*.safetensors")))])
 
 
 def _open_base(asked: _Asked) -> Model:
