@@ -196,12 +196,14 @@ def _train(asked: _Asked, make_job: MakeJob) -> dict[str, Any]:
     processes, out = asked.processes, asked.out
     settled = _settle(asked)
     recipe, peak = from_dict(settled["recipe"]), settled["peak"]
-    config = load_model(asked.base).network.config if asked.base else ModelConfig(**settled["model"])
+    base = load_model(asked.base) if asked.base else None
+    config = ModelConfig(**settled["model"]) if base is None else base.network.config
+    tokenizer = None if base is None else base.tokenizer
+    del base  # its weights are read again where they are wanted
     length = recipe.data.sequence_length or 1
     check_shares((recipe.data.batch_tokens or 0) // length, processes.world, length)
     job = _agreed(processes, lambda: make_job(asked.corpora, asked.weights, recipe, config, processes.device))
-    if asked.base:
-        tokenizer = load_model(asked.base).tokenizer
+    if tokenizer is not None:
         store = Continued(lambda: load_model(asked.base).network, config, tokenizer)
         own = single_file(Path(asked.base))
         chats = not (own.is_dir() and only_pretrained(own))
