@@ -12,11 +12,12 @@ from craton.adapt.tune import Given, tune
 from craton.base import UserError
 from craton.engine.model import load_model
 from craton.engine.request import Sampling
-from craton.model.lora import LoraSpec, put_adapters
+from craton.model.lora import LoraSpec
 from craton.train.loop import Interrupted
 from craton.train.recipe import Recipe, parse_setting
 from craton.weights import adapter
 from craton.weights.folder import load_network
+from tests.adapters import made_up
 
 THINGS = "river stone window garden market letter winter mountain teacher engine paper silver morning village".split()
 
@@ -188,21 +189,8 @@ def test_distillation_gives_the_teachers_form(model_folder, tmp_path):
 def test_ours_open_in_peft_and_merged_in_transformers(model_folder, tmp_path, spec):
     """With equal logits."""
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
-    network = load_network(model_folder).float()
-    put_adapters(network, LoraSpec(4, 8.0, **spec), 0)
-    r = torch.Generator().manual_seed(0)
-    for name, p in network.named_parameters():
-        if name.endswith("lora_B"):
-            p.data = 0.05 * torch.randn(p.shape, generator=r)
-        elif name.endswith("magnitude"):
-            p.data = p.data * (1 + 0.1 * torch.rand(p.shape, generator=r))
     folder = tmp_path / "a"
-    folder.mkdir()
-    from safetensors.torch import save_file
-
-    tensors = {n: t.detach().contiguous() for n, t in adapter.published(dict(network.named_parameters())).items()}
-    save_file(tensors, folder / adapter.WEIGHTS)
-    adapter.write_config(folder, network, LoraSpec(4, 8.0, **spec), {"path": str(model_folder), "sha256": ""})
+    network = made_up(model_folder, folder, LoraSpec(4, 8.0, **spec), 0, 0.05)
     ids = torch.arange(40)[None] % network.config.vocab_size
     with torch.no_grad():
         ours = network(ids)
@@ -243,19 +231,8 @@ def test_adapters_beside_each_other(model_folder, tmp_path):
     """Each answer is the adapter's alone, whatever is cached of others; dropped ones are gone, and come back new."""
     names = []
     for i in range(3):
-        network = load_network(model_folder).float()
-        put_adapters(network, LoraSpec(4, 8.0), i)
-        r = torch.Generator().manual_seed(i)
-        for name, p in network.named_parameters():
-            if name.endswith("lora_B"):
-                p.data = 0.3 * torch.randn(p.shape, generator=r)
         folder = tmp_path / f"a{i}"
-        folder.mkdir()
-        from safetensors.torch import save_file
-
-        tensors = {n: t.detach().contiguous() for n, t in adapter.published(dict(network.named_parameters())).items()}
-        save_file(tensors, folder / adapter.WEIGHTS)
-        adapter.write_config(folder, network, LoraSpec(4, 8.0), {"path": str(model_folder), "sha256": ""})
+        made_up(model_folder, folder, LoraSpec(4, 8.0), i, 0.3)
         names.append(folder.name)
     model = load_model(str(model_folder))
     engine = model.engine

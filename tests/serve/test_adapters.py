@@ -1,31 +1,14 @@
 """Adapters beside a base on one server: named in requests, listed, loaded and dropped while it runs."""
 
-import torch
-from safetensors.torch import save_file
-
-from craton.model.lora import LoraSpec, put_adapters
-from craton.weights import adapter
-from craton.weights.folder import load_network
+from craton.model.lora import LoraSpec
+from tests.adapters import made_up
 from tests.serve.conftest import Running
-
-
-def made(model_folder, folder, seed):
-    network = load_network(model_folder).float()
-    put_adapters(network, LoraSpec(4, 8.0), seed)
-    r = torch.Generator().manual_seed(seed)
-    for name, p in network.named_parameters():
-        if name.endswith("lora_B"):
-            p.data = 0.3 * torch.randn(p.shape, generator=r)
-    folder.mkdir()
-    tensors = {n: t.detach().contiguous() for n, t in adapter.published(dict(network.named_parameters())).items()}
-    save_file(tensors, folder / adapter.WEIGHTS)
-    adapter.write_config(folder, network, LoraSpec(4, 8.0), {"path": str(model_folder), "sha256": ""})
 
 
 def test_adapters_on_a_server(model_folder, tmp_path):
     """Each name answers as itself; what is wrong is said in the dialect's words."""
     for i in range(2):
-        made(model_folder, tmp_path / f"a{i}", i)
+        made_up(model_folder, tmp_path / f"a{i}", LoraSpec(4, 8.0), i, 0.3)
     server = Running(f"base={model_folder}", "--adapter", f"one={tmp_path / 'a0'}")
 
     def said(name):
