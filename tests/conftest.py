@@ -1,11 +1,16 @@
 """Shared fixtures: a real corpus (the Python library's own source, on every machine) and a tiny trained model."""
 
+import os
 import random
 import subprocess
 import sysconfig
 from pathlib import Path
 
 import pytest
+import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # before anything imports triton
 
 from craton.corpus.build import BuildOptions, build
 from craton.train.recipe import Recipe

@@ -353,11 +353,16 @@ def _of_file(path: str) -> Iterator[Sample]:
     yield from map(read_row, iterate_file(Path(path)))
 
 
-def task_samples(task: Task, part: str) -> Iterator[Sample]:
-    """The rows of a task's part: the prompt as it is put to a model, and its right answer."""
+def task_samples(task: Task, part: str, chats: bool) -> Iterator[Sample]:
+    """The rows of a task's part: what a model is asked, as its score asks it, and the right answer. chats: as a
+    conversation, for a model that has a template."""
     name = next(iter(task.formulations))
     f = task.formulations[name]
     for row in task.part(part):
         e = task.example(row, name)
         prompt, target = task.worked(row, f)
-        yield Sample(row["where"], task.name, e.prompts[0] if len(e.prompts) == 1 else prompt, target, row=row)
+        if chats and not task.by_likelihood:
+            said: Messages = [{"role": "assistant", "content": target.strip()}]
+            yield Sample(row["where"], task.name, list(e.messages), said, row=row)
+        else:
+            yield Sample(row["where"], task.name, e.prompts[0] if len(e.prompts) == 1 else prompt, target, row=row)

@@ -178,6 +178,7 @@ def _compared(opened: "Opened", store: Any, looker: Measure) -> Made:
     else:
         better = rendered(opened.samples, opened.renderer, "answer")
         worse = rendered(opened.samples, opened.renderer, "worse")
+        guards.check_masks(opened.samples, better, opened.end_ids, any(s.chats for s in opened.samples))
         groups = [list(pair) for pair in zip(better, worse, strict=True)]
         if tune.method == "reward":
             groups = [[_to_the_end(t) for t in pair] for pair in groups]

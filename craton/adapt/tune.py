@@ -119,7 +119,7 @@ def open_all(given: Given) -> Opened:
         setattr(recipe, section, dataclasses.replace(getattr(recipe, section)))
     model = open_base(given.model)
     task = find_task(given.task) if given.task else None
-    samples = _samples(given, recipe, task)
+    samples = _samples(given, recipe, task, chats=not _is_bare(given, model))
     chats = any(s.chats for s in samples[:1])
     own, end_ids, template = _template(given, model, chats)
     if recipe.tune.method == "reward":
@@ -143,10 +143,16 @@ def open_all(given: Given) -> Opened:
     return Opened(given, recipe, model, own, ends, task, *_apart(samples, task), renderer, config, facts)
 
 
-def _samples(given: Given, recipe: Recipe, task: Task | None) -> list[Sample]:
+def _is_bare(given: Given, model: Model) -> bool:
+    """Whether the model was never tuned to converse."""
+    path = base_file(given.model)
+    return model.tokenizer.chat_template is None or (path.is_dir() and only_pretrained(path))
+
+
+def _samples(given: Given, recipe: Recipe, task: Task | None, chats: bool) -> list[Sample]:
     progress = Progress()
     samples: list[Sample] = []
-    for sample in read_samples(given.data) if given.data else task_samples(_need(task), "train"):
+    for sample in read_samples(given.data) if given.data else task_samples(_need(task), "train", chats):
         samples.append(sample)
         progress.show(f"reading {len(samples)} rows")
     progress.clear()
@@ -171,8 +177,7 @@ def _need(task: Task | None) -> Task:
 def _template(given: Given, model: Model, chats: bool) -> tuple[Dialogue | None, tuple[int, ...], str]:
     """The model's format of conversations, what ends its turns, and where the template is from. One that was never
     tuned is given one, where the data are conversations."""
-    tokenizer, path = model.tokenizer, base_file(given.model)
-    bare = tokenizer.chat_template is None or (path.is_dir() and only_pretrained(path))
+    tokenizer, bare = model.tokenizer, _is_bare(given, model)
     if bare and not chats:
         return None, (), "none: the data go through no template"
     more: tuple[int, ...] = ()
@@ -252,6 +257,9 @@ def _asked(opened: Opened) -> dict[str, Any]:
     given = opened.given
     files = {path: "" if path == "-" else sha256(Path(path)) for path in given.data}
     asked: dict[str, Any] = {"recipe": as_dict(given.recipe), "base": opened.facts["base"]["sha256"], "data": files}
+    named = Path(given.task.rpartition("=")[2])
+    if given.task and named.is_file():
+        asked["task_file"] = sha256(named)
     return asked | {"task": given.task, "teacher": given.teacher}
 
 
@@ -260,7 +268,7 @@ def _stored(path: Path, asked: dict[str, Any], out: Path) -> dict[str, Any]:
     if settled.get("digest") != digest({k: v for k, v in settled.items() if k != "digest"}):
         raise UserError(f"{path}: altered or damaged; start again with another --out")
     for key, value in asked.items():
-        if key != "recipe" and value != settled["asked"][key]:
+        if key != "recipe" and value != settled["asked"].get(key):
             raise UserError(f"{out}: the run was started with another {key}; --resume goes on with the same", field=key)
     for part, values in asked["recipe"].items():
         defaults = dataclasses.asdict(getattr(Recipe(), part))

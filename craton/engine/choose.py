@@ -1,7 +1,8 @@
 """The next token of every answer of a step, at once."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -66,8 +67,20 @@ def choose(answers: list[Answer], logits: Tensor, end_ids: tuple[int, ...]) -> l
             out.append(Choice(None, "error"))
         else:
             answer.completion.reasoning_tokens += thinking
-            out.append(_append(answer, token, complete, logits, i, end_ids))
+            scored = partial(_scored, logits[i : i + 1], token)
+            out.append(append(answer, token, complete, scored, end_ids))
     return out
+
+
+def _scored(logits: Tensor, token: int, top: int) -> TokenLogprob:
+    return token_logprobs(logits, [token], top)[0]
+
+
+def runs_ahead(answer: Answer) -> bool:
+    """Whether nothing but its own logits decides an answer's tokens, so that a device can go on by itself."""
+    s = answer.sampling
+    free = answer.matcher is None and s.reasoning is None and answer.collector is None and not s.adjusts
+    return free and not s.top_k and s.top_p == 1.0 and not s.logprobs and answer.generation.answered >= s.min_tokens
 
 
 def _may_begin_thinking(answer: Answer) -> bool:
@@ -119,18 +132,18 @@ def _accepted(answer: Answer, scores: Tensor, token: int) -> tuple[int | None, b
     return matcher.take(token, answer.generation.max_new - answer.generation.answered - 1)
 
 
-def _append(answer: Answer, token: int, complete: bool, logits: Tensor, row: int, end_ids: tuple[int, ...]) -> Choice:
-    """Put a token to its answer, unless it ends it. row: of logits (answers, vocabulary)."""
+def append(
+    answer: Answer, token: int, complete: bool, scored: Callable[[int], TokenLogprob], end_ids: tuple[int, ...]
+) -> Choice:
+    """Put a token to its answer, unless it ends it. scored: its log-probability, with as many of the likeliest."""
     s, g, completion = answer.sampling, answer.generation, answer.completion
     ends = () if s.ignore_eos else end_ids
     if (token in ends or token in s.stop_token_ids) and g.answered >= s.min_tokens:
         completion.stop_reason = token if token in s.stop_token_ids else None
-        completion.end_token = TokenLogprob(token, 0.0)
-        if s.logprobs is not None:
-            completion.end_token = token_logprobs(logits[row : row + 1], [token], 0)[0]
+        completion.end_token = TokenLogprob(token, 0.0) if s.logprobs is None else scored(0)
         return Choice(None, "stop")
     if s.logprobs is not None:
-        completion.logprobs += token_logprobs(logits[row : row + 1], [token], s.logprobs)
+        completion.logprobs.append(scored(s.logprobs))
     completion.token_ids.append(token)
     g.tokens.append(token)
     if complete:

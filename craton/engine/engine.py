@@ -9,6 +9,7 @@ import os
 import threading
 from collections import deque
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,13 +18,14 @@ from torch import Tensor
 from craton.base import UserError, free_memory
 from craton.engine.answer import Answer
 from craton.engine.batch import Assembled, assemble
-from craton.engine.choose import choose
+from craton.engine.choose import append, choose, runs_ahead
 from craton.engine.collect import Collector
 from craton.engine.draft import PromptLookup
 from craton.engine.draft_model import DraftModel
 from craton.engine.generation import Generation, Slice
 from craton.engine.request import Completion, Counters, EngineEvent, Sampling, TokenLogprob
 from craton.engine.runner import Runner, cache_dtype
+from craton.engine.sampler import uniform
 from craton.engine.scheduler import Scheduler
 from craton.engine.structured import Grammars, Matcher
 from craton.engine.text import TextStream
@@ -34,6 +36,7 @@ from craton.model.paging import BLOCK
 from craton.text.tokenizer import Tokenizer
 from craton.weights.adapter import low_ranks
 
+AHEAD = 8  # tokens that a device chooses by itself before the host looks at them
 _LOGIT_BYTES = 64 << 20  # logits of one step at most
 
 
@@ -43,7 +46,8 @@ class Engine:
     network: on the device where it is to run. cache_bytes: of keys and values. step_tokens: in one forward pass.
     speculate: "" (no guessing) or "lookup" (from the text so far); a draft network with the same vocabulary guesses
     instead. end_ids: tokens that end an answer, besides the configuration's. exact: activations are not rounded to 8
-    bits where weights are packed, which takes several times as long. UserError for options that cannot be.
+    bits where weights are packed, which takes several times as long. dtype: of what a GPU computes, if it is not to be
+    the weights'. UserError for options that cannot be.
     """
 
     def __init__(
@@ -60,6 +64,7 @@ class Engine:
         share_prefixes: bool = True,
         end_ids: tuple[int, ...] = (),
         exact: bool = False,
+        dtype: torch.dtype | None = None,
     ):
         config = self.config = network.config
         self.tokenizer = tokenizer
@@ -70,18 +75,20 @@ class Engine:
             sizes = f"{draft.config.vocab_size}, the model's {config.vocab_size}"
             raise UserError(f"the draft model's vocabulary is {sizes}; they must be the same")
         self.speculate, self.guesses = speculate, guesses
-        each = sum(bytes_per_token(n.config, cache_dtype(n).itemsize) for n in (network, draft) if n is not None)
         device = network.model.norm.weight.device
+        size = (dtype if dtype is not None and device.type != "cpu" else cache_dtype(network)).itemsize
+        each = sum(bytes_per_token(n.config, size) for n in (network, draft) if n is not None)
         room = cache_bytes or _default_cache(device, each, config.max_position_embeddings)
         blocks = max(2, room // (each * BLOCK))
-        self.context = min(config.max_position_embeddings, blocks * BLOCK)
-        self.runner = Runner(network, blocks, self.context, exact)
+        usable = blocks - (device.type != "cpu")  # the last one is for padding there
+        self.context = min(config.max_position_embeddings, usable * BLOCK)
+        self.runner = Runner(network, blocks, self.context, exact, dtype)
         self.draft = None if draft is None else DraftModel(draft, blocks, self.context, guesses)
         counters = self.counters = Counters()
         scored = max(1, _LOGIT_BYTES // (4 * config.vocab_size))
         limits = dict(step_tokens=step_tokens, scored_tokens=scored, max_running=most_running)
         self.scheduler = Scheduler(
-            blocks, share_prefixes=share_prefixes, counters=counters, guess=self._guess, **limits
+            usable, share_prefixes=share_prefixes, counters=counters, guess=self._guess, **limits
         )
         self.answers: dict[Generation, Answer] = {}
         self.requests: dict[int, list[Answer]] = {}
@@ -258,12 +265,62 @@ class Engine:
         plan = self.scheduler.schedule()
         if not plan:
             return events
+        if self.runner.device_step is not None and all(self._runs_ahead(part) for part in plan):
+            return events + self._run_ahead(plan)
         self.counters.steps += 1
         self.counters.computed_tokens += sum(part.new for part in plan)
         made = assemble(plan, self.runner.cache, numbers=self.runner.numbers)
         want_logits = bool(made.rows.numel()) and any(not part.generation.every_state for part in plan)
         logits, hidden = self.runner.forward(made.ids, made.batch, made.rows, want_logits)
         return events + self._consume(plan, made, logits, hidden)
+
+    def _runs_ahead(self, part: Slice) -> bool:
+        generation = part.generation
+        return part.new == 1 and part.past == len(generation.tokens) - 1 and runs_ahead(self.answers[generation])
+
+    def _run_ahead(self, plan: list[Slice]) -> list[EngineEvent]:
+        """Several tokens of each answer, which the device chose by itself; those after an answer's end are lost."""
+        assert self.runner.device_step is not None
+        answers = [self.answers[part.generation] for part in plan]
+        steps = min(AHEAD, max(part.generation.max_new - part.generation.answered for part in plan))
+        for part in plan:
+            g = part.generation
+            if not self.scheduler.reserve(g, min(part.past + steps, g.prompt + g.max_new)):
+                steps = 1
+                break
+        numbers = [
+            [uniform(a.seed, a.completion.index, p.past + 1 + turn) if a.sampling.temperature else 0.0
+             for p, a in zip(plan, answers, strict=True)]
+            for turn in range(steps)
+        ]  # fmt: skip
+        tokens, scores = self.runner.device_step.decode(
+            [part.generation.tokens[-1] for part in plan],
+            [part.past for part in plan],
+            [part.generation.blocks for part in plan],
+            [(a.sampling.temperature, a.sampling.min_p) for a in answers],
+            numbers,
+        )
+        self.counters.steps += steps
+        self.counters.computed_tokens += steps * len(plan)
+        each = zip(plan, answers, zip(*tokens, strict=True), zip(*scores, strict=True), strict=True)
+        return [self._take(part, answer, own, logprobs) for part, answer, own, logprobs in each]
+
+    def _take(self, part: Slice, answer: Answer, tokens: Sequence[int], scores: Sequence[float]) -> EngineEvent:
+        """Tokens that were chosen already, as far as the answer goes."""
+        added, text, finish = list[int](), "", None
+        for token, logprob in zip(tokens, scores, strict=True):
+            choice = append(answer, token, False, partial(_known, TokenLogprob(token, logprob)), self.end_ids)
+            new = [] if choice.token is None else [choice.token]
+            finish = choice.finish
+            more, stopped = self._text(answer, new, finish is not None)
+            if stopped is not None:
+                finish, answer.completion.stop_reason = "stop", stopped
+            added += new
+            text += more
+            if finish is not None:
+                break
+        self.scheduler.computed(Slice(part.generation, part.past, len(tokens)))
+        return self._advanced(part, answer, added, text, finish)
 
     def _guess(self, generation: Generation) -> list[int] | None:
         lookup = self.answers[generation].lookup
@@ -443,6 +500,10 @@ def too_long(tokens: int | str, context: int, why: str, field: str = "prompt") -
     """The error of a prompt of so many tokens. why: more about the context."""
     message = f"the prompt has {tokens} tokens, the context is {context}{why}; shorten it"
     return UserError(message, field=field, code="context_length_exceeded")
+
+
+def _known(score: TokenLogprob, _: int) -> TokenLogprob:
+    return score
 
 
 def _newest(completion: Completion, added: Sequence[int]) -> tuple[TokenLogprob, ...]:

@@ -17,6 +17,11 @@ from craton.model.fused import MOST_ADAPTERS, FusedStep, fits
 from craton.model.lora import LoraLinear, LowRank, adapted
 from craton.model.packed import PackedMatrix
 
+try:
+    from craton.model import device_step
+except ImportError:  # no Triton, as on machines without a GPU
+    device_step = None  # type: ignore[assignment]
+
 OWN = 0  # the number of the adapter that is part of a network
 
 
@@ -35,14 +40,22 @@ def _give_back() -> None:
 
 class Runner:
     """A network with its cache. On a CPU with the engine's kernels whole steps run in one call where the family
-    allows it, else module by module; on a GPU, PyTorch. An answer's bits do not depend on its neighbours on a CPU."""
+    allows it, and on a GPU as few kernels (device_step.py); else module by module. An answer's bits do not depend on
+    its neighbours on a CPU."""
 
-    def __init__(self, network: Decoder, blocks: int, context: int, exact: bool = False):
-        """context: the longest sequence that will come. exact: activations are not rounded for packed weights."""
+    def __init__(
+        self, network: Decoder, blocks: int, context: int, exact: bool = False, dtype: torch.dtype | None = None
+    ):
+        """context: the longest sequence that will come. exact: activations are not rounded for packed weights. dtype:
+        of what is computed on a GPU; the weights' if nothing is said."""
         self.packed = any(isinstance(m, PackedMatrix) for m in network.modules())
         self.exact = exact and self.packed
         self.source, self.device, self.context = network, network.model.norm.weight.device, context
-        self.cache = PagedCache(network.config, blocks, cache_dtype(network), self.device)
+        dtype = dtype if dtype is not None and self.device.type != "cpu" else cache_dtype(network)
+        self.cache = PagedCache(network.config, blocks, dtype, self.device)
+        self.device_step: device_step.DeviceStep | None = None
+        if self.device.type == "cuda" and device_step is not None and device_step.fits(network):
+            self.device_step = device_step.DeviceStep(network, self.cache, context, blocks - 1, dtype)
         self.adapters: dict[str, tuple[int, dict[str, LowRank]]] = {}
         self.numbers: dict[str, int] = {}
         self.weights_changed()
@@ -123,6 +136,9 @@ class Runner:
     ) -> tuple[Tensor | None, Tensor]:
         """ids (tokens,) int32 on the device -> logits (outputs, vocabulary) and last hidden states (outputs, hidden) of
         the tokens in rows (outputs,), fp32 on the CPU."""
+        if self.device_step is not None:
+            logits, hidden = self.device_step.run(ids, batch, rows, want_logits)
+            return None if logits is None else logits.float().cpu(), hidden.float().cpu()
         if self.fused is not None and not self.exact:
             if self.own_adapter:
                 batch.adapters = torch.full_like(ids, OWN)

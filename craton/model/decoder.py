@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from craton.model import modes, nll, ops, plain, rope
 from craton.model.attention import AttentionSpec, Spans
@@ -59,10 +60,13 @@ class Head(Linear):
 
 def project_together(x: Tensor, *layers: nn.Module) -> Tensor:
     """The layers' outputs side by side: one product where their weights are plain."""
-    weights = [w for layer in layers if (w := getattr(layer, "plain_weight", lambda: None)()) is not None]
-    if len(weights) == len(layers):
-        return ops.linear(x, *weights)
-    return torch.cat([layer(x) for layer in layers], -1)
+    weights = []
+    for layer in layers:
+        weight = layer.plain_weight() if isinstance(layer, Linear) else None
+        if weight is None:
+            return torch.cat([layer(x) for layer in layers], -1)
+        weights.append(weight)
+    return ops.linear(x, *weights)
 
 
 class RMSNorm(nn.Module):
@@ -331,6 +335,15 @@ class Backbone(nn.Module):
         self.embed_tokens = nn.Embedding(*shape, _weight=torch.empty(shape))
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config)
+        self.recompute = False  # blocks' insides again in the backward pass, rather than keeping them
+        self._ropes: dict[tuple[int, torch.device, bool], list[Rope]] = {}
+
+    def _ropes_of(self, time: int, device: torch.device) -> list[Rope]:
+        """Of the first positions; kept, since training asks for the same ones each time."""
+        key = time, device, modes.is_batch_invariant()
+        if key not in self._ropes:
+            self._ropes = {key: self.ropes(torch.arange(time, device=device))}
+        return self._ropes[key]
 
     def ropes(self, positions: Tensor) -> list[Rope]:
         """Each layer's rotation of these positions (time,)."""
@@ -343,16 +356,21 @@ class Backbone(nn.Module):
     def embed(self, ids: Tensor) -> Tensor:
         """ids (batch, time) -> (batch, time, hidden)."""
         x, scale = self.embed_tokens(ids), self.config.embedding_scale
+        if x.is_cuda and torch.is_autocast_enabled("cuda"):  # what goes from block to block is of that type too
+            x = x.to(torch.get_autocast_dtype("cuda"))
         # Rounded to the type, as Gemma was trained.
         return x if scale == 1.0 else x * torch.tensor(scale, dtype=x.dtype)
 
     def forward(self, ids: Tensor, document_start: Tensor | None = None, past: Past | None = None) -> Tensor:
         """Hidden states after the last norm. document_start: as in Spans; past: the tokens that came before."""
-        positions = torch.arange(ids.shape[1], device=ids.device) if past is None else past.positions
+        turned = self._ropes_of(ids.shape[1], ids.device) if past is None else self.ropes(past.positions)
         spans = Spans(document_start, ids) if past is None else None
         x, delta = self.embed(ids), None
-        for layer, turned in zip(self.layers, self.ropes(positions), strict=True):
-            x, delta = layer(x, delta, turned, spans, past)
+        for layer, rope_ in zip(self.layers, turned, strict=True):
+            if self.recompute and torch.is_grad_enabled():
+                x, delta = checkpoint(layer, x, delta, rope_, spans, past, use_reentrant=False)
+            else:
+                x, delta = layer(x, delta, rope_, spans, past)
         return self.norm.add_then_norm(x, delta)[1]
 
 

@@ -12,6 +12,11 @@ from torch import Tensor
 from craton.model import kernels, ops
 from craton.model.plain import Pair
 
+try:
+    from craton.model import triton_kernels
+except ImportError:  # no Triton, as on machines without a GPU
+    triton_kernels = None  # type: ignore[assignment]
+
 IGNORE = -100  # a target for which there is no loss
 _SLICE_BYTES = {"cpu": 32 << 20}  # of fp32 logits held at once; what stays near the cores
 _SLICE_BYTES_ELSEWHERE = 1 << 30
@@ -58,6 +63,21 @@ def _slices(x: Tensor, vocabulary: int) -> list[slice]:
     return [slice(at, at + rows) for at in range(0, x.shape[0], rows)]
 
 
+def _loss_and_gradient(products: Tensor, target: Tensor, weight: Tensor, softcap: float | None) -> Pair:
+    """Products (rows, vocabulary), not yet capped -> weight times the gradient of the nll by them, in their place where
+    that is possible, and nll (rows,) fp32."""
+    if products.device.type == "cuda" and triton_kernels is not None:
+        return products, triton_kernels.cross_entropy(products, target, weight, softcap)
+    logits = _capped(products.float(), softcap)
+    gradient, nll = _softmax_gradient(logits if softcap is None else logits.clone(), target, weight)
+    return gradient if softcap is None else gradient * (1 - (logits / softcap).square()), nll
+
+
+def _capped(logits: Tensor, softcap: float | None) -> Tensor:
+    """In their place."""
+    return logits if softcap is None else torch.tanh_(logits.div_(softcap)).mul_(softcap)
+
+
 def _softmax_gradient(logits: Tensor, target: Tensor, weight: Tensor) -> Pair:
     """fp32 logits (rows, vocabulary) -> weight * (softmax - onehot(target)), in their place, and nll (rows,)."""
     library = kernels.training_kernels() if logits.device.type == "cpu" else None
@@ -78,21 +98,14 @@ def _softmax_gradient(logits: Tensor, target: Tensor, weight: Tensor) -> Pair:
 class _Sliced:
     """Products of slices of x with w, and their gradients gathered."""
 
-    def __init__(self, x: Tensor, w: Tensor, softcap: float | None, dtype: torch.dtype):
-        self.x, self.w, self.softcap = x.to(dtype), w.to(dtype), softcap
+    def __init__(self, x: Tensor, w: Tensor, dtype: torch.dtype):
+        self.x, self.w = x.to(dtype), w.to(dtype)
         self.cpu = x.device.type == "cpu"
         self.dw: Tensor | None = None
 
-    def logits(self, part: slice) -> Tensor:
-        """(rows, vocabulary) fp32, capped."""
-        logits = ops.matmul_t(self.x[part], self.w).float()
-        return logits if self.softcap is None else torch.tanh_(logits.div_(self.softcap)).mul_(self.softcap)
-
-    def through_cap(self, gradient: Tensor, part: slice) -> Tensor:
-        """The gradient of the products from that of the capped logits."""
-        if self.softcap is None:
-            return gradient
-        return gradient * (1 - (self.logits(part) / self.softcap).square())
+    def products(self, part: slice) -> Tensor:
+        """(rows, vocabulary), not yet capped."""
+        return ops.matmul_t(self.x[part], self.w)
 
     def gradients(self, gradient: Tensor, part: slice, dx: Tensor | None, want_w: bool) -> None:
         """Adds what the gradient (rows, vocabulary) of a slice's products gives to dx[part] and dw."""
@@ -115,14 +128,14 @@ class _Sliced:
 class _WeightedNLL(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, target: Tensor, weight: Tensor, softcap: float | None) -> Pair:
-        sliced = _Sliced(x, w, softcap, _compute_type(x))
+        sliced = _Sliced(x, w, _compute_type(x))
         want_x, want_w = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         dx = torch.empty_like(x) if want_x else None
         nll = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
         for part in _slices(x, w.shape[0]):
-            gradient, nll[part] = _softmax_gradient(sliced.logits(part), target[part], weight[part])
+            gradient, nll[part] = _loss_and_gradient(sliced.products(part), target[part], weight[part], softcap)
             if want_x or want_w:
-                sliced.gradients(sliced.through_cap(gradient, part), part, dx, want_w)
+                sliced.gradients(gradient, part, dx, want_w)
         ctx.save_for_backward(dx, None if sliced.dw is None else sliced.dw.to(w.dtype))
         ctx.mark_non_differentiable(nll)
         return (nll * weight).sum(), nll
@@ -137,10 +150,10 @@ class _TokenNLL(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, target: Tensor, softcap: float | None) -> Tensor:
         ctx.softcap, ctx.dtype = softcap, _compute_type(x)
-        sliced = _Sliced(x, w, softcap, ctx.dtype)
+        sliced = _Sliced(x, w, ctx.dtype)
         nll = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
         for part in _slices(x, w.shape[0]):
-            logits = sliced.logits(part)
+            logits = _capped(sliced.products(part).float(), softcap)
             at_target = logits.gather(1, target[part].clamp(min=0)[:, None])[:, 0]
             nll[part] = (logits.logsumexp(-1) - at_target).masked_fill_(target[part] == IGNORE, 0.0)
         ctx.save_for_backward(x, w, target)
@@ -149,9 +162,9 @@ class _TokenNLL(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dnll: Tensor) -> tuple[Tensor | None, ...]:
         x, w, target = ctx.saved_tensors
-        sliced = _Sliced(x, w, ctx.softcap, ctx.dtype)
+        sliced = _Sliced(x, w, ctx.dtype)
         dx = torch.empty_like(x) if ctx.needs_input_grad[0] else None
         for part in _slices(x, w.shape[0]):
-            gradient, _ = _softmax_gradient(sliced.logits(part), target[part], dnll[part])
-            sliced.gradients(sliced.through_cap(gradient, part), part, dx, ctx.needs_input_grad[1])
+            gradient, _ = _loss_and_gradient(sliced.products(part), target[part], dnll[part], ctx.softcap)
+            sliced.gradients(gradient, part, dx, ctx.needs_input_grad[1])
         return dx, None if sliced.dw is None else sliced.dw.to(w.dtype), None, None

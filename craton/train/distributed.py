@@ -212,7 +212,10 @@ def clip_gradients(parameters: list[nn.Parameter], limit: float, scale: float = 
     the norm is above it (0: never). Summed in fp64 and rounded to fp32, so that it does not depend on how parameters
     are sharded. Collective."""
     grads = [local(p.grad) for p in parameters if p.grad is not None]
-    squares = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64).square() for g in grads]).sum()
+    if grads[0].is_cuda:
+        squares = torch.stack(torch._foreach_norm(grads)).double().square().sum()  # few kernels
+    else:
+        squares = torch.stack([torch.linalg.vector_norm(g, dtype=torch.float64).square() for g in grads]).sum()
     if dist.is_initialized():
         dist.all_reduce(squares)
     norm = float(squares.sqrt().float()) * abs(scale)

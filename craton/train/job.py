@@ -117,5 +117,9 @@ def on(batch: Any, device: str) -> Any:
     if device == "cpu":
         return batch
     values = {f.name: getattr(batch, f.name) for f in fields(batch)}
-    moved = {k: v.to(device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in values.items()}
-    return type(batch)(**moved)
+    return type(batch)(**{k: _moved(v, device) if isinstance(v, Tensor) else v for k, v in values.items()})
+
+
+def _moved(values: Tensor, device: str) -> Tensor:
+    """From memory that does not move, so that the host need not wait."""
+    return values if values.device.type != "cpu" else values.pin_memory().to(device, non_blocking=True)

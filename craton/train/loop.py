@@ -3,6 +3,7 @@
 It does not know what is trained: everything that does is in the job.
 """
 
+import gc
 import math
 import os
 import shutil
@@ -15,9 +16,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from craton.base import Progress, UserError, amount, count, say, span
-from craton.train import checkpoint
+from craton.train import checkpoint, memory
 from craton.train.distributed import Processes, box, clip_gradients, fill, gathered, local, stored_buffers
 from craton.train.job import Job, Kind, Losses, Store, on
 from craton.train.loggers import Logger
@@ -28,6 +30,10 @@ from craton.train.schedule import Pace, Schedule, planned
 from craton.weights.tensorfile import stream_tensors
 
 SPIKE_WINDOW = 64
+# Which of PyTorch's attentions is taken, the first that can; on one H200 cuDNN's was the fastest.
+_ATTENTION = [
+    SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH
+]  # fmt: skip
 _STOPPING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -74,7 +80,10 @@ def accumulate(
         empty = share >= total_groups  # takes part, so that the others' gradients come together, and adds nothing
         batch = on(job.source.batch(number, 0 if empty else share, pieces, network), processes.device)
         processes.begin_piece(parameters)
-        with torch.autocast(processes.device, torch.bfloat16, enabled=recipe.run.precision == "bf16"):
+        with (
+            torch.autocast(processes.device, torch.bfloat16, enabled=recipe.run.precision == "bf16"),
+            sdpa_kernel(_ATTENTION, set_priority=True),
+        ):
             losses = job.objective(network, batch)
         (losses.total * 0.0 if empty else losses.total).backward()
         named = ["loss", *losses.sums]
@@ -113,7 +122,11 @@ class Run:
         if recipe.run.compile == "on" or (recipe.run.compile == "auto" and enough):
             for unit in job.store.units(self.network):
                 for module in unit:
-                    module.compile()
+                    module.compile(fullgraph=True)
+        if processes.device == "cuda" and hasattr(self.network, "model"):
+            self.network.model.recompute = recipe.run.recompute == "on" or (
+                recipe.run.recompute == "auto" and memory.recomputes(self.network.config, recipe, processes.world)
+            )
 
     @property
     def units(self) -> int:
@@ -225,6 +238,9 @@ class Run:
         previous = {s: signal.signal(s, self._stop) for s in _STOPPING if signal.getsignal(s) is not signal.SIG_IGN}
         self._remember()
         metrics = Metrics(self.out / "metrics.jsonl", self.state.step) if self.processes.first else None
+        if self.processes.device == "cuda":  # what is there stays: collecting it again and again would hold up launches
+            gc.collect()
+            gc.freeze()
         began, times = time.monotonic() - self.state.seconds, deque[float](maxlen=20)
         try:
             while self.state.step < self.schedule.steps:

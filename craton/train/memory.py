@@ -21,6 +21,30 @@ def training_bytes(config: ModelConfig, recipe: Recipe, world: int) -> int:
     return _SOME + (fixed + tokens * kept * size) * 11 // 10
 
 
+def kept_bytes(config: ModelConfig) -> int:
+    """Bytes that a compiled forward pass in bf16 keeps of a token until the backward pass: inputs and outputs of each
+    product, and the norms' inputs."""
+    c = config
+    heads = (c.num_attention_heads * 2 + c.num_key_value_heads * 2) * c.head_dim
+    return 2 * c.num_hidden_layers * (4 * c.hidden_size + 2 * heads + 4 * c.intermediate_size)
+
+
+def micro_tokens(config: ModelConfig, recipe: Recipe, world: int, free: int) -> int:
+    """Tokens of a forward pass on a GPU: what its memory holds, no more than a batch, whole rows."""
+    length, batch = recipe.data.sequence_length or 1, (recipe.data.batch_tokens or 1) // world
+    fixed = training_bytes(config, recipe, world)
+    room = max(0, int(0.7 * free) - fixed) // kept_bytes(config)
+    most = min(batch, 131_072, max(length, room))
+    pieces = -(-batch // most)
+    return max(length, -(-batch // pieces) // length * length)
+
+
+def recomputes(config: ModelConfig, recipe: Recipe, world: int) -> bool:
+    """Whether a GPU cannot keep what a forward pass leaves for the backward pass."""
+    tokens = min(recipe.data.micro_tokens or 8192, recipe.data.batch_tokens or 8192)
+    return training_bytes(config, recipe, world) + tokens * kept_bytes(config) > 0.9 * free("cuda")
+
+
 def free(device: str) -> int:
     """Bytes that this process can have, taken before it has measured anything: what a measurement gave back stays with
     the process and does not count as free again."""

@@ -5,7 +5,7 @@ over. Muon: Jordan 2024 (kellerjordan.github.io/posts/muon) with Polar Express c
 cautious weight decay (arXiv 2510.12402).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +18,11 @@ from craton.base import UserError
 from craton.model import kernels, ops
 from craton.train.distributed import Box, box, local
 from craton.train.recipe import OptimizerPart
+
+try:
+    from craton.model import triton_kernels
+except ImportError:  # no Triton, as on machines without a GPU
+    triton_kernels = None  # type: ignore[assignment]
 
 # Each line turns singular values a bit nearer to 1 by s -> a s + b s^3 + c s^5; made for these five in this order.
 POLAR_EXPRESS = (
@@ -39,8 +44,12 @@ def orthogonalise(g: Tensor) -> Tensor:
     x = x / (x.norm(dim=(-2, -1), keepdim=True) * 1.02 + 1e-7)
     tall = x.shape[-2] > x.shape[-1]
     x = x.mT if tall else x
-    product = ops.matmul_t if x.ndim == 2 else lambda a, b: a @ b.mT
     for a, b, c in POLAR_EXPRESS:
+        if x.is_cuda and x.ndim == 3:  # additions within the products
+            s = torch.bmm(x, x.mT)
+            x = torch.baddbmm(x, torch.baddbmm(s, s, s, beta=b, alpha=c), x, beta=a)
+            continue
+        product = ops.matmul_t if x.ndim == 2 else lambda a, b: a @ b.mT
         s = product(x, x)
         x = a * x + product(b * s + c * product(s, s), x.mT)
     return (x.mT if tall else x).to(g.dtype)
@@ -59,6 +68,9 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             with_gradient = [p for p in group["params"] if p.grad is not None]
             for same in _by_shape(with_gradient):
+                if triton_kernels is not None and same[0].is_cuda and not isinstance(same[0], DTensor):
+                    self._step_together(same, group)
+                    continue
                 updates = [self._momentum(p, group["momentum"]) for p in same]
                 for p, u in zip(same, _orthogonalised(same, updates), strict=True):
                     weight, scale = local(p), max(1.0, p.shape[-2] / p.shape[-1]) ** 0.5
@@ -66,13 +78,31 @@ class Muon(torch.optim.Optimizer):
                         weight.mul_(1 - group["lr"] * group["weight_decay"] * (u * weight >= 0))
                     weight.sub_(u * (group["lr"] * scale))
 
-    def _momentum(self, p: Tensor, mu: float) -> Tensor:
-        """This process's part of the Nesterov update."""
-        assert p.grad is not None
+    def _step_together(self, same: Sequence[Tensor], group: dict[str, Any]) -> None:
+        """The same for all matrices of a shape at once, in few kernels."""
+        rate = group["lr"] * max(1.0, same[0].shape[-2] / same[0].shape[-1]) ** 0.5
+        many = max(1, _STACK_BYTES // (2 * same[0].numel()))
+        for at in range(0, len(same), many):
+            some = same[at : at + many]
+            gradients = [p.grad for p in some if p.grad is not None]
+            stack = triton_kernels.nesterov(
+                [self._state(p) for p in some], gradients, group["momentum"], torch.bfloat16
+            )
+            triton_kernels.muon_update(
+                [p.data for p in some], orthogonalise(stack).contiguous(), group["lr"] * group["weight_decay"], rate
+            )
+
+    def _state(self, p: Tensor) -> Tensor:
         state = self.state[p]
         if not state:
             state["momentum"] = torch.zeros_like(p)
-        momentum, gradient = local(state["momentum"]), local(p.grad)
+        momentum: Tensor = state["momentum"]
+        return momentum
+
+    def _momentum(self, p: Tensor, mu: float) -> Tensor:
+        """This process's part of the Nesterov update."""
+        assert p.grad is not None
+        momentum, gradient = local(self._state(p)), local(p.grad)
         momentum.mul_(mu).add_(gradient * (1 - mu))
         return gradient.mul_(1 - mu).add_(momentum * mu)  # the gradient is not needed again
 

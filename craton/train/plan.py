@@ -238,8 +238,10 @@ class _Planner:
         r.data.batch_tokens = batch
         rule = f": grows as the 0.383 power of the {count(r.run.steps * batch)} tokens"
         self.why.append(f"batch of {batch} tokens{rule if self.given_batch is None else ', as given'}")
-        most = 8192 if self.cpu else 32_768
-        r.data.micro_tokens = r.data.micro_tokens or min(batch, max(r.data.sequence_length or 1, most))
+        if r.data.micro_tokens is None and self.cpu:
+            r.data.micro_tokens = min(batch, max(r.data.sequence_length or 1, 8192))
+        elif r.data.micro_tokens is None:
+            r.data.micro_tokens = memory.micro_tokens(config, r, self.world, self.free)
 
     def _tokens(self, config: ModelConfig, target: float) -> float:
         """Tokens to train on."""

@@ -39,6 +39,7 @@ class RunPart:
     evaluate_tasks: str = ""  # TASK,TASK,... scored at each look (docs/eval.md)
     precision: Literal["fp32", "bf16"] | None = None  # of matrix products; weights stay fp32
     compile: Literal["auto", "on", "off"] = "auto"  # torch.compile; auto: on GPUs when the run is long enough
+    recompute: Literal["auto", "on", "off"] = "auto"  # blocks' insides in the backward pass; auto: on GPUs that need it
     logger: Literal["none", "tensorboard", "wandb", "trackio"] = "none"  # besides metrics.jsonl
 
 

@@ -1,0 +1,402 @@
+"""Everything on one GPU: correct first, then how fast, beside its peers and the limits of the same machine, in one run.
+
+    python benchmarks/gpu.py --out FOLDER                      at most 8 minutes, from a source tree, no network
+    python benchmarks/gpu.py --out FOLDER --only decode,train  some parts
+    python benchmarks/gpu.py --wheels                          packages that a bare machine lacks, to be carried there
+
+A part that fails says so and the others go on; the exit code is 1 then. Limits are measured in the run: a product of
+8192 x 8192 bf16 matrices of random numbers, and a copy of 4 GB, counting what is read and written.
+"""
+
+import argparse
+import gc
+import importlib.util
+import json
+import statistics
+import subprocess
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+NEEDED = {
+    "rensa": "rensa", "ftfy": "ftfy", "chardet": "chardet", "pypdf": "pypdf", "py3langid": "py3langid",
+    "zstandard": "zstandard", "llguidance": "llguidance", "gguf": "gguf", "fastapi": "fastapi",
+    "starlette": "starlette", "pydantic": "pydantic", "pydantic_core": "pydantic-core", "uvicorn": "uvicorn",
+    "httptools": "httptools", "prompt_toolkit": "prompt-toolkit", "wcwidth": "wcwidth",
+    "annotated_types": "annotated-types", "typing_inspection": "typing-inspection", "trafilatura": "trafilatura",
+    "lxml_html_clean": "lxml-html-clean", "courlan": "courlan", "htmldate": "htmldate", "justext": "justext",
+    "tld": "tld", "babel": "babel", "dateparser": "dateparser", "pytz": "pytz", "tzlocal": "tzlocal",
+    "tiktoken": "tiktoken",
+}  # fmt: skip
+# hidden, layers, heads, kv heads, intermediate, vocabulary, tokens a row, tokens a step
+TRAINED = {
+    "105M": (768, 12, 12, 6, 2112, 32768, 1024, 524_288),
+    "443M": (1280, 20, 20, 10, 3520, 32768, 2048, 524_288),
+    "1.1B": (2048, 22, 32, 4, 5632, 32000, 2048, 262_144),
+}
+DECODED = (2048, 22, 32, 4, 5632, 32000, 4096)
+results: dict[str, Any] = {}
+
+
+def torch_() -> Any:
+    import torch
+
+    return torch
+
+
+def sync_seconds(work: Callable[[], Any]) -> float:
+    torch = torch_()
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    work()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def median_seconds(work: Callable[[], Any], times: int = 5, warm: int = 1) -> float:
+    for _ in range(warm):
+        work()
+    return statistics.median(sync_seconds(work) for _ in range(times))
+
+
+def free() -> None:
+    torch = torch_()
+    gc.collect()
+    torch._dynamo.reset()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+
+
+def limits() -> dict[str, float]:
+    """FLOP/s and bytes/s."""
+    torch = torch_()
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    product = 2 * 8192**3 / median_seconds(lambda: a @ b, 20, 5)
+    x = torch.empty(1 << 31, dtype=torch.uint8, device="cuda")
+    y = torch.empty_like(x)
+    copy = 2 * x.numel() / median_seconds(lambda: y.copy_(x), 10, 2)
+    return {"bf16_flops": product, "copy_bytes": copy}
+
+
+# ---- correctness --------------------------------------------------------------------------------------------------
+
+
+def check_tests() -> dict[str, Any]:
+    """The tests that a GPU decides."""
+    files = ["tests/test_cuda.py", "tests/model/test_triton.py", "tests/engine/test_device.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    lines = done.stdout.strip().splitlines()
+    if done.returncode:
+        print("\n".join(lines[-60:]))
+        raise RuntimeError("tests failed")
+    return {"tests": lines[-1]}
+
+
+def check_training() -> dict[str, Any]:
+    """Twenty steps of a small model on the CPU in fp32, and on the GPU in bf16 as training does it."""
+    torch = torch_()
+    from craton.train.recipe import Recipe
+
+    curves = {}
+    for device in ("cpu", "cuda"):
+        recipe = Recipe()
+        recipe.run.precision = "fp32" if device == "cpu" else "bf16"
+        network, step = trained((128, 3, 4, 2, 352, 512, 128, 2048), device, recipe, compiled=False, learn=True)
+        curves[device] = [step() for _ in range(20)]
+        del network
+    apart = max(abs(a - b) for a, b in zip(curves["cpu"], curves["cuda"], strict=True))
+    assert curves["cpu"][-1] < curves["cpu"][0] - 0.2 and apart < 0.05, curves
+    return {"loss_apart": apart, "first": curves["cuda"][0], "last": curves["cuda"][-1], "torch": torch.__version__}
+
+
+def check_logits() -> dict[str, Any]:
+    """A bf16 decoder's logits by the kernels, against the same weights in fp32 on the CPU, and greedy text."""
+    torch = torch_()
+    from craton.engine.engine import Engine
+    from craton.engine.request import Sampling
+
+    n = decoder((256, 4, 8, 2, 704, 4096, 1024)).to(torch.bfloat16)
+    ids = torch.randint(4096, (300,), generator=torch.Generator().manual_seed(1)).tolist()
+    exact = decoder((256, 4, 8, 2, 704, 4096, 1024))
+    exact.load_state_dict({k: v.float() for k, v in n.state_dict().items()})
+    wanted = torch.log_softmax(exact(torch.tensor([ids]))[0].double(), -1)
+    engine = Engine(n.cuda(), cache_bytes=1 << 28)
+    (scored,) = engine.generate([ids], [Sampling(1, 0.0, prompt_logprobs=0)])[0]
+    own = [s.logprob for s in scored.prompt_logprobs[1:]]
+    apart = max(abs(a - float(wanted[i, ids[i + 1]])) for i, a in enumerate(own))
+    assert apart < 0.1, apart
+    (text,) = engine.generate([ids[:50]], [Sampling(100, 0.0, ignore_eos=True)])[0]
+    line = torch.tensor([ids[:50] + text.token_ids])
+    best = exact(line)[0, 49:-1]
+    chosen = best.gather(1, torch.tensor(text.token_ids)[:, None])[:, 0]
+    lost = float((best.max(-1)[0] - chosen).max())
+    assert lost < 0.1, lost
+    return {"logprob_apart": apart, "greedy_logit_lost": lost}
+
+
+# ---- what is timed ------------------------------------------------------------------------------------------------
+
+
+def decoder(shape: tuple[int, ...], device: str = "cpu") -> Any:
+    torch = torch_()
+    from craton.model.config import ModelConfig
+    from craton.model.decoder import Decoder
+    from craton.model.initialise import initialise
+
+    hidden, layers, heads, kv, ffn, vocabulary, context = shape[:7]
+    config = ModelConfig(vocabulary, hidden, ffn, layers, heads, kv, hidden // heads, context, eos_token_id=0)
+    with torch.device(device):
+        network = Decoder(config)
+    initialise(network, 0)
+    return network
+
+
+def trained(shape: tuple[int, ...], device: str, recipe: Any, compiled: bool = True, learn: bool = False) -> Any:
+    """A network in the training loop's own hands, and a function that makes a step on random tokens (learn: on the same
+    ones) and returns the loss."""
+    torch = torch_()
+    import dataclasses
+
+    from craton.corpus.batches import Batch
+    from craton.train.distributed import Processes
+    from craton.train.job import Cost, Job
+    from craton.train.loop import Run
+    from craton.train.pretrain import ModelFolder, kind, next_token
+
+    hidden, layers, heads, kv, ffn, vocabulary, length, tokens = shape
+    from craton.model.config import ModelConfig
+
+    config = ModelConfig(vocabulary, hidden, ffn, layers, heads, kv, hidden // heads, length, eos_token_id=0)
+    recipe = dataclasses.replace(recipe)
+    recipe.run = dataclasses.replace(recipe.run, steps=1000, compile="on" if compiled else "off")
+    recipe.data = dataclasses.replace(recipe.data, sequence_length=length, batch_tokens=tokens)
+    for name, value in {"matrix_lr": 0.02, "embedding_lr": 0.01, "head_lr": 0.003, "norm_lr": 0.003}.items():
+        setattr(recipe.optimizer, name, value)
+    recipe.optimizer.weight_decay, recipe.schedule.warmup_steps = 0.1, 1
+    if recipe.data.micro_tokens is None:
+        from craton.train import memory
+
+        bytes_free = memory.free("cuda") if device == "cuda" else 8 << 30
+        recipe.data.micro_tokens = memory.micro_tokens(config, recipe, 1, bytes_free)
+
+    class Random:
+        rows, together = tokens // length, 1
+
+        def batch(self, number: int, share: int, shares: int, network: Any) -> Batch:
+            g = torch.Generator().manual_seed(0 if learn else number)
+            ids = torch.randint(7 if learn else vocabulary, (self.rows, length + 1), generator=g)[share::shares]
+            some = len(ids)
+            return Batch(ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), torch.ones(some, length), None)
+
+        def facts(self) -> dict[str, Any]:
+            return {}
+
+    cost = Cost("tokens", length, config.flops_per_token(length) * length, 6 * config.matrix_parameters * length)
+    job = Job("random", Random(), next_token, ModelFolder(config, 0), cost, kind)
+    run = Run(Path("/nonexistent"), job, recipe, Processes(device), 1.0)
+
+    def step() -> float:
+        from craton.base import Progress
+
+        return float(run._step(Progress(), None)["loss"])
+
+    return run, step
+
+
+def train() -> dict[str, Any]:
+    torch = torch_()
+    from craton.train.recipe import Recipe
+
+    out = {}
+    peak = results["limits"]["bf16_flops"]
+    for name, shape in TRAINED.items():
+        free()
+        recipe = Recipe()
+        recipe.run.precision = "bf16"
+        start = time.perf_counter()
+        run, step = trained(shape, "cuda", recipe)
+        step()
+        compiled = time.perf_counter() - start
+        seconds = median_seconds(step, 4, 1)
+        rate, per_token = shape[7] / seconds, 6 * run.network.config.matrix_parameters
+        gb = torch.cuda.max_memory_allocated() / 1e9
+        out[name] = {"tokens_per_second": rate, "peak_share": rate * per_token / peak, "gb": gb, "first": compiled}
+        out[name] |= {"micro_tokens": run.recipe.data.micro_tokens, "recompute": run.network.model.recompute}
+        said = f"{rate / 1e3:.0f}k tok/s, {rate * per_token / peak:.1%} of peak, {gb:.1f} GB"
+        print(f"  train {name}: {said}, first step {compiled:.0f} s", flush=True)
+        del run, step
+    return out
+
+
+def train_peer() -> dict[str, Any]:
+    """transformers' Llama, compiled, with fused AdamW in bf16 autocast."""
+    torch = torch_()
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    hidden, layers, heads, kv, ffn, vocabulary, length, tokens = TRAINED["105M"]
+    free()
+    config = LlamaConfig(
+        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers,
+        num_attention_heads=heads, num_key_value_heads=kv, max_position_embeddings=length, attn_implementation="sdpa",
+    )  # fmt: skip
+    with torch.device("cuda"):
+        model = LlamaForCausalLM(config)
+    model = torch.compile(model)
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
+    micro = 32768
+
+    def step() -> None:
+        for _ in range(tokens // micro):
+            ids = torch.randint(vocabulary, (micro // length, length), device="cuda")
+            with torch.autocast("cuda", torch.bfloat16):
+                loss = model(input_ids=ids, labels=ids).loss
+            (loss / (tokens // micro)).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    seconds = median_seconds(step, 3, 2)
+    matrices = layers * hidden * (2 * hidden + 2 * kv * hidden // heads + 3 * ffn) + vocabulary * hidden
+    rate = tokens / seconds
+    return {"tokens_per_second": rate, "peak_share": rate * 6 * matrices / results["limits"]["bf16_flops"]}
+
+
+def generating(network: Any, batch: int, tokens: int, prompt: int = 32, **more: Any) -> float:
+    """Tokens a second of a whole engine, prompts not counted."""
+    torch = torch_()
+    from craton.engine.engine import Engine
+    from craton.engine.request import Sampling
+
+    engine = Engine(network, step_tokens=8192, cache_bytes=8 << 30, **more)
+    prompts = torch.randint(3, 30000, (batch, prompt), generator=torch.Generator().manual_seed(0)).tolist()
+    seconds = {}
+    for n in (2, tokens, 2, tokens):  # the first two capture graphs
+        seconds[n] = sync_seconds(lambda n=n: engine.generate(prompts, Sampling(n, 0.0, ignore_eos=True)))
+    return batch * (tokens - 2) / (seconds[tokens] - seconds[2])
+
+
+def decode() -> dict[str, Any]:
+    torch = torch_()
+    free()
+    network = decoder(DECODED, "cuda").to(torch.bfloat16).requires_grad_(False)
+    weights = sum(p.numel() for p in network.parameters()) - network.model.embed_tokens.weight.numel()
+    out: dict[str, Any] = {"weights": weights}
+    for batch, tokens in ((1, 256), (8, 256), (64, 256), (256, 160)):
+        rate = generating(network, batch, tokens)
+        share = rate / batch * weights * 2 / results["limits"]["copy_bytes"]
+        out[str(batch)] = {"tokens_per_second": rate, "memory_share": share}
+        print(f"  decode, batch {batch}: {rate:.0f} tok/s, weights read at {share:.1%} of the copy's speed", flush=True)
+    return out
+
+
+def prefill() -> dict[str, Any]:
+    torch = torch_()
+    from craton.engine.engine import Engine
+    from craton.engine.request import Sampling
+
+    free()
+    network = decoder(DECODED, "cuda").to(torch.bfloat16).requires_grad_(False)
+    engine = Engine(network, step_tokens=8192, cache_bytes=8 << 30, share_prefixes=False)
+    out = {}
+    for batch in (1, 8):
+        prompts = torch.randint(3, 30000, (batch, 1500)).tolist()
+        seconds = median_seconds(lambda p=prompts: engine.generate(p, Sampling(1, 0.0)), 5, 2)
+        out[f"{batch}x1500"] = batch * 1500 / seconds
+        print(f"  prefill {batch} x 1500: {batch * 1500 / seconds / 1e3:.0f}k tok/s", flush=True)
+    return out
+
+
+def sampling() -> dict[str, Any]:
+    """Of 64 rows of 128k logits, by temperature."""
+    torch = torch_()
+    from craton.model import triton_kernels
+
+    logits = torch.randn(64, 131_072, device="cuda").bfloat16()
+    one = torch.ones(64, device="cuda")
+    u = torch.rand(64, device="cuda", dtype=torch.float64)
+    tokens, scores = torch.empty(64, dtype=torch.int64, device="cuda"), torch.empty(64, device="cuda")
+    none = torch.zeros(64, device="cuda", dtype=torch.float64)
+    work = lambda: triton_kernels.choose_tokens(logits, one, none, u, tokens, scores)  # noqa: E731
+    work()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        work()
+    return {"microseconds": 1e6 * median_seconds(lambda: [graph.replay() for _ in range(20)], 5, 2) / 20}
+
+
+def rollouts() -> dict[str, Any]:
+    """Answers of a network that is trained, in fp32, as reinforcement asks for them."""
+    torch = torch_()
+    free()
+    hidden, layers, heads, kv, ffn, vocabulary = TRAINED["105M"][:6]
+    network = decoder((hidden, layers, heads, kv, ffn, vocabulary, 1024), "cuda")
+    rate = generating(network, 256, 128, dtype=torch.bfloat16)
+    return {"tokens_per_second": rate}
+
+
+def kernels() -> dict[str, Any]:
+    """Where the time of one decoding step goes, and of a prompt of 1,500 tokens."""
+    torch = torch_()
+    from craton.engine.engine import Engine
+    from craton.engine.request import Sampling
+
+    free()
+    network = decoder(DECODED, "cuda").to(torch.bfloat16).requires_grad_(False)
+    engine = Engine(network, step_tokens=8192, cache_bytes=8 << 30, share_prefixes=False)
+    out: dict[str, Any] = {}
+    for name, prompts, tokens in (("decode", [[5] * 32], 17), ("prefill", [list(range(5, 1505))], 1)):
+        ask = lambda p=prompts, n=tokens: engine.generate(p, Sampling(n, 0.0, ignore_eos=True))  # noqa: E731
+        ask(), ask()
+        with torch.profiler.profile() as profile:
+            ask()
+        events = sorted(profile.key_averages(), key=lambda e: -e.self_device_time_total)
+        out[name] = {e.key[:60]: [e.count, round(e.self_device_time_total)] for e in events[:12]}
+        print(name, *(f"{v[1]:>7} us {v[0]:>5} x {k}" for k, v in out[name].items()), sep="\n  ", flush=True)
+    return out
+
+
+PARTS: dict[str, Callable[[], dict[str, Any]]] = {
+    "tests": check_tests, "logits": check_logits, "loss": check_training, "kernels": kernels, "decode": decode,
+    "prefill": prefill, "sampling": sampling, "rollouts": rollouts, "train": train, "train_peer": train_peer,
+}  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", default=".")
+    parser.add_argument("--only", default="")
+    parser.add_argument("--wheels", action="store_true")
+    asked = parser.parse_args()
+    missing = [package for module, package in NEEDED.items() if importlib.util.find_spec(module) is None]
+    if asked.wheels or missing:
+        print("missing here:", " ".join(missing) or "nothing", flush=True)
+        if asked.wheels:
+            return 0
+    torch = torch_()
+    began, failed = time.perf_counter(), []
+    results["machine"] = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
+    results["limits"] = limits()
+    print(json.dumps(results), flush=True)
+    for name in [n for n in PARTS if not asked.only or n in asked.only.split(",")]:
+        start = time.perf_counter()
+        try:
+            results[name] = PARTS[name]()
+        except Exception:
+            traceback.print_exc(limit=-6)
+            failed.append(name)
+            results[name] = {"failed": traceback.format_exc(limit=-3)}
+        results[name]["seconds"] = time.perf_counter() - start
+        print(name, json.dumps(results[name])[:1500], flush=True)
+        Path(asked.out, "gpu.json").write_text(json.dumps(results, indent=1))
+    print(f"{time.perf_counter() - began:.0f} s; failed: {', '.join(failed) or 'none'}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,117 @@
+"""The engine's way on a GPU: kernels, steps that follow each other on the device, padded graphs. Where there is no GPU
+the kernels are interpreted, and a graph is the function that it was made of."""
+
+import pytest
+import torch
+
+from craton.engine.engine import Engine
+from craton.engine.request import Sampling
+from craton.model.config import ModelConfig
+from craton.model.decoder import Decoder
+from craton.model.initialise import initialise
+
+pytest.importorskip("triton")
+from craton.model.cache import PagedCache
+from craton.model.device_step import DeviceStep, cuda_capture, fits
+
+CUDA = torch.cuda.is_available()
+DEVICE = "cuda" if CUDA else "cpu"
+LLAMA = dict(eos_token_id=0, max_position_embeddings=128)
+FAMILIES = {
+    "llama": ModelConfig(320, 32, 32, 2, 2, 1, 16, **LLAMA),
+    "qwen": ModelConfig(320, 32, 32, 2, 2, 1, 16, attention_bias=True, qk_norm="head", **LLAMA),
+    "gemma": ModelConfig(
+        320, 32, 32, 2, 2, 1, 16, norm_placement="both", qk_norm="head", norm_unit_offset=True, embedding_scale=8.0,
+        hidden_act="gelu_pytorch_tanh", tie_word_embeddings=True, **LLAMA
+    ),
+}  # fmt: skip
+
+
+def network(family):
+    made = Decoder(FAMILIES[family])
+    initialise(made, 0)
+    with torch.no_grad():
+        for p in made.parameters():
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(p.numel())) * 0.1)
+    return made.requires_grad_(False)
+
+
+def device_engine(n, **more):
+    """An engine as on a GPU."""
+    engine = Engine(n.to(DEVICE), cache_bytes=1 << 20, **more)
+    if not CUDA:
+        runner = engine.runner
+        runner.cache = PagedCache(n.config, runner.cache.blocks + 1)
+        trash = runner.cache.blocks - 1
+        captured = []
+
+        def capture(body):
+            captured.append(body)
+            return body
+
+        runner.device_step = DeviceStep(n, runner.cache, engine.context, trash, torch.float32, capture)
+        engine.captured = captured
+    return engine
+
+
+PROMPTS = [[(5 * i + 3 * j) % 300 + 3 for j in range(3 + 9 * i)] for i in range(3)]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_same_answers_as_on_a_cpu(family):
+    """Greedy and sampled, beside each other, with ends at several lengths; and the same log-probabilities."""
+    n = network(family)
+    assert fits(n)
+    sampling = [Sampling(4 + 5 * i, (0.0, 1.0, 0.7)[i], seed=i, logprobs=0, min_p=0.1 * (i == 2)) for i in range(3)]
+    wanted = Engine(n, cache_bytes=1 << 20).generate(PROMPTS, sampling)
+    found = device_engine(n).generate(PROMPTS, sampling)
+    for (a,), (b,) in zip(wanted, found, strict=True):
+        assert a.token_ids == b.token_ids and a.finish_reason == b.finish_reason
+        one, other = (torch.tensor([x.logprob for x in c.logprobs]) for c in (a, b))
+        torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)
+
+
+def test_requests_that_the_device_cannot_serve_alone():
+    """Filters, penalties and top log-probabilities go through the host, beside others that do not."""
+    n = network("llama")
+    sampling = [
+        Sampling(5, 1.0, seed=1, top_p=0.8, top_k=9), Sampling(5, 0.0, repetition_penalty=1.3),
+        Sampling(5, 0.0, logprobs=3, min_tokens=3),
+    ]  # fmt: skip
+    wanted = Engine(n, cache_bytes=1 << 20).generate(PROMPTS, sampling)
+    found = device_engine(n).generate(PROMPTS, sampling)
+    assert [c.token_ids for (c,) in found] == [c.token_ids for (c,) in wanted]
+
+
+@pytest.mark.skipif(CUDA, reason="counts what a stand-in captures")
+def test_graphs_are_few():
+    """Padded batch sizes share one, and nothing is captured again."""
+    engine = device_engine(network("llama"))
+    for count in (3, 3):
+        engine.generate(PROMPTS[:count], Sampling(9, 0.0, ignore_eos=True))
+    assert len(engine.captured) == 1
+
+
+def test_changed_weights_are_seen_without_a_new_graph():
+    n = network("llama")
+    engine = device_engine(n)
+    ask = (PROMPTS, Sampling(6, 0.0, ignore_eos=True))
+    engine.generate(*ask)
+    with torch.no_grad():
+        for p in n.parameters():
+            p.mul_(1.5)
+    engine.weights_changed()
+    wanted = Engine(n.cpu() if not CUDA else network("llama"), cache_bytes=1 << 20)
+    if CUDA:
+        with torch.no_grad():
+            for p in wanted.runner.source.parameters():
+                p.mul_(1.5)
+        wanted.weights_changed()
+    assert [c.token_ids for (c,) in engine.generate(*ask)] == [c.token_ids for (c,) in wanted.generate(*ask)]
+
+
+@pytest.mark.skipif(not CUDA, reason="no GPU")
+def test_a_graph_is_captured_once():
+    calls = []
+    cuda_capture(lambda: calls.append(1) or torch.zeros(1, device="cuda"))()
+    assert len(calls) == 2
