@@ -13,6 +13,8 @@ _NAMES |= {
     "general_bits_per_byte": "general text, bits a byte",
 }
 _NAMES |= {"answer_tokens": "tokens of an answer", "reward": "reward of sampled answers"}
+_NAMES |= {"entropy": "entropy of sampled tokens, nats", "kl": "divergence from the base, nats a token"}
+_NAMES |= {"pass@1": "share of sampled answers that are right"}
 
 
 def write_tuning(folder: Path) -> Path:

@@ -21,10 +21,10 @@ done
 [ -e "$out/corpus/manifest.json" ] || $craton corpus build "$out"/rows/*.jsonl --skip near --tokenizer "$out/letters/tokenizer" --out "$out/corpus"
 [ -e "$out/base/report.html" ] || $craton train "$out/corpus" --out "$out/base" --recipe "$here/pretrain.toml" --seed "$seed"
 tune() {
-    name=$1 task=$2
+    name=$1 learned=$2
     shift 2
-    [ -e "$out/$name.jsonl" ] || $craton tasks rows "$task" --n 10000 --seed "$((seed + 9))" --out "$out/$name.jsonl"
-    [ -e "$out/$name/report.html" ] || $craton tune "$out/base" "$out/$name.jsonl" --out "$out/$name" --task "$task" --seed "$seed" --steps 400 --set tune.rows=16 --set run.evaluate_every=200 "$@"
+    [ -e "$out/$name.jsonl" ] || $craton tasks rows "$learned" --n 10000 --seed "$((seed + 9))" --out "$out/$name.jsonl"
+    [ -e "$out/$name/report.html" ] || $craton tune "$out/base" "$out/$name.jsonl" --out "$out/$name" --task "$learned" --seed "$seed" --steps 400 --set tune.rows=16 --set run.evaluate_every=200 "$@"
 }
 for task in scratchpad=7 reversed=4; do
     tune ${task%=*}-full addition:$task --full --set tune.lr=1e-3

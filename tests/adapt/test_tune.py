@@ -1,14 +1,18 @@
 """`craton tune` from end to end on tiny models: what is learned, what is refused, and what a run leaves behind."""
 
+import dataclasses
 import json
 import random
 
 import pytest
 import torch
 
+from craton.adapt import guards
+from craton.adapt.measure import asked_of
 from craton.adapt.merge import merge
+from craton.adapt.rows import Tokens
 from craton.adapt.store import open_base
-from craton.adapt.tune import Given, tune
+from craton.adapt.tune import Given, open_all, tune
 from craton.base import UserError
 from craton.engine.model import load_model
 from craton.engine.request import Sampling
@@ -261,6 +265,41 @@ def test_adapters_beside_each_other(model_folder, tmp_path):
 # ---- guards -------------------------------------------------------------------------------------------------------
 
 
+def _chats(model_folder, tmp_path):
+    """Rendered conversations, as a run learns them."""
+    given = Given(str(model_folder), [house(tmp_path / "c.jsonl", 4)], tmp_path / "never", recipe())
+    opened = open_all(given)
+    return opened, [opened.renderer.answer(s, s.answer, s.form) for s in opened.samples], opened.samples
+
+
+def test_a_task_is_learned_as_it_is_asked(model_folder, tmp_path):
+    """By a model that converses, through its template; by another, as plain text."""
+    assert all(
+        not s.chats for s in open_all(Given(str(model_folder), [], tmp_path / "x", recipe(), "sorting=3")).samples
+    )
+    tune(Given(str(model_folder), [house(tmp_path / "d.jsonl")], tmp_path / "m", recipe("run.steps=1")))
+    opened = open_all(Given(str(tmp_path / "m"), [], tmp_path / "x", recipe(), "sorting=3"))
+    sample = opened.samples[0]
+    assert sample.chats and opened.renderer.dialogue is not None
+    text = opened.renderer.answer(sample, sample.answer, sample.form)
+    asked = asked_of(opened.task, "train", opened.renderer, 3)
+    same = next(a for a in asked if a.example.id == sample.row["id"])
+    assert text.ids[: len(same.ids)].tolist() == same.ids  # what is learned begins as what is asked
+
+
+def test_a_tasks_file_must_stay_the_same(model_folder, tmp_path, monkeypatch):
+    jsonl(tmp_path / "rows.jsonl", [{"q": f"the {t}", "a": form(t)} for t in THINGS] * 4)
+    jsonl(tmp_path / "test.jsonl", [{"q": "the other", "a": "none"}])
+    parts = 'train = "rows.jsonl"\ntest = "test.jsonl"\n'
+    text = parts + 'prompt = "{{q}}"\ntarget = "{{a}}"\nscorer = "exact"\n'
+    (tmp_path / "own.toml").write_text(text)
+    given = Given(str(model_folder), [], tmp_path / "o", recipe("run.steps=2"), str(tmp_path / "own.toml"))
+    tune(given)
+    (tmp_path / "own.toml").write_text(text.replace("exact", "normalized"))
+    with pytest.raises(UserError, match="started with another task_file"):
+        tune(dataclasses.replace(given, resume=True))
+
+
 def test_guards(model_folder, tmp_path):
     """Each fires on a planted fault, by name."""
     good = recipe("run.steps=2", "run.evaluate_every=2")
@@ -278,6 +317,13 @@ def test_guards(model_folder, tmp_path):
     with pytest.raises(UserError, match="learns from pairs, but .* is answers; fitting: --method sft"):
         tune(Given(str(model_folder), [house(tmp_path / "h.jsonl")], tmp_path / "n", recipe("tune.method=dpo")))
     assert not (tmp_path / "n").exists()
+    opened, texts, samples = _chats(model_folder, tmp_path)
+    guards.check_masks(samples, texts, opened.end_ids, chats=True)
+    with pytest.raises(UserError, match="no answer's end is learned"):
+        guards.check_masks(samples, texts, [0], chats=True)
+    whole = [Tokens(t.ids, t.learned | True) for t in texts]
+    with pytest.raises(UserError, match="its questions too"):
+        guards.check_masks(samples, whole, opened.end_ids, chats=True)
     wild = recipe(
         "run.steps=30", "tune.lr=0.2", "tune.lora=0", "run.evaluate_every=30", "safety.spike_sigmas=0", "tune.rows=4"
     )
