@@ -57,7 +57,8 @@ def make_model(folder: Path) -> str:
 
 
 def ours(model: str, data: str, method: str, steps: int, out: Path) -> dict:
-    from craton.adapt.tune import Given, tune
+    from craton.adapt.opened import Given
+    from craton.adapt.tune import tune
     from craton.train.recipe import Recipe, parse_setting
 
     recipe = Recipe()

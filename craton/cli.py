@@ -294,8 +294,8 @@ def tune(
     """
     os.environ.setdefault("GOMP_SPINCOUNT", "5000")  # as in train
     with waiting("loading"):
+        from craton.adapt.opened import Given
         from craton.adapt.preview import preview as show
-        from craton.adapt.tune import Given
         from craton.adapt.tune import tune as run
         from craton.report.tuning import write_tuning
         from craton.train.loop import Interrupted

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from craton.adapt import guards
 from craton.adapt.data import Sample
 from craton.adapt.measure import Measure, asked_of, in_words, sampling_of
 from craton.adapt.methods import Distillation, Labelled, PolicyGradient, Preference, fine_tuning, reward_model
+from craton.adapt.opened import Opened
 from craton.adapt.rollout import Asked, Rollouts, check_ratio
 from craton.adapt.rows import Compared, Packed, Renderer, Tokens, answer_rows, log_probabilities
 from craton.adapt.store import Adapter, WholeReward, open_base
@@ -27,9 +28,6 @@ from craton.train.distributed import Processes
 from craton.train.job import Cost, Job, Looked, Objective
 from craton.train.pretrain import Continued as Whole
 from craton.train.pretrain import kind as decoder_kind
-
-if TYPE_CHECKING:
-    from craton.adapt.tune import Opened
 
 # What each method learns from.
 NEEDS: dict[str, tuple[str, ...]] = {
@@ -57,7 +55,7 @@ class Made:
     why: list[str] = field(default_factory=list)
 
 
-def make_job(opened: "Opened", looker: Measure) -> Made:
+def make_job(opened: Opened, looker: Measure) -> Made:
     """The job of a resolved recipe. UserError for data that cannot be learned from."""
     tune = opened.recipe.tune
     store = _store(opened)
@@ -68,7 +66,7 @@ def make_job(opened: "Opened", looker: Measure) -> Made:
     return _compared(opened, store, looker)
 
 
-def _store(opened: "Opened") -> Adapter | Whole:
+def _store(opened: Opened) -> Adapter | Whole:
     tune, given, model = opened.recipe.tune, opened.given, opened.model
     if tune.lora:
         targets = tuple(t.strip() for t in tune.targets.split(",") if t.strip())
@@ -85,7 +83,7 @@ def _kind(name: str, p: nn.Parameter) -> str:
     return "matrix" if "lora_" in name and p.ndim > 1 else decoder_kind(name, p)
 
 
-def _size(opened: "Opened", store: Adapter | Whole) -> tuple[int, int]:
+def _size(opened: Opened, store: Adapter | Whole) -> tuple[int, int]:
     """(parameters that are trained, parameters)."""
     parameters = opened.config.parameters
     if isinstance(store, Whole):
@@ -94,7 +92,7 @@ def _size(opened: "Opened", store: Adapter | Whole) -> tuple[int, int]:
     return sum(p.numel() for p in network.parameters() if p.requires_grad), parameters
 
 
-def _cost(opened: "Opened", store: Adapter | Whole, length: int) -> Cost:
+def _cost(opened: Opened, store: Adapter | Whole, length: int) -> Cost:
     """Of a row; where weights are kept their gradients are not computed."""
     share = 4 if isinstance(store, Adapter) else 6
     matrices = opened.config.matrix_parameters
@@ -102,12 +100,7 @@ def _cost(opened: "Opened", store: Adapter | Whole, length: int) -> Cost:
 
 
 def _job(
-    opened: "Opened",
-    store: Any,
-    source: Any,
-    objective: Objective,
-    length: int,
-    look: Callable[[Any, Processes], Looked],
+    opened: Opened, store: Any, source: Any, objective: Objective, length: int, look: Callable[[Any, Processes], Looked]
 ) -> Job:
     recipe = opened.recipe
     recipe.data.sequence_length, recipe.data.batch_tokens = length, source.rows * length
@@ -115,7 +108,7 @@ def _job(
     return Job(recipe.tune.method, source, objective, store, _cost(opened, store, length), _kind, look)
 
 
-def _look(opened: "Opened", looker: Measure) -> Callable[[Any, Processes], Looked]:
+def _look(opened: Opened, looker: Measure) -> Callable[[Any, Processes], Looked]:
     """What is measured on the way; nothing of a reward model, or of a network in pieces."""
 
     def look(network: Any, processes: Processes) -> Looked:
@@ -140,7 +133,7 @@ def rendered(samples: Sequence[Sample], renderer: Renderer, which: str) -> list[
     return out
 
 
-def _texts(opened: "Opened", store: Any, looker: Measure) -> Made:
+def _texts(opened: Opened, store: Any, looker: Measure) -> Made:
     recipe, samples = opened.recipe, opened.samples
     objective: Objective = fine_tuning
     if recipe.tune.method == "distill":
@@ -163,14 +156,14 @@ def _texts(opened: "Opened", store: Any, looker: Measure) -> Made:
     return Made(job, steps, f"{epochs:g} passes over the data", trained, parameters, _after(opened, looker), why)
 
 
-def _after(opened: "Opened", looker: Measure) -> Callable[[Any], dict[str, Any]]:
+def _after(opened: Opened, looker: Measure) -> Callable[[Any], dict[str, Any]]:
     return lambda network: looker(network, opened.recipe.tune.max_tokens)
 
 
 # ---- pairs and labels -------------------------------------------------------------------------------------------
 
 
-def _compared(opened: "Opened", store: Any, looker: Measure) -> Made:
+def _compared(opened: Opened, store: Any, looker: Measure) -> Made:
     recipe, tune, seed = opened.recipe, opened.recipe.tune, opened.recipe.run.seed
     good: list[list[bool]] | None = None
     if tune.method == "kto":
@@ -208,7 +201,7 @@ def _to_the_end(text: Tokens) -> Tokens:
     return Tokens(np.append(text.ids, text.ids[-1]), np.append(text.learned, True))
 
 
-def _labelled_groups(opened: "Opened") -> tuple[list[list[Tokens]], list[list[bool]]]:
+def _labelled_groups(opened: Opened) -> tuple[list[list[Tokens]], list[list[bool]]]:
     """Answers in groups, each followed by the answers of others behind their prompts; and which are good."""
     labelled = []
     for s in opened.samples:
@@ -235,7 +228,7 @@ def _labelled_groups(opened: "Opened") -> tuple[list[list[Tokens]], list[list[bo
     return groups, good
 
 
-def _reference(opened: "Opened", groups: list[list[Tokens]]) -> np.ndarray:
+def _reference(opened: Opened, groups: list[list[Tokens]]) -> np.ndarray:
     """(groups, texts): log-probabilities by the model as it was; computed once and kept beside the checkpoints."""
     path = opened.given.out / "training" / "reference.npy"
     if path.exists() and path.with_name("recipe.json").exists():  # else another run's, that never began
@@ -253,7 +246,7 @@ def _reference(opened: "Opened", groups: list[list[Tokens]]) -> np.ndarray:
     return found
 
 
-def _reward_after(network: Any, opened: "Opened") -> dict[str, Any]:
+def _reward_after(network: Any, opened: Opened) -> dict[str, Any]:
     """How often held-out pairs are ranked as they are."""
     right = []
     for s in opened.held:
@@ -268,7 +261,7 @@ def _reward_after(network: Any, opened: "Opened") -> dict[str, Any]:
 # ---- the network's own answers ----------------------------------------------------------------------------------
 
 
-def _rollouts(opened: "Opened", store: Any, looker: Measure) -> Made:
+def _rollouts(opened: Opened, store: Any, looker: Measure) -> Made:
     recipe, tune, task = opened.recipe, opened.recipe.tune, opened.task
     chats = opened.dialogue is not None
     kind = "distill" if tune.method == "distill" else tune.variant
@@ -331,7 +324,7 @@ def _reward(task: Task | None) -> Callable[[Example, str], float]:
     return lambda example, text: score(task, example, text).score
 
 
-def _teacher(opened: "Opened") -> Any:
+def _teacher(opened: Opened) -> Any:
     """The network of a local teacher with the same vocabulary."""
     teacher = open_base(opened.given.teacher)
     own, other = opened.model.tokenizer.backend.get_vocab(), teacher.tokenizer.backend.get_vocab()
@@ -341,7 +334,7 @@ def _teacher(opened: "Opened") -> Any:
     return teacher.network.requires_grad_(False)
 
 
-def _taught(opened: "Opened") -> tuple[list[Sample], Objective]:
+def _taught(opened: Opened) -> tuple[list[Sample], Objective]:
     """The teacher's answers to the samples' prompts, kept beside the checkpoints; and what is learned of them: its
     thoughts where it has the same tokens, else the words."""
     samples = teacher_answers(opened)

@@ -6,8 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from craton.adapt.opened import Given, Opened
 from craton.adapt.rows import Tokens
-from craton.adapt.tune import Given, Opened, open_all
+from craton.adapt.tune import open_all
 from craton.base import count, say
 from craton.text.tokenizer import Tokenizer
 

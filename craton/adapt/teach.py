@@ -4,20 +4,18 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from craton.adapt.data import Sample
+from craton.adapt.opened import Opened
 from craton.base import Progress, UserError, publish, say
 from craton.engine.converse import NEUTRAL, Ask, answer, open_talker, prepare
 from craton.engine.remote import is_remote, open_client
 
-if TYPE_CHECKING:
-    from craton.adapt.tune import Opened
-
 _AT_ONCE = 8
 
 
-def teacher_answers(opened: "Opened") -> list[Sample]:
+def teacher_answers(opened: Opened) -> list[Sample]:
     """The samples with the teacher's answers in place of their own. UserError where the teacher gives none."""
     given, samples = opened.given, opened.samples
     path = given.out / "training" / "teacher.jsonl"

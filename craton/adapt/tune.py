@@ -4,7 +4,6 @@ and what was lost."""
 import dataclasses
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +12,12 @@ import torch
 from craton.adapt import guards, measure, verify
 from craton.adapt.data import Sample, kind_of, read_samples, task_samples
 from craton.adapt.jobs import NEEDS, Made, make_job
+from craton.adapt.opened import Given, Opened
 from craton.adapt.rows import Renderer
 from craton.adapt.store import base_file, check_whole, open_base, tuned
 from craton.base import Progress, UserError, claim, count, digest, read_json, say, sha256, span, write_json
 from craton.engine.model import Model, weights_hash
 from craton.model import kernels
-from craton.model.config import ModelConfig
 from craton.tasks.find import find_task
 from craton.tasks.task import Task
 from craton.text import dialogue
@@ -41,38 +40,6 @@ _OPTIMIZER = dict(name="adamw", beta1=0.9, beta2=0.95, weight_decay=0.0)
 # much (Schulman et al. 2025, LoRA Without Regret), and narrower networks more, as its root.
 _RATES = {"sft": 2e-5, "distill": 2e-5, "orpo": 8e-6, "reward": 1e-5, "grpo": 2e-6}
 _EPOCHS = {"sft": 3.0, "distill": 3.0}
-
-
-@dataclass
-class Given:
-    """What `craton tune` was asked for. data: files; task: whose rows are learned, and whose score is told."""
-
-    model: str
-    data: list[str]
-    out: Path
-    recipe: Recipe
-    task: str = ""
-    teacher: str = ""
-    resume: bool = False
-    command: str = ""
-    began: float = field(default_factory=time.monotonic)
-
-
-@dataclass
-class Opened:
-    """Model and data, ready to be learned from."""
-
-    given: Given
-    recipe: Recipe
-    model: Model
-    dialogue: Dialogue | None
-    end_ids: tuple[int, ...]
-    task: Task | None
-    samples: list[Sample]
-    held: list[Sample]
-    renderer: Renderer
-    config: ModelConfig
-    facts: dict[str, Any]
 
 
 def tune(given: Given) -> dict[str, Any]:

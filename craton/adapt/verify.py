@@ -2,10 +2,11 @@
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
+from craton.adapt.opened import Opened
 from craton.adapt.store import open_base
 from craton.base import UserError
 from craton.engine.model import load_model
@@ -15,15 +16,12 @@ from craton.model.packed import PackedMatrix
 from craton.weights import adapter
 from craton.weights.tensorfile import read_tensors
 
-if TYPE_CHECKING:
-    from craton.adapt.tune import Opened
-
 TOLERANCE = 2e-3  # of logits, relative to their spread
 _TOKENS = 64
 
 
 @torch.no_grad()
-def check(out: Path, opened: "Opened", network: Any) -> dict[str, Any]:
+def check(out: Path, opened: Opened, network: Any) -> dict[str, Any]:
     """changed: whether the network differs from what it was. UserError where the folder gives other logits than the
     network, or where an adapter that is merged does."""
     if not isinstance(network, Decoder):

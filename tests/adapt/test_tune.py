@@ -10,9 +10,10 @@ import torch
 from craton.adapt import guards
 from craton.adapt.measure import asked_of
 from craton.adapt.merge import merge
+from craton.adapt.opened import Given
 from craton.adapt.rows import Tokens
 from craton.adapt.store import open_base
-from craton.adapt.tune import Given, open_all, tune
+from craton.adapt.tune import open_all, tune
 from craton.base import UserError
 from craton.engine.model import load_model
 from craton.engine.request import Sampling
