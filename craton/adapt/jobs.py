@@ -284,7 +284,7 @@ def _rollouts(opened: Opened, store: Any, looker: Measure) -> Made:
         raise UserError("tune.beta: the reference is the model without its adapter; use --lora", field="tune.beta")
     source = Rollouts(
         prompts, reward, opened.model.tokenizer, replace(sampling, max_tokens=most), prompts_a_step=a_step, kind=kind,
-        seed=recipe.run.seed, end_ids=opened.end_ids, reference=wanted,
+        seed=recipe.run.seed, end_ids=opened.end_ids, reference=wanted, calculator=tune.calculator,
     )  # fmt: skip
     objective: Objective = PolicyGradient(kind, tune.clip_low, tune.clip_high, tune.beta or 0.0, most)
     if kind == "distill":

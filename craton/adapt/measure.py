@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from craton.adapt.calculator import Written, write, write_with_calculator
 from craton.adapt.data import Sample
 from craton.adapt.rollout import Asked
 from craton.adapt.rows import Renderer, Tokens, log_probabilities
@@ -48,7 +49,7 @@ class Measure:
     """A call measures a network as it is. held: samples that are not learned."""
 
     def __init__(self, tokenizer: Tokenizer, renderer: Renderer, held: list[Sample], task: Task | None, tune: TunePart):
-        self.by_token, general = tune.method in _BY_TOKEN, tune.general
+        self.by_token, self.calculator, general = tune.method in _BY_TOKEN, tune.calculator, tune.general
         self.tokenizer, self.renderer, self.task = tokenizer, renderer, task
         text = read_text(Path(general) if general else _GENERAL)
         self.general = [np.array(tokenizer.encode(p), np.int32) for p in text.split("\n\n") if p.strip()]
@@ -105,21 +106,25 @@ class Measure:
         )  # fmt: skip
         engine = Engine(network, self.tokenizer, cache_bytes=_CACHE, end_ids=ends)
         how = sampling_of(task, chats, max_tokens, temperature=0.0)
+        score, prompts = SCORERS[task.scorer], [a.ids for a in self.asked]
+
+        def answer(how: Sampling) -> list[list[Written]]:
+            each = [how] * len(prompts)
+            if self.calculator:
+                return write_with_calculator(engine, self.tokenizer, prompts, each)
+            return write(engine, prompts, each)
+
         with torch.inference_mode():
-            found = [c[0] for c in engine.generate([a.ids for a in self.asked], how)]
-            score = SCORERS[task.scorer]
-            scores = [score(task, a.example, c.text).score for a, c in zip(self.asked, found, strict=True)]
+            found = [a[0] for a in answer(how)]
+            scores = [score(task, a.example, x.text).score for a, x in zip(self.asked, found, strict=True)]
             out: dict[str, Any] = {"score": float(np.mean(scores))}
-            out |= {"answer_tokens": float(np.mean([len(c.token_ids) for c in found])), "sample": found[0].text[:300]}
+            out |= {"answer_tokens": float(np.mean([len(x.ids) for x in found])), "sample": found[0].text[:300]}
             if answers > 1:
                 how = sampling_of(task, chats, max_tokens, temperature=1.0, n=answers, seed=1)
-                several = engine.generate([a.ids for a in self.asked], how)
-                right = np.array(
-                    [
-                        [score(task, a.example, c.text).score >= 1 for c in cs]
-                        for a, cs in zip(self.asked, several, strict=True)
-                    ]
-                )
+                right = np.array([
+                    [score(task, a.example, x.text).score >= 1 for x in several]
+                    for a, several in zip(self.asked, answer(how), strict=True)
+                ])  # fmt: skip
                 out |= {"pass@1": float(right.mean()), f"pass@{answers}": float(right.any(1).mean())}
         return out
 

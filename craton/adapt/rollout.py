@@ -9,10 +9,11 @@ import numpy as np
 import torch
 
 from craton.adapt import objectives
+from craton.adapt.calculator import Written, write, write_with_calculator
 from craton.adapt.rows import Answers, Tokens, answer_rows
 from craton.base import UserError
 from craton.engine.engine import Engine
-from craton.engine.request import Completion, Sampling
+from craton.engine.request import Sampling
 from craton.model import modes
 from craton.tasks.task import Example
 from craton.text.tokenizer import Tokenizer
@@ -37,7 +38,7 @@ class Group:
     """Answers to one prompt, and how good each is."""
 
     asked: Asked
-    completions: list[Completion]
+    answers: list[Written]
     rewards: np.ndarray
 
     @property
@@ -70,11 +71,14 @@ class Rollouts:
         seed: int,
         end_ids: tuple[int, ...],
         reference: bool,
+        calculator: bool = False,
     ):
-        """sampling: of one answer; n of them make a group. reference: log-probabilities without adapters are wanted."""
+        """sampling: of one answer; n of them make a group. reference: log-probabilities without adapters are wanted.
+        calculator: answers may ask it."""
         self.prompts, self.reward, self.tokenizer, self.sampling = prompts, reward, tokenizer, sampling
         self.rows, self.together = prompts_a_step * sampling.n, sampling.n
         self.kind, self.seed, self.end_ids, self.reference = kind, seed, end_ids, reference
+        self.calculator = calculator
         self.engine: Engine | None = None
         self.drawn: tuple[int, int, Sampled] | None = None  # number, weights' version, and what was made
         self.flat = 0  # batches without any difference, one after the other
@@ -122,9 +126,9 @@ class Rollouts:
         if len(groups) < wanted:  # they count nothing, but the batch keeps its size
             groups += rest[: wanted - len(groups)]
         self._check(groups)
-        lengths = [len(c.token_ids) for g in groups for c in g.completions]
+        lengths = [len(a.ids) for g in groups for a in g.answers]
         facts = {"reward": float(np.mean(all_rewards)), "flat_groups": flat / seen, "length": float(np.mean(lengths))}
-        facts["cut"] = float(np.mean([c.finish_reason == "length" for g in groups for c in g.completions]))
+        facts["cut"] = float(np.mean([a.finish == "length" for g in groups for a in g.answers]))
         self.last = facts
         return Sampled(groups, facts)
 
@@ -144,11 +148,15 @@ class Rollouts:
         assert self.engine is not None
         many = [self._seeded(seed * 100_003 + i) for i in range(len(asked))]
         with torch.inference_mode():
-            found = self.engine.generate([a.ids for a in asked], many)
+            prompts = [a.ids for a in asked]
+            if self.calculator:
+                found = write_with_calculator(self.engine, self.tokenizer, prompts, many)
+            else:
+                found = write(self.engine, prompts, many)
         out = []
-        for a, completions in zip(asked, found, strict=True):
-            scores = [0.0 if self.reward is None else self.reward(a.example, c.text) for c in completions]
-            out.append(Group(a, completions, np.array(scores)))
+        for a, answers in zip(asked, found, strict=True):
+            scores = [0.0 if self.reward is None else self.reward(a.example, x.text) for x in answers]
+            out.append(Group(a, answers, np.array(scores)))
         return out
 
     def _seeded(self, seed: int) -> Sampling:
@@ -158,14 +166,10 @@ class Rollouts:
         texts, sampled, advantage = list[Tokens](), list[list[float]](), list[float]()
         for g in groups:
             gains = self._advantages(g)
-            for completion, gain in zip(g.completions, gains, strict=True):
-                said, logprobs = list(completion.token_ids), [x.logprob for x in completion.logprobs]
-                if completion.end_token is not None:  # ending is a choice too
-                    said.append(completion.end_token.token)
-                    logprobs.append(completion.end_token.logprob)
-                ids = np.array([*g.asked.ids, *said], np.int32)
-                texts.append(Tokens(ids, np.arange(len(ids)) >= len(g.asked.ids)))
-                sampled.append([0.0] * (len(g.asked.ids) - 1) + logprobs)
+            for answer, gain in zip(g.answers, gains, strict=True):
+                ids = np.array([*g.asked.ids, *answer.ids], np.int32)
+                texts.append(Tokens(ids, np.array([False] * len(g.asked.ids) + answer.own)))
+                sampled.append([0.0] * (len(g.asked.ids) - 1) + answer.logprobs)
                 advantage.append(gain)
         rows = answer_rows(texts, advantage=torch.tensor(advantage, dtype=torch.float32))
         rows.sampled = torch.zeros(rows.ids.shape)
