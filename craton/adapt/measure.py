@@ -8,11 +8,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from craton.adapt.calculator import Written, write, write_with_calculator
 from craton.adapt.data import Sample
 from craton.adapt.rollout import Asked
 from craton.adapt.rows import Renderer, Tokens, log_probabilities
 from craton.base import UserError, read_text
+from craton.engine.calculator import Written, write, write_with_calculator
 from craton.engine.engine import Engine
 from craton.engine.request import Sampling
 from craton.tasks.live import Probe

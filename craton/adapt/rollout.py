@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from craton.adapt import objectives
-from craton.adapt.calculator import Written, write, write_with_calculator
 from craton.adapt.rows import Answers, Tokens, answer_rows
 from craton.base import UserError
+from craton.engine.calculator import Written, write, write_with_calculator
 from craton.engine.engine import Engine
 from craton.engine.request import Sampling
 from craton.model import modes

@@ -14,9 +14,9 @@ from functools import partial
 from typing import Any
 
 from craton.base import UserError, nearest
-from craton.tasks.arithmetic import value_of
 from craton.tasks.rows import Row
 from craton.tasks.task import Formulation, Task
+from craton.text.arithmetic import value_of
 
 Maker = Callable[[random.Random, int], Row]
 _SYMBOLS = "a b c d e f g h k m n p q r s t u v w x y z".split()

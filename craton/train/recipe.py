@@ -114,7 +114,7 @@ class TunePart:
     temperature: float = 1.0
     clip_low: float = 0.2
     clip_high: float = 0.28
-    calculator: bool = False  # answers may ask for sums, as <<48/2= (calculator.py)
+    calculator: bool = False  # answers may ask for sums, as <<48/2= (engine/calculator.py)
     policy: Literal["on", "off"] = "on"  # distillation: of the student's answers, or of the teacher's
     general: str = ""  # a text that the model must not get worse at; '' is one of ours
 

@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from craton.adapt.calculator import write, write_with_calculator
 from craton.adapt.rollout import Asked, Group, Rollouts
+from craton.engine.calculator import write, write_with_calculator
 from craton.engine.engine import Engine
 from craton.engine.model import load_model
 from craton.engine.request import Sampling
-from craton.tasks.arithmetic import shown, value_of
 from craton.tasks.task import Example
+from craton.text.arithmetic import shown, value_of
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 
 from craton.engine.engine import Engine
 from craton.engine.request import Completion, Sampling, TokenLogprob
-from craton.tasks.arithmetic import shown, value_of
+from craton.text.arithmetic import shown, value_of
 from craton.text.tokenizer import Tokenizer
 
 OPEN, ASK, CLOSE = "<<", "=", ">>"
