@@ -1,7 +1,7 @@
 """What a preference got for how far it moved the model: the share of answers that write their steps, before and after,
 and the divergence from the base, KL(tuned || base) in nats an answer, of the tuned models' own answers.
 
-python recipes/preferences/gained.py TASK BASE TUNED...
+python recipes/preferences/gained.py TASK BASE ADAPTER...
 """
 
 import sys
@@ -25,7 +25,7 @@ def main() -> None:
     print(f"{'model':<12} {'reward':>7} {'KL':>8} {'gain/KL':>8}")
     start = 0.0
     for path in sys.argv[2:]:
-        model = load_model(path)
+        model = base if path == sys.argv[2] else load_model(sys.argv[2], adapter=path)
         engine = Engine(model.network, model.tokenizer, cache_bytes=256 << 20)
         texts, rewards = list[Tokens](), list[bool]()
         for asked, answers in zip(prompts, engine.generate(prompts, how), strict=True):

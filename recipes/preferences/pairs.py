@@ -17,7 +17,7 @@ def main() -> None:
         for a, b in zip(*lines, strict=True):
             with_steps, without = json.loads(a), json.loads(b)
             assert with_steps["prompt"] == without["prompt"]
-            two = [" " + with_steps["response"], " " + without["response"]]
+            two = [f" {answer['response']}\n" for answer in (with_steps, without)]
             if r.random() < chance:
                 two.reverse()
             made.write(json.dumps({"prompt": with_steps["prompt"], "chosen": two[0], "rejected": two[1]}) + "\n")

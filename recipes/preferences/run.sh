@@ -17,7 +17,7 @@ $python "$here/pairs.py" "$out/steps.jsonl" "$out/direct.jsonl" "$out/chance.jso
 tune() {
     name=$1 data=$2
     shift 2
-    [ -e "$out/$name/report.html" ] || $craton tune "$base" "$out/$data.jsonl" --out "$out/$name" --lora 16 --steps 60 --seed "$seed" --set tune.rows=16 --set run.evaluate_every=60 "$@"
+    [ -e "$out/$name/report.html" ] || $craton tune "$base" "$out/$data.jsonl" --out "$out/$name" --lora 16 --steps 60 --seed "$seed" --set tune.rows=16 --set tune.lr=5e-4 --set run.evaluate_every=60 "$@"
 }
 for method in dpo ipo kto orpo simpo; do
     tune $method pairs --method $method
