@@ -235,12 +235,12 @@ def _stored(path: Path, asked: dict[str, Any], out: Path) -> dict[str, Any]:
     if settled.get("digest") != digest({k: v for k, v in settled.items() if k != "digest"}):
         raise UserError(f"{path}: altered or damaged; start again with another --out")
     for key, value in asked.items():
-        if key != "recipe" and value != settled["asked"].get(key):
+        if key != "recipe" and value != settled["asked"].get(key, value):
             raise UserError(f"{out}: the run was started with another {key}; --resume goes on with the same", field=key)
     for part, values in asked["recipe"].items():
         defaults = dataclasses.asdict(getattr(Recipe(), part))
         for key, value in values.items():
-            was = settled["asked"]["recipe"].get(part, defaults)[key]
+            was = {**defaults, **settled["asked"]["recipe"].get(part, {})}[key]
             if value != was and value != defaults[key]:
                 name = f"{part}.{key}"
                 raise UserError(f"{out}: the run was started with {name} = {was!r}, not {value!r}", field=name)

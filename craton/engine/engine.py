@@ -276,7 +276,8 @@ class Engine:
 
     def _runs_ahead(self, part: Slice) -> bool:
         generation = part.generation
-        return part.new == 1 and part.past == len(generation.tokens) - 1 and runs_ahead(self.answers[generation])
+        begins = part.new == 1 and part.past == len(generation.tokens) - 1 and generation.max_new > generation.answered
+        return begins and runs_ahead(self.answers[generation])
 
     def _run_ahead(self, plan: list[Slice]) -> list[EngineEvent]:
         """Several tokens of each answer, which the device chose by itself; those after an answer's end are lost."""
@@ -307,6 +308,7 @@ class Engine:
 
     def _take(self, part: Slice, answer: Answer, tokens: Sequence[int], scores: Sequence[float]) -> EngineEvent:
         """Tokens that were chosen already, as far as the answer goes."""
+        part.generation.guesses = []
         added, text, finish = list[int](), "", None
         for token, logprob in zip(tokens, scores, strict=True):
             choice = append(answer, token, False, partial(_known, TokenLogprob(token, logprob)), self.end_ids)

@@ -341,9 +341,12 @@ class Backbone(nn.Module):
     def _ropes_of(self, time: int, device: torch.device) -> list[Rope]:
         """Of the first positions; kept, since training asks for the same ones each time."""
         key = time, device, modes.is_batch_invariant()
-        if key not in self._ropes:
-            self._ropes = {key: self.ropes(torch.arange(time, device=device))}
-        return self._ropes[key]
+        found = self._ropes.get(key)
+        if found is None:
+            with torch.inference_mode(False):  # training may come after looking
+                found = self.ropes(torch.arange(time, device=device))
+            self._ropes = {key: found}
+        return found
 
     def ropes(self, positions: Tensor) -> list[Rope]:
         """Each layer's rotation of these positions (time,)."""

@@ -16,10 +16,12 @@ from torch import Tensor
 from craton.model import fused, triton_kernels
 from craton.model.cache import PagedCache, TokenBatch
 from craton.model.decoder import MLP, Attention, Decoder, Linear
+from craton.model.lora import LoraLinear
 from craton.model.paging import BLOCK
-from craton.model.triton_kernels import CHUNK, TILE, chunks_of, tiles_of
+from craton.model.triton_kernels import TILE, split_of, tiles_of
 
 MOST_STEPS = 8  # that follow each other without the host
+_MOST_GRAPHS = 64  # that are kept
 _BATCHES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 _FEW = 1  # rows up to which our own product is used, with all around it joined; measured beside the library's
 
@@ -31,21 +33,28 @@ def fits(network: Decoder) -> bool:
     """Whether a decoder's steps can be made of these kernels: families as of fused.py, with weights as they are."""
     c = network.config
     layers = [m for m in network.modules() if isinstance(m, Linear)]
-    plain = len(layers) == 7 * c.num_hidden_layers + 1  # none is packed, or has an adapter
+    adapted = any(isinstance(m, LoraLinear) for m in network.modules())
+    plain = len(layers) == 7 * c.num_hidden_layers + 1 and not adapted  # and none is packed
     return fused.fits(c) and plain and c.num_attention_heads <= 16 * c.num_key_value_heads
 
 
-def cuda_capture(body: Callable[[], None]) -> Replay:
-    """A CUDA graph of what body does; kernels are compiled by a run before."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        body()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        body()
-    return graph.replay
+class CudaGraphs:
+    """Makes CUDA graphs, which run one after the other and so share their memory."""
+
+    def __init__(self) -> None:
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, body: Callable[[], None]) -> Replay:
+        """A graph of what body does; kernels are compiled by a run before."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            body()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            body()
+        return graph.replay
 
 
 @dataclass
@@ -70,10 +79,11 @@ class DeviceStep:
         context: int,
         trash: int,
         dtype: torch.dtype,
-        capture: Capture = cuda_capture,
+        capture: Capture | None = None,
     ):
         c = self.config = network.config
-        self.network, self.cache, self.trash, self.capture, self.dtype = network, cache, trash, capture, dtype
+        self.network, self.cache, self.trash, self.dtype = network, cache, trash, dtype
+        self.capture = capture or CudaGraphs()
         self.device, self.context = cache.keys.device, context
         self.graphs: dict[tuple[int, int], _Held] = {}
         self.offset = c.norm_unit_offset
@@ -177,14 +187,17 @@ class DeviceStep:
 
     # ---- one token of each sequence, again and again ----
 
-    def _graph(self, rows: int, chunks: int) -> _Held:
-        key = rows, chunks
+    def _graph(self, rows: int, length: int) -> _Held:
+        split = split_of(length)
+        key = rows, split[0] * split[1]
         if key not in self.graphs:
-            self.graphs[key] = self._captured(rows, chunks)
+            if len(self.graphs) == _MOST_GRAPHS:
+                del self.graphs[next(iter(self.graphs))]  # the oldest
+            self.graphs[key] = self._captured(rows, split)
         return self.graphs[key]
 
-    def _captured(self, rows: int, chunks: int) -> _Held:
-        c, blocks = self.config, chunks * CHUNK // BLOCK
+    def _captured(self, rows: int, split: tuple[int, int]) -> _Held:
+        blocks = split[0] * split[1] // BLOCK
         whole = torch.zeros(rows * (4 + blocks) + 1, dtype=torch.int32, device=self.device)
         ids, positions, slots, lengths, tables, turn = whole.split([*[rows] * 4, rows * blocks, 1])
         tables = tables.view(rows, blocks)
@@ -193,14 +206,10 @@ class DeviceStep:
         out = torch.zeros(2, MOST_STEPS, rows, dtype=torch.int32, device=self.device)
         said, scores = out[0], out[1].view(torch.float32)
         places = [positions, slots, slots, lengths, tables]
-        scratch = (
-            torch.empty(rows, chunks, c.num_attention_heads, c.head_dim, dtype=torch.float32, device=self.device),
-            torch.empty(rows, chunks, c.num_attention_heads, dtype=torch.float32, device=self.device),
-        )
 
         def attend(q: Tensor, pool: tuple[Tensor, Tensor], o: Tensor, spec: Any) -> None:
             triton_kernels.decode_attention(
-                q, pool, lengths, tables, o, chunks=chunks, scale=spec.scale, window=spec.window, scratch=scratch
+                q, pool, lengths, tables, o, split=split, scale=spec.scale, window=spec.window
             )
 
         def body() -> None:
@@ -225,7 +234,7 @@ class DeviceStep:
         flat += [self.trash] * ((rows - len(tables)) * blocks) + [0]
         whole.copy_(torch.tensor(flat, dtype=torch.int32))
 
-    @torch.no_grad()
+    @torch.inference_mode()
     def decode(
         self,
         ids: list[int],
@@ -239,7 +248,7 @@ class DeviceStep:
         min_p. numbers: (steps, sequences) in [0, 1). Returns tokens and log-probabilities, each (steps, sequences)."""
         count, steps = len(ids), len(numbers)
         rows = next((b for b in _BATCHES if b >= count), count)
-        held = self._graph(rows, chunks_of(max(positions) + steps))
+        held = self._graph(rows, max(positions) + steps)
         more = rows - count
         slots = [t[p // BLOCK] * BLOCK + p % BLOCK for t, p in zip(tables, positions, strict=True)]
         columns = [ids + [0] * more, positions + [0] * more, slots + [self.trash * BLOCK] * more]

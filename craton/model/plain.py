@@ -71,7 +71,7 @@ def attention(
 ) -> Tensor:
     time = q.shape[1]
     if first_key is None and softcap is None and sinks is None and modes.observer() is None:
-        return _library_attention(q, k, v, None, scale, causal and time > 1)
+        return _library_attention(q, k, v, None, scale, causal)
     at = torch.arange(time, device=q.device)
     mask = (at[None] <= at[:, None] if causal else torch.ones_like(at, dtype=torch.bool)[None])[None, None]
     if first_key is not None:

@@ -17,6 +17,7 @@ from triton.language.extra import cuda as hopper
 
 from craton.model.paging import BLOCK
 
+_MOST_CHUNKS = 64  # whose results are held at once
 CHUNK = 64  # keys that one program attends to; results of several are joined
 _NONE, _SILU, _GELU = 0, 1, 2
 ACTIVATIONS = {"": _NONE, "silu": _SILU, "gelu_pytorch_tanh": _GELU}
@@ -349,9 +350,10 @@ def _join_kernel(
     tl.store(out + (sequence * HEADS + head) * E + e, (acc / total).to(out.dtype.element_ty), e < E)
 
 
-def chunks_of(length: int) -> int:
-    """Chunks that keys of so many positions are cut into, a power of two."""
-    return triton.next_power_of_2(triton.cdiv(length, CHUNK))
+def split_of(length: int) -> tuple[int, int]:
+    """Into how many chunks keys of so many positions are cut, a power of two, and how large each is."""
+    chunks = triton.next_power_of_2(triton.cdiv(length, CHUNK))
+    return min(chunks, _MOST_CHUNKS), CHUNK * max(1, chunks // _MOST_CHUNKS)
 
 
 def decode_attention(
@@ -361,30 +363,25 @@ def decode_attention(
     tables: Tensor,
     out: Tensor,
     *,
-    chunks: int,
+    split: tuple[int, int],
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
     sinks: Tensor | None = None,
-    scratch: tuple[Tensor, Tensor] | None = None,
 ) -> None:
     """q (sequences, heads, d), one new token each, whose key is in the pool already -> out (sequences, heads, e).
-    chunks: of the longest sequence. scratch: fp32 (sequences, chunks, heads, e) and (sequences, chunks, heads)."""
-    sequences, heads, d = q.shape
+    split: as of split_of, of the longest sequence."""
+    (sequences, heads, d), (chunks, span) = q.shape, split
     keys, values = pool
     kv, e = keys.shape[1], values.shape[3]
     if heads // kv > 16:
         raise ValueError(f"{heads} heads for {kv} of keys; at most 16 to 1")
-    if scratch is None:
-        scratch = (
-            torch.empty(sequences, chunks, heads, e, dtype=torch.float32, device=q.device),
-            torch.empty(sequences, chunks, heads, dtype=torch.float32, device=q.device),
-        )
-    part, lse = scratch
+    part = torch.empty(sequences, chunks, heads, e, dtype=torch.float32, device=q.device)
+    lse = torch.empty(sequences, chunks, heads, dtype=torch.float32, device=q.device)
     padded = {"DP": max(16, triton.next_power_of_2(d)), "EP": max(16, triton.next_power_of_2(e))}
     _decode_attention_kernel[(sequences, kv, chunks)](
         q, keys, values, lengths, tables, part, lse, tables.shape[1], chunks, scale, window or 1 << 30, softcap or 1.0,
-        HEADS=heads, KV=kv, G=heads // kv, D=d, E=e, **padded, N=CHUNK, SPAN=CHUNK,
+        HEADS=heads, KV=kv, G=heads // kv, D=d, E=e, **padded, N=CHUNK, SPAN=span,
         CAPPED=softcap is not None, PAGE=BLOCK, num_warps=4, num_stages=1, **_launch(q),
     )  # fmt: skip
     _join_kernel[(sequences, heads)](
@@ -474,10 +471,12 @@ def prompt_attention(
     kv, e = keys.shape[1], values.shape[3]
     positions, _, starts, lengths, tables = places
     padded = {"DP": max(16, triton.next_power_of_2(d)), "EP": max(16, triton.next_power_of_2(e))}
+    small = q.element_size() == 2 and padded["DP"] <= 128  # what is ahead has room in every card's shared memory
     _prompt_attention_kernel[(tiles.shape[0], heads)](
         q, keys, values, positions, starts, lengths, tables, tiles, q if sinks is None else sinks, out,
         tables.shape[1], scale, window or 1 << 30, softcap or 1.0, HEADS=heads, KV=kv, D=d, E=e, **padded, M=TILE,
-        N=64, CAPPED=softcap is not None, WITH_SINKS=sinks is not None, PAGE=BLOCK, num_warps=4, num_stages=3,
+        N=64 if small else 32, CAPPED=softcap is not None, WITH_SINKS=sinks is not None, PAGE=BLOCK, num_warps=4,
+        num_stages=3 if small else 1,
     )  # fmt: skip
 
 
@@ -539,6 +538,7 @@ def _choose_kernel(
         inside = start + tl.cumsum(p, 0) > wanted
         final = tl.max(tl.where(p > 0, at, 0), 0)
         token = tl.minimum(tl.min(tl.where(inside & (p > 0), at, size), 0), final)
+    token = tl.minimum(token, size - 1)  # of what is no number too
     tl.store(tokens + row, token.to(tl.int64))
     own = tl.load(logits + row * size + token).to(tl.float64)
     tl.store(logprobs + row, (own - top.to(tl.float64) - tl.log(whole)).to(tl.float32))

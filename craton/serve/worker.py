@@ -280,10 +280,12 @@ class Worker:
                 self._give_up(f"{type(error).__name__}: {error}")
 
     def _step(self) -> None:
-        before, began = self.engine.counters.computed_tokens, time.perf_counter()
+        counters, began = self.engine.counters, time.perf_counter()
+        tokens, steps = counters.computed_tokens, counters.steps
         events = self.engine.step()
         seconds = time.perf_counter() - began
-        self._measure(seconds, self.engine.counters.computed_tokens - before)
+        many = max(1, counters.steps - steps)  # a GPU makes several at a time
+        self._measure(seconds / many, (counters.computed_tokens - tokens) // many)
         arrived = [(s, e) for e in events if (s := self.streams.get(e.completion.request)) is not None]
         for event in events:
             if event.completion.request not in self.engine.requests:

@@ -85,7 +85,8 @@ def accumulate(
             sdpa_kernel(_ATTENTION, set_priority=True),
         ):
             losses = job.objective(network, batch)
-        (losses.total * 0.0 if empty else losses.total).backward()
+        with sdpa_kernel(_ATTENTION, set_priority=True):  # what is computed again there is computed the same way
+            (losses.total * 0.0 if empty else losses.total).backward()
         named = ["loss", *losses.sums]
         figures.append(_figures(losses) * (0.0 if empty else 1.0))
     each = processes.stack(torch.stack(figures)).transpose(0, 1).flatten(0, 1)  # piece after piece
@@ -113,20 +114,20 @@ class Run:
         self.made_before = 0  # steps that were made before an interruption, and are made again just so
         self.moves_before: dict[int, int] = {}  # of the end, in those: at step -> steps
         self.out, self.job, self.recipe, self.processes, self.peak = out, job, recipe, processes, peak
+        free = memory.free(processes.device)
         self.network, self.optimizers = build(job.store, job.kind, recipe, processes)
         self.parameters = self.optimizers.parameters
         self.state = RunState()
         self.stopped_by: int | None = None
         self.logger = Logger(recipe.run.logger if processes.first else "none", out)
-        enough = processes.device == "cuda" and (recipe.run.steps or 0) >= 1000
-        if recipe.run.compile == "on" or (recipe.run.compile == "auto" and enough):
+        if memory.compiles(recipe, processes.device):
+            torch._dynamo.config.recompile_limit = 64  # rows of several lengths, with and without gradients
             for unit in job.store.units(self.network):
                 for module in unit:
-                    module.compile(fullgraph=True)
+                    module.compile()
         if processes.device == "cuda" and hasattr(self.network, "model"):
-            self.network.model.recompute = recipe.run.recompute == "on" or (
-                recipe.run.recompute == "auto" and memory.recomputes(self.network.config, recipe, processes.world)
-            )
+            needed = memory.recomputes(self.network.config, recipe, processes.world, free)
+            self.network.model.recompute = recipe.run.recompute == "on" or (recipe.run.recompute == "auto" and needed)
 
     @property
     def units(self) -> int:
@@ -264,6 +265,7 @@ class Run:
                     raise Interrupted(signal.Signals(stop).name)
         finally:
             line.clear()
+            gc.unfreeze()
             for s, handler in previous.items():
                 signal.signal(s, handler)
             if metrics:

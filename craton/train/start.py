@@ -319,7 +319,7 @@ def _stored(asked: _Asked) -> dict[str, Any]:
         for key, value in values.items():
             name = f"{part}.{key}"
             wanted = name in asked.recipe.given or value != defaults[part][key]
-            asked_before = settled["asked"]["recipe"].get(part, defaults[part])
+            asked_before = {**defaults[part], **settled["asked"]["recipe"].get(part, {})}
             if wanted and value != (before := asked_before[key]):
                 what = f"the run was started with {name} = {before!r}, not {value!r}"
                 raise UserError(f"{asked.out}: {what}; --resume goes on with the same recipe", field=name)

@@ -12,7 +12,7 @@ from craton.model.initialise import initialise
 
 pytest.importorskip("triton")
 from craton.model.cache import PagedCache
-from craton.model.device_step import DeviceStep, cuda_capture, fits
+from craton.model.device_step import CudaGraphs, DeviceStep, fits
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -83,6 +83,18 @@ def test_requests_that_the_device_cannot_serve_alone():
     assert [c.token_ids for (c,) in found] == [c.token_ids for (c,) in wanted]
 
 
+def test_prompts_alone_and_guesses():
+    """No token is asked for; or some are guessed."""
+    n = network("llama")
+    for sampling, more in ((Sampling(0), {}), (Sampling(5, 0.0, ignore_eos=True), {"speculate": "lookup"})):
+        prompts = [[5], [7] * 17, [7] * 17]
+        wanted = [Engine(n, cache_bytes=1 << 20, **more).generate([p], sampling)[0][0].token_ids for p in prompts]
+        engine = device_engine(n, **more)
+        found = [engine.generate([p], sampling)[0][0].token_ids for p in prompts]
+        assert found == wanted
+        assert [c.token_ids for (c,) in engine.generate(prompts, sampling)] == wanted
+
+
 @pytest.mark.skipif(CUDA, reason="counts what a stand-in captures")
 def test_graphs_are_few():
     """Padded batch sizes share one, and nothing is captured again."""
@@ -113,5 +125,5 @@ def test_changed_weights_are_seen_without_a_new_graph():
 @pytest.mark.skipif(not CUDA, reason="no GPU")
 def test_a_graph_is_captured_once():
     calls = []
-    cuda_capture(lambda: calls.append(1) or torch.zeros(1, device="cuda"))()
+    CudaGraphs()(lambda: calls.append(1) or torch.zeros(1, device="cuda"))()
     assert len(calls) == 2

@@ -7,6 +7,8 @@ from torch._dynamo.utils import counters
 from craton.model.config import ModelConfig
 from craton.model.decoder import Decoder
 from craton.model.initialise import initialise
+from craton.train.start import train
+from tests.conftest import small
 
 SIZES = dict(max_position_embeddings=256, eos_token_id=0)
 FAMILIES = {
@@ -42,3 +44,11 @@ def test_no_graph_breaks_and_no_compiling_again(family, documents, recompute):
             network.weighted_nll(ids, ids, torch.ones(2, 64), start)
         graphs.append(counters["stats"]["unique_graphs"])
     assert graphs[0] == graphs[2] <= 4 and not counters["graph_break"]
+
+
+def test_a_run_that_is_compiled(corpus, tmp_path, monkeypatch):
+    """From end to end, with looks and rows of other lengths; the embedding, which has nothing to compile, too."""
+    real = torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda self, **more: real(self, backend="eager", **more))
+    summary = train([str(corpus)], tmp_path / "m", small(run__steps=3, run__compile="on", run__evaluate_every=2))
+    assert summary["status"] == "finished" and summary["steps"] == 3

@@ -93,3 +93,17 @@ def test_bad_shapes_are_refused():
         ModelConfig(10, 8, 8, 1, 3, 2, 4)
     with pytest.raises(ValueError, match="hidden_size"):
         ModelConfig(10, 0, 8, 1, 2, 2, 4)
+
+
+def test_training_after_looking():
+    """What a forward pass without gradients keeps can be used by one that has them."""
+    from craton.model.config import ModelConfig
+    from craton.model.decoder import Decoder
+    from craton.model.initialise import initialise
+
+    network = Decoder(ModelConfig(50, 32, 32, 1, 2, 2, 16, max_position_embeddings=32, eos_token_id=0))
+    initialise(network, 0)
+    ids = torch.arange(8)[None]
+    with torch.inference_mode():
+        network(ids)
+    network.weighted_nll(ids, ids, torch.ones(1, 8))[0].backward()

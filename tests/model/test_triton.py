@@ -119,7 +119,7 @@ def test_attention(lengths, heads, sizes, window, softcap, sinks, data):
         out = torch.full((tokens, heads, e), torch.nan, device=DEVICE)
         how = {"scale": d**-0.5, "window": window, "softcap": softcap, "sinks": sink}
         if max(new) == 1:
-            kernels.decode_attention(q, own, places[3], tables, out, chunks=kernels.chunks_of(max(lengths)), **how)
+            kernels.decode_attention(q, own, places[3], tables, out, split=kernels.split_of(max(lengths)), **how)
             close(out, wanted, 1e-4)
         tiles = torch.tensor(kernels.tiles_of(places[2].tolist(), kernels.TILE), dtype=torch.int32, device=DEVICE)
         kernels.prompt_attention(q, own, places, tiles, out, **how)
@@ -212,6 +212,19 @@ def test_cross_entropy(rows, vocabulary, softcap):
     place = logits.detach().clone()
     close(kernels.cross_entropy(place, target, weight, softcap), each.detach())
     close(place, logits.grad)
+
+
+def test_a_row_of_no_numbers_gives_a_token():
+    logits = torch.full((2, 50), torch.nan, device=DEVICE)
+    tokens, scores = torch.empty(2, dtype=torch.int64, device=DEVICE), torch.empty(2, device=DEVICE)
+    zeros = torch.zeros(2, dtype=torch.float64, device=DEVICE)
+    kernels.choose_tokens(logits, torch.zeros(2, device=DEVICE), zeros, zeros, tokens, scores)
+    assert bool((tokens < 50).all())
+
+
+def test_long_keys_are_cut_into_larger_chunks():
+    assert kernels.split_of(1) == (1, 64) and kernels.split_of(300) == (8, 64)
+    assert kernels.split_of(4096) == (64, 64) and kernels.split_of(100_000) == (64, 2048)
 
 
 def test_the_loss_of_a_sum_whose_gradient_is_one_number():
