@@ -260,7 +260,7 @@ def _defaults(opened: Opened, recipe: Recipe) -> None:
             setattr(recipe.optimizer, name, tune.lr)
     tune.epochs = tune.epochs or _EPOCHS.get(tune.method, 1.0)
     if tune.beta is None:
-        tune.beta = {"simpo": 2.0, "grpo": 0.0, "orpo": 0.1}.get(tune.method, 0.1)
+        tune.beta = {"simpo": 2.0, "grpo": 0.0, "distill": 0.0, "orpo": 0.1}.get(tune.method, 0.1)
     recipe.run.precision = recipe.run.precision or ("fp32" if machine.device() == "cpu" else "bf16")
     if "schedule.decay_share" not in recipe.given:
         recipe.schedule.decay_share = 0.0 if tune.method == "grpo" else 0.9

@@ -20,7 +20,7 @@ tune() {
     shift
     [ -e "$out/$name/report.html" ] || $craton tune "$out/student" --out "$out/$name" --full --task $task --seed "$seed" "$@"
 }
-tune off "$out/asked.jsonl" --method distill --teacher "$teacher" --steps 300 --set tune.rows=16 --set tune.lr=1e-3
+tune off "$out/asked.jsonl" --method distill --teacher "$teacher" --set tune.policy=off --steps 300 --set tune.rows=16 --set tune.lr=1e-3
 tune on "$out/asked.jsonl" --method distill --teacher "$teacher" --set tune.policy=on --steps 300 --set tune.rows=32 --set tune.lr=1e-3
 tune control "$out/asked.jsonl" --steps 300 --set tune.rows=16 --set tune.lr=1e-3
 for name in off on control; do

@@ -185,6 +185,12 @@ def test_distillation_gives_the_teachers_form(model_folder, tmp_path):
     tune(Given(str(model_folder), [prompts], tmp_path / "s", recipe(*how), teacher=str(tmp_path / "t")))
     right = sum(said(tmp_path / "s", f"the {t}") == form(t) for t in THINGS)
     assert right >= 0.8 * len(THINGS)
+    begun = recipe(*how, "run.steps=12")
+    tune(Given(str(model_folder), [prompts], tmp_path / "b", begun, teacher=str(tmp_path / "t")))
+    on = recipe(*how, "tune.policy=on", "tune.lr=3e-3", "tune.rows=16", "run.steps=40", "tune.lora=0")
+    tune(Given(str(tmp_path / "b"), [prompts], tmp_path / "o", on, teacher=str(tmp_path / "t")))
+    losses = [r["loss"] for r in map(json.loads, (tmp_path / "o" / "metrics.jsonl").open()) if "loss" in r]
+    assert sum(losses[-5:]) < 0.5 * sum(losses[:5]) and min(losses) >= 0  # it is a divergence
 
 
 # ---- adapters of others, and ours in theirs -----------------------------------------------------------------------
