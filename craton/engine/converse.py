@@ -52,7 +52,7 @@ def open_talker(name: str, path: str, chat_template: Path | None = None, **optio
     options: of load_model. UserError as load_model raises it."""
     if not Path(path).exists() and "+" in path:
         path, _, options["adapter"] = path.partition("+")
-    model, folder = load_model(path, **options), single_file(Path(path))
+    model, folder = load_model(path, **{"device": None} | options), single_file(Path(path))
     found, defaults, pretrained = None, dict[str, float](), False
     if chat_template is not None:
         model.tokenizer.config["chat_template"] = read_text(chat_template)

@@ -10,6 +10,7 @@ import torch
 from craton.base import UserError, digest, sha256
 from craton.engine.engine import Engine
 from craton.engine.request import Completion, Sampling
+from craton.engine.runner import fits_device
 from craton.model.decoder import Decoder
 from craton.model.fused import fits
 from craton.model.packed import PackedMatrix
@@ -48,16 +49,22 @@ class Model:
         return self.complete(prompt, Sampling(max_tokens, temperature, seed=seed)).text
 
 
-def load_model(path: str, device: str = "cpu", adapter: str | None = None, **engine_options: Any) -> Model:
-    """Open a model folder or a GGUF file. Raises UserError naming what is missing or damaged. adapter: a folder with a
-    LoRA adapter, merged into the weights, or beside them where they are packed. engine_options: see Engine."""
+def load_model(path: str, device: str | None = "cpu", adapter: str | None = None, **engine_options: Any) -> Model:
+    """Open a model folder or a GGUF file. Raises UserError naming what is missing or damaged. device: None takes a GPU
+    where there is one and the engine has kernels for the model's steps on it; fp32 weights are computed with in bf16
+    there. adapter: a folder with a LoRA adapter, merged into the weights, or beside them where they are packed.
+    engine_options: see Engine."""
     folder = single_file(Path(path))
     if folder.suffix == ".gguf":
         from craton.weights import gguf  # its package takes half a second to import
 
         network, tokenizer = gguf.read(folder)
     else:
-        network, tokenizer = load_network(folder, device), Tokenizer.open(folder)
+        network, tokenizer = load_network(folder, device or "cpu"), Tokenizer.open(folder)
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() and fits_device(network) else "cpu"
+        if device == "cuda" and network.model.norm.weight.dtype == torch.float32:
+            engine_options.setdefault("dtype", torch.bfloat16)
     if device != "cpu" and any(isinstance(m, PackedMatrix) for m in network.modules()):
         raise UserError(
             f"{folder}: packed weights run on a CPU alone; give the unquantised folder for --device {device}"

@@ -25,6 +25,11 @@ except ImportError:  # no Triton, as on machines without a GPU
 OWN = 0  # the number of the adapter that is part of a network
 
 
+def fits_device(network: Decoder) -> bool:
+    """Whether a GPU's kernels can make a network's steps."""
+    return device_step is not None and device_step.fits(network)
+
+
 def cache_dtype(network: Decoder) -> torch.dtype:
     """Of keys and values: fp32 on a CPU, the weights' elsewhere."""
     weight = network.model.norm.weight
@@ -54,7 +59,7 @@ class Runner:
         dtype = dtype if dtype is not None and self.device.type != "cpu" else cache_dtype(network)
         self.cache = PagedCache(network.config, blocks, dtype, self.device)
         self.device_step: device_step.DeviceStep | None = None
-        if self.device.type == "cuda" and device_step is not None and device_step.fits(network):
+        if self.device.type == "cuda" and fits_device(network):
             self.device_step = device_step.DeviceStep(network, self.cache, context, blocks - 1, dtype)
         self.adapters: dict[str, tuple[int, dict[str, LowRank]]] = {}
         self.numbers: dict[str, int] = {}

@@ -12,7 +12,7 @@ from craton.engine.request import Sampling
 def continue_prompt(path: str, prompt: str, sampling: dict[str, Any], exact: bool) -> list[dict[str, Any]]:
     """Print the prompt and what follows as it comes; returns text and token_ids of each of sampling's n answers."""
     chosen = Sampling(**sampling)
-    loaded = load_model(path, exact=exact)
+    loaded = load_model(path, None, exact=exact)
     ids = loaded.tokenizer.encode(prompt)
     if chosen.n > 1:
         answers = loaded.engine.generate([ids], chosen)[0]

@@ -1,4 +1,4 @@
-"""Demonstrations by someone who is right about half the time: answers to countdown made wrong, others left alone.
+"""Demonstrations by someone who is right some of the time: answers to countdown made wrong, others left alone.
 
 python recipes/countdown/noise.py ROWS OUT SHARE
 """
