@@ -1,5 +1,5 @@
 #!/bin/sh
-# Better than the demonstrator: a model learns countdown from answers of which seven in ten are wrong, and reinforcement by what
+# Better than the demonstrator: a model learns countdown from answers of which half are wrong, and reinforcement by what
 # is right takes it past them. The control goes on learning from the demonstrations for as many tokens.
 #
 #     sh recipes/countdown/run.sh OUT [SEED]        about 20 minutes
@@ -9,7 +9,7 @@ here=$(dirname "$0")
 craton=${CRATON:-craton}
 mkdir -p "$out"
 [ -e "$out/rows.jsonl" ] || $craton tasks rows countdown=3 --n 60000 --shots 0 --seed "$seed" --out "$out/rows.jsonl"
-${PYTHON:-python3} "$here/noise.py" "$out/rows.jsonl" "$out/demonstrations.jsonl" 0.7
+${PYTHON:-python3} "$here/noise.py" "$out/rows.jsonl" "$out/demonstrations.jsonl" 0.5
 # Digits apart, as in recipes/addition.
 [ -e "$out/letters.jsonl" ] || $craton tasks rows sorting=5 --n 3000 --shots 0 --out "$out/letters.jsonl"
 [ -e "$out/letters/manifest.json" ] || $craton corpus build "$out/letters.jsonl" --skip near --vocab-size 300 --out "$out/letters"
