@@ -59,6 +59,7 @@ class Measure:
         self.held = [renderer.answer(s, s.answer, s.form) for s in held if s.answer is not None]
         self.worse = [renderer.answer(s, s.worse, s.form) for s in held if s.worse is not None]
         self.moved_from: np.ndarray | None = None  # held-out pairs' margins by the model as it was
+        self.last: tuple[Any, dict[str, Any]] | None = None
         self.probe: Probe | None = None
         self.asked: list[Asked] = []
         if task is not None and task.rows.get("test"):
@@ -81,7 +82,15 @@ class Measure:
         return sides[0] - sides[1]
 
     def __call__(self, network: Any, max_tokens: int | None = None, answers: int = 0) -> dict[str, Any]:
-        """answers: at temperature 1 to each item, for pass@1 and pass@k beside the likeliest answer."""
+        """answers: at temperature 1 to each item, for pass@1 and pass@k beside the likeliest answer. The same weights
+        are not measured twice, as at the last step and after it."""
+        weights = sum(p._version for p in network.parameters())
+        asked = id(network), weights, max_tokens, answers, self.moved_from is None
+        if self.last is None or self.last[0] != asked:
+            self.last = asked, self._measured(network, max_tokens, answers)
+        return dict(self.last[1])
+
+    def _measured(self, network: Any, max_tokens: int | None, answers: int) -> dict[str, Any]:
         out: dict[str, Any] = {}
         texts = [Tokens(t, np.arange(len(t)) > 0) for t in self.general]
         out["general_bits_per_byte"] = -float(log_probabilities(network, texts).sum()) / math.log(2) / self.bytes
