@@ -127,7 +127,9 @@ class Rollouts:
             groups += rest[: wanted - len(groups)]
         self._check(groups)
         lengths = [len(a.ids) for g in groups for a in g.answers]
-        facts = {"reward": float(np.mean(all_rewards)), "flat_groups": flat / seen, "length": float(np.mean(lengths))}
+        facts = {"length": float(np.mean(lengths))}
+        if self.reward is not None:
+            facts |= {"reward": float(np.mean(all_rewards)), "flat_groups": flat / seen}
         facts["cut"] = float(np.mean([a.finish == "length" for g in groups for a in g.answers]))
         self.last = facts
         return Sampled(groups, facts)

@@ -34,7 +34,10 @@ def write_tuning(folder: Path) -> Path:
     looks = record["looks"]
     values: dict[str, Any] = {"name": folder.name, "method": s["method"], "tiles": tiles, "rows": rows}
     values |= {"warnings": s["warnings"], "plan": record["plan"], "command": record["command"]}
-    values |= {"plots": _plots(record["curve"], looks), "samples": [r for r in looks if r.get("sample")][-6:]}
+    values |= {
+        "plots": _plots(record["curve"], [{"step": 0} | before, *looks]),
+        "samples": [r for r in looks if r.get("sample")][-6:],
+    }
     values |= {"base": record["base"], "template": record["template"]}
     write_text(folder / "report.html", filled("tuning", style="training", **values))
     return folder / "report.html"
