@@ -1,8 +1,8 @@
 #!/bin/sh
-# Better than the demonstrator: a model learns countdown from answers of which half are wrong, and reinforcement by what
+# Past the demonstrator: a model learns countdown from answers of which half are wrong, and reinforcement by what
 # is right takes it past them. The control goes on learning from the demonstrations for as many tokens.
 #
-#     sh recipes/countdown/run.sh OUT [SEED]        about 20 minutes
+#     sh recipes/countdown/run.sh OUT [SEED]
 set -eu
 out=$1 seed=${2:-0}
 here=$(dirname "$0")

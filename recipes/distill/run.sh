@@ -3,7 +3,7 @@
 # answers (off-policy), and from the student's own, judged token by token by the teacher (on-policy). The control learns
 # right answers alone, for as many steps.
 #
-#     sh recipes/distill/run.sh PARITY OUT [SEED]        PARITY: the folder that recipes/parity made; three minutes
+#     sh recipes/distill/run.sh PARITY OUT [SEED]        PARITY: the folder that recipes/parity made; a minute or two
 #
 # A step of either sees about as many tokens. A student of three layers, which cannot yet take the steps itself, learns
 # nothing of either in as many.

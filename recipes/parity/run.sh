@@ -1,7 +1,7 @@
 #!/bin/sh
 # Reasoning found by reinforcement (arXiv 2510.11495), from nothing: parity of 24 bits.
 #
-#     sh recipes/parity/run.sh OUT [SEED [BITS]]        about 16 minutes, half of them the control's
+#     sh recipes/parity/run.sh OUT [SEED [BITS]]        16 minutes with 180 steps of reinforcement, on one core
 #
 # A model reads sums of which one in five has its steps written. Trained on the next token it stays at chance, however
 # long (the control); rewarded for right answers alone it finds that the steps help, and its answers grow longer.
