@@ -32,11 +32,10 @@ from craton.engine.text import TextStream
 from craton.model.cache import bytes_per_token
 from craton.model.decoder import Decoder
 from craton.model.lora import LowRank
-from craton.model.paging import BLOCK
+from craton.model.paging import AHEAD, BLOCK
 from craton.text.tokenizer import Tokenizer
 from craton.weights.adapter import low_ranks
 
-AHEAD = 8  # tokens that a device chooses by itself before the host looks at them
 _LOGIT_BYTES = 64 << 20  # logits of one step at most
 
 

@@ -17,10 +17,9 @@ from craton.model import fused, triton_kernels
 from craton.model.cache import PagedCache, TokenBatch
 from craton.model.decoder import MLP, Attention, Decoder, Linear
 from craton.model.lora import LoraLinear
-from craton.model.paging import BLOCK
+from craton.model.paging import AHEAD, BLOCK
 from craton.model.triton_kernels import TILE, split_of, tiles_of
 
-MOST_STEPS = 8  # that follow each other without the host
 _MOST_GRAPHS = 64  # that are kept
 _BATCHES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 _FEW = 1  # rows up to which our own product is used, with all around it joined; measured beside the library's
@@ -62,8 +61,8 @@ class _Held:
     """The inputs and outputs of one graph, at fixed places."""
 
     whole: Tensor  # int32: all below it up to tables
-    numbers: Tensor  # fp64: temperature, min_p, u, and (MOST_STEPS + 1, rows) of u to come
-    out: Tensor  # int32 (2, MOST_STEPS, rows): tokens, and their log-probabilities as fp32
+    numbers: Tensor  # fp64: temperature, min_p, u, and (AHEAD + 1, rows) of u to come
+    out: Tensor  # int32 (2, AHEAD, rows): tokens, and their log-probabilities as fp32
     replay: Replay
     rows: int
     blocks: int
@@ -88,7 +87,7 @@ class DeviceStep:
         self.graphs: dict[tuple[int, int], _Held] = {}
         self.offset = c.norm_unit_offset
         with torch.no_grad():
-            positions = torch.arange(context + MOST_STEPS + 1, device=self.device)
+            positions = torch.arange(context + AHEAD + 1, device=self.device)
             turned = network.model.ropes(positions)
         made: dict[int, tuple[Tensor, Tensor]] = {}
         self.ropes: list[tuple[Tensor, Tensor] | None] = []
@@ -201,9 +200,9 @@ class DeviceStep:
         whole = torch.zeros(rows * (4 + blocks) + 1, dtype=torch.int32, device=self.device)
         ids, positions, slots, lengths, tables, turn = whole.split([*[rows] * 4, rows * blocks, 1])
         tables = tables.view(rows, blocks)
-        numbers = torch.zeros(3 + MOST_STEPS + 1, rows, dtype=torch.float64, device=self.device)
+        numbers = torch.zeros(3 + AHEAD + 1, rows, dtype=torch.float64, device=self.device)
         temperature, min_p, u = numbers[:3]
-        out = torch.zeros(2, MOST_STEPS, rows, dtype=torch.int32, device=self.device)
+        out = torch.zeros(2, AHEAD, rows, dtype=torch.int32, device=self.device)
         said, scores = out[0], out[1].view(torch.float32)
         places = [positions, slots, slots, lengths, tables]
 
@@ -243,7 +242,7 @@ class DeviceStep:
         filters: list[tuple[float, float]],
         numbers: list[list[float]],
     ) -> tuple[list[list[int]], list[list[float]]]:
-        """Goes on with sequences, len(numbers) steps of a token each, at most MOST_STEPS. ids: their last tokens, at
+        """Goes on with sequences, len(numbers) steps of a token each, at most AHEAD. ids: their last tokens, at
         positions; tables: the blocks of each, enough for what comes, or the rest is lost. filters: temperature and
         min_p. numbers: (steps, sequences) in [0, 1). Returns tokens and log-probabilities, each (steps, sequences)."""
         count, steps = len(ids), len(numbers)

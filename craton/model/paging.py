@@ -2,6 +2,7 @@
 torch."""
 
 BLOCK = 16  # tokens in a block
+AHEAD = 8  # steps that a GPU makes by itself before the host looks at what it chose
 
 
 def blocks_for(tokens: int) -> int:

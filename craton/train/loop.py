@@ -80,12 +80,9 @@ def accumulate(
         empty = share >= total_groups  # takes part, so that the others' gradients come together, and adds nothing
         batch = on(job.source.batch(number, 0 if empty else share, pieces, network), processes.device)
         processes.begin_piece(parameters)
-        with (
-            torch.autocast(processes.device, torch.bfloat16, enabled=recipe.run.precision == "bf16"),
-            sdpa_kernel(_ATTENTION, set_priority=True),
-        ):
-            losses = job.objective(network, batch)
-        with sdpa_kernel(_ATTENTION, set_priority=True):  # what is computed again there is computed the same way
+        with sdpa_kernel(_ATTENTION, set_priority=True):  # backward too, where blocks are computed again
+            with torch.autocast(processes.device, torch.bfloat16, enabled=recipe.run.precision == "bf16"):
+                losses = job.objective(network, batch)
             (losses.total * 0.0 if empty else losses.total).backward()
         named = ["loss", *losses.sums]
         figures.append(_figures(losses) * (0.0 if empty else 1.0))
