@@ -315,14 +315,14 @@ def prefill() -> dict[str, Any]:
 def sampling() -> dict[str, Any]:
     """Of 64 rows of 128k logits, by temperature."""
     torch = torch_()
-    from craton.model import triton_kernels
+    from craton.model.gpu.choose import choose_tokens
 
     logits = torch.randn(64, 131_072, device="cuda").bfloat16()
     one = torch.ones(64, device="cuda")
     u = torch.rand(64, device="cuda", dtype=torch.float64)
     tokens, scores = torch.empty(64, dtype=torch.int64, device="cuda"), torch.empty(64, device="cuda")
     none = torch.zeros(64, device="cuda", dtype=torch.float64)
-    work = lambda: triton_kernels.choose_tokens(logits, one, none, u, tokens, scores)  # noqa: E731
+    work = lambda: choose_tokens(logits, one, none, u, tokens, scores)  # noqa: E731
     work()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):

@@ -13,7 +13,7 @@ from craton.engine.model import Model, load_model, single_file
 from craton.model.config import ModelConfig
 from craton.model.decoder import Decoder
 from craton.model.lora import LoraSpec, adapted, put_adapters, write_head_out
-from craton.model.packed import PackedMatrix
+from craton.model.packed import holds_packed
 from craton.text.tokenizer import Tokenizer
 from craton.train.distributed import local
 from craton.train.pretrain import Continued as Whole
@@ -115,12 +115,15 @@ class WholeReward(Whole):
         write_json(out / "config.json", config | {"architectures": names, "num_labels": 1, "problem_type": None})
 
 
-def open_base(path: str) -> Model:
-    """A model to be tuned: a folder, a GGUF file, or MODEL+ADAPTER, whose adapter is merged first."""
+def open_base(path: str, device: str = "cpu") -> Model:
+    """A model to be tuned: a folder, a GGUF file, or MODEL+ADAPTER, whose adapter is merged first. device: where packed
+    weights are to be; the others are read on the CPU."""
     name, _, own = (path, "", "") if Path(path).exists() else path.partition("+")
     if not Path(name).exists():
         raise UserError(f"{path}: no such model; MODEL is a folder or a GGUF file")
     model = load_model(name, adapter=own or None)
+    if device != "cpu" and holds_packed(model.network):
+        model = load_model(name, device, own or None)
     model.network.float()
     write_head_out(model.network)
     return model
@@ -137,7 +140,7 @@ def tuned(model: str, out: Path) -> Decoder:
 
 def check_whole(model: Model, path: str) -> None:
     """UserError where all weights cannot be trained."""
-    if any(isinstance(m, PackedMatrix) for m in model.network.modules()):
+    if holds_packed(model.network):
         fix = "use --lora, which keeps them, or give the unquantised folder"
         raise UserError(f"{path}: its weights are packed into few bits and cannot all be trained; {fix}")
 

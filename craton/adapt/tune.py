@@ -84,7 +84,7 @@ def open_all(given: Given) -> Opened:
     recipe = dataclasses.replace(given.recipe)
     for section in ("run", "data", "optimizer", "schedule", "tune"):
         setattr(recipe, section, dataclasses.replace(getattr(recipe, section)))
-    model = open_base(given.model)
+    model = open_base(given.model, machine.device())
     task = find_task(given.task) if given.task else None
     samples = _samples(given, recipe, task, chats=not _is_bare(given, model))
     chats = any(s.chats for s in samples[:1])

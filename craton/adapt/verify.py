@@ -12,7 +12,7 @@ from craton.base import UserError
 from craton.engine.model import load_model
 from craton.model import modes
 from craton.model.decoder import Decoder
-from craton.model.packed import PackedMatrix
+from craton.model.packed import holds_packed
 from craton.weights import adapter
 from craton.weights.tensorfile import read_tensors
 
@@ -26,7 +26,8 @@ def check(out: Path, opened: Opened, network: Any) -> dict[str, Any]:
     network, or where an adapter that is merged does."""
     if not isinstance(network, Decoder):
         return {}
-    ids = torch.tensor([opened.renderer.tokenizer.encode("The quick brown fox; def f(x): return 12 * x")[:_TOKENS]])
+    text, device = "The quick brown fox; def f(x): return 12 * x", network.model.norm.weight.device
+    ids = torch.tensor([opened.renderer.tokenizer.encode(text)[:_TOKENS]], device=device)
     wanted = network(ids)
     spread = float(wanted.std())
     gaps: dict[str, float] = {}
@@ -38,13 +39,13 @@ def check(out: Path, opened: Opened, network: Any) -> dict[str, Any]:
         stored, live = read_tensors(out / adapter.WEIGHTS), adapter.published(dict(adapter.lora_tensors(network)))
         same = stored.keys() == live.keys() and all(torch.equal(stored[n], t) for n, t in live.items())
         gaps["stored"] = 0.0 if same else math.inf
-        if not any(isinstance(m, PackedMatrix) for m in network.modules()):  # those cannot hold the sum
-            reloaded = open_base(opened.given.model).network
+        if not holds_packed(network):  # those cannot hold the sum
+            reloaded = open_base(opened.given.model).network.to(device)
             adapter.merge(reloaded, out)
             gaps["merged"] = _gap(reloaded(ids), wanted, spread)
     else:
-        changed = not torch.equal(open_base(opened.given.model).network(ids), wanted)
-        gaps["reloaded"] = _gap(load_model(str(out)).network.float()(ids), wanted, spread)
+        changed = not torch.equal(open_base(opened.given.model).network.to(device)(ids), wanted)
+        gaps["reloaded"] = _gap(load_model(str(out)).network.float().to(device)(ids), wanted, spread)
     for what, gap in gaps.items():
         if gap > TOLERANCE:
             raise UserError(

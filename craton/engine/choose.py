@@ -80,7 +80,7 @@ def runs_ahead(answer: Answer) -> bool:
     """Whether nothing but its own logits decides an answer's tokens, so that a device can go on by itself."""
     s = answer.sampling
     free = answer.matcher is None and s.reasoning is None and answer.collector is None and not s.adjusts
-    return free and not s.top_k and s.top_p == 1.0 and not s.logprobs and answer.generation.answered >= s.min_tokens
+    return free and not s.logprobs and answer.generation.answered >= s.min_tokens
 
 
 def _may_begin_thinking(answer: Answer) -> bool:

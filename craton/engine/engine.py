@@ -280,7 +280,6 @@ class Engine:
 
     def _run_ahead(self, plan: list[Slice]) -> list[EngineEvent]:
         """Several tokens of each answer, which the device chose by itself; those after an answer's end are lost."""
-        assert self.runner.device_step is not None
         answers = [self.answers[part.generation] for part in plan]
         steps = min(AHEAD, max(part.generation.max_new - part.generation.answered for part in plan))
         for part in plan:
@@ -297,8 +296,9 @@ class Engine:
             [part.generation.tokens[-1] for part in plan],
             [part.past for part in plan],
             [part.generation.blocks for part in plan],
-            [(a.sampling.temperature, a.sampling.min_p) for a in answers],
+            [(a.sampling.temperature, a.sampling.min_p, a.sampling.top_k, a.sampling.top_p) for a in answers],
             numbers,
+            [self.runner.adapter_number(part.generation.adapter) for part in plan],
         )
         self.counters.steps += steps
         self.counters.computed_tokens += steps * len(plan)

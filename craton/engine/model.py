@@ -11,12 +11,13 @@ from craton.base import UserError, digest, sha256
 from craton.engine.engine import Engine
 from craton.engine.request import Completion, Sampling
 from craton.engine.runner import fits_device
+from craton.model.config import ModelConfig
 from craton.model.decoder import Decoder
 from craton.model.fused import fits
-from craton.model.packed import PackedMatrix
+from craton.model.packed import PackedMatrix, holds_packed
 from craton.text.tokenizer import Tokenizer
 from craton.weights.adapter import attach, merge
-from craton.weights.folder import check_fit, load_network
+from craton.weights.folder import check_fit, load_network, read_config
 
 
 class Model:
@@ -58,26 +59,32 @@ def load_model(path: str, device: str | None = "cpu", adapter: str | None = None
     if folder.suffix == ".gguf":
         from craton.weights import gguf  # its package takes half a second to import
 
-        network, tokenizer = gguf.read(folder)
+        where = device or _device_for(gguf.config_of(folder)[0])
+        network, tokenizer = gguf.read(folder, where)
     else:
-        network, tokenizer = load_network(folder, device or "cpu"), Tokenizer.open(folder)
-    if device is None:
-        device = "cuda" if torch.cuda.is_available() and fits_device(network) else "cpu"
-        if device == "cuda" and network.model.norm.weight.dtype == torch.float32:
-            engine_options.setdefault("dtype", torch.bfloat16)
-    if device != "cpu" and any(isinstance(m, PackedMatrix) for m in network.modules()):
+        where = device or _device_for(read_config(folder))
+        network, tokenizer = load_network(folder, where), Tokenizer.open(folder)
+    packed = holds_packed(network)
+    if where != "cpu" and any(isinstance(m, PackedMatrix) for m in network.modules()):
         raise UserError(
-            f"{folder}: packed weights run on a CPU alone; give the unquantised folder for --device {device}"
+            f"{folder}: packed experts run on a CPU alone; give the unquantised folder for --device {where}"
         )
-    if adapter is not None and any(isinstance(m, PackedMatrix) for m in network.modules()):
+    if where != "cpu" and (device is None or packed) and network.model.norm.weight.dtype == torch.float32:
+        engine_options.setdefault("dtype", torch.bfloat16)
+    if adapter is not None and packed:
         attach(network, Path(adapter))  # packed weights cannot hold the sum
     elif adapter is not None:
         merge(network, Path(adapter))
     check_fit(network.config, tokenizer, folder)
-    network.to(device)
-    if device == "cpu" and not fits(network.config):
+    network.to(where)
+    if where == "cpu" and not fits(network.config):
         network.float()  # modules run in fp32 on a CPU; only the steps in one call read 16-bit weights
     return Model(network, tokenizer, engine_options)
+
+
+def _device_for(config: ModelConfig) -> str:
+    """A GPU where there is one and it has kernels for the steps of such models."""
+    return "cuda" if torch.cuda.is_available() and fits_device(config) else "cpu"
 
 
 def single_file(path: Path) -> Path:

@@ -5,6 +5,7 @@ import copy
 import ctypes
 import sys
 from collections.abc import Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,22 +13,20 @@ from torch import Tensor
 from craton.base import UserError, free_memory
 from craton.model import kernels, modes
 from craton.model.cache import PagedCache, TokenBatch
+from craton.model.config import ModelConfig
 from craton.model.decoder import Decoder
-from craton.model.fused import MOST_ADAPTERS, FusedStep, fits
+from craton.model.fused import MOST_ADAPTERS, FusedStep, fits, fits_gpu
+from craton.model.gpu import train_kernels
+from craton.model.grouped import GroupedMatrix
 from craton.model.lora import LoraLinear, LowRank, adapted
 from craton.model.packed import PackedMatrix
-
-try:
-    from craton.model import device_step
-except ImportError:  # no Triton, as on machines without a GPU
-    device_step = None  # type: ignore[assignment]
 
 OWN = 0  # the number of the adapter that is part of a network
 
 
-def fits_device(network: Decoder) -> bool:
-    """Whether a GPU's kernels can make a network's steps."""
-    return device_step is not None and device_step.fits(network)
+def fits_device(config: ModelConfig) -> bool:
+    """Whether a GPU's kernels can make such a network's steps."""
+    return train_kernels is not None and fits_gpu(config)
 
 
 def cache_dtype(network: Decoder) -> torch.dtype:
@@ -45,7 +44,7 @@ def _give_back() -> None:
 
 class Runner:
     """A network with its cache. On a CPU with the engine's kernels whole steps run in one call where the family
-    allows it, and on a GPU as few kernels (device_step.py); else module by module. An answer's bits do not depend on
+    allows it, and on a GPU as few kernels (gpu/step.py); else module by module. An answer's bits do not depend on
     its neighbours on a CPU."""
 
     def __init__(
@@ -58,9 +57,12 @@ class Runner:
         self.source, self.device, self.context = network, network.model.norm.weight.device, context
         dtype = dtype if dtype is not None and self.device.type != "cpu" else cache_dtype(network)
         self.cache = PagedCache(network.config, blocks, dtype, self.device)
-        self.device_step: device_step.DeviceStep | None = None
-        if self.device.type == "cuda" and fits_device(network):
-            self.device_step = device_step.DeviceStep(network, self.cache, context, blocks - 1, dtype)
+        self.device_step: Any = None  # a DeviceStep, whose module needs Triton
+        if self.device.type == "cuda" and fits_device(network.config):
+            from craton.model.gpu import step
+
+            if step.fits(network):
+                self.device_step = step.DeviceStep(network, self.cache, context, blocks - 1, dtype)
         self.adapters: dict[str, tuple[int, dict[str, LowRank]]] = {}
         self.numbers: dict[str, int] = {}
         self.weights_changed()
@@ -75,25 +77,29 @@ class Runner:
         self.fused: FusedStep | None = None
         live = {n: m for n, m in adapted(network) if isinstance(m, LoraLinear)}
         plain = all(m.adapter.lora_magnitude is None and n.endswith("_proj") for n, m in live.items())
+        plain = plain and not any(isinstance(m, GroupedMatrix) for m in network.modules())
         if self.device.type == "cpu" and kernels.engine_kernels() is not None and fits(network.config) and plain:
             self.fused = FusedStep(network, self.cache, self.context)
             if live:  # the network's own adapter, of every token
                 self.fused.put_adapter(OWN, {n: m.adapter for n, m in live.items()})
             for number, parts in self.adapters.values():
                 self.fused.put_adapter(number, parts)
+        if self.device_step is not None and live:
+            self.device_step.put_adapter(OWN, {n: m.adapter for n, m in live.items()})
         self.own_adapter = bool(live)
         self.wide: Decoder | None = None
 
     def load_adapter(self, name: str, parts: dict[str, LowRank]) -> None:
         """Make an adapter known, beside the network as it is. UserError where steps do not run in one call, or too many
         are known."""
-        if self.fused is None or self.exact or self.own_adapter:
+        step = self.device_step or self.fused
+        if step is None or self.exact or self.own_adapter:
             raise UserError(f"adapter {name}: this model's steps do not take adapters here; merge it (craton merge)")
         used = {number for number, _ in self.adapters.values()}
         number = next((i for i in range(1, MOST_ADAPTERS) if i not in used), None)
         if number is None:
             raise UserError(f"adapter {name}: {len(used)} are loaded, which is the most; drop one first")
-        self.fused.put_adapter(number, parts)
+        step.put_adapter(number, parts)
         self.adapters[name] = number, parts
         self.numbers[name] = number
 
@@ -101,8 +107,15 @@ class Runner:
         """Forget an adapter that nothing uses any more."""
         number, _ = self.adapters.pop(name)
         del self.numbers[name]
-        if self.fused is not None:
-            self.fused.remove_adapter(number)
+        step = self.device_step or self.fused
+        if step is not None:
+            step.remove_adapter(number)
+
+    def adapter_number(self, name: str | None) -> int:
+        """Of an adapter beside the network, or the network's own; -1: none."""
+        if name is not None:
+            return self.numbers[name]
+        return OWN if self.own_adapter else -1
 
     def modules(self) -> Decoder:
         """The network as it runs module by module: on a CPU in fp32, packed matrices shared."""
@@ -141,12 +154,12 @@ class Runner:
     ) -> tuple[Tensor | None, Tensor]:
         """ids (tokens,) int32 on the device -> logits (outputs, vocabulary) and last hidden states (outputs, hidden) of
         the tokens in rows (outputs,), fp32 on the CPU."""
+        if self.own_adapter:
+            batch.adapters = torch.full_like(ids, OWN)
         if self.device_step is not None:
             logits, hidden = self.device_step.run(ids, batch, rows, want_logits)
             return None if logits is None else logits.float().cpu(), hidden.float().cpu()
         if self.fused is not None and not self.exact:
-            if self.own_adapter:
-                batch.adapters = torch.full_like(ids, OWN)
             return self.fused.run(ids, batch, rows, want_logits)
         with modes.batch_invariant(), modes.exact_activations() if self.exact else contextlib.nullcontext():
             network = self.modules()

@@ -36,6 +36,11 @@ def fits(config: ModelConfig) -> bool:
     )
 
 
+def fits_gpu(config: ModelConfig) -> bool:
+    """Whether a GPU's kernels (gpu/step.py) can make a step: the same blocks, and at most 16 heads a key."""
+    return fits(config) and config.num_attention_heads <= 16 * config.num_key_value_heads
+
+
 class FusedStep:
     """A decoder's weights as the kernels take them. Holds what they point to; no copies of matrices."""
 
@@ -124,7 +129,7 @@ class FusedStep:
             layer = layer.base
         bias = None if getattr(layer, "bias", None) is None else self._float(layer.bias)
         if isinstance(layer, PackedLinear | PackedEmbedding):
-            self.kept.append(layer.packed.data)  # type: ignore[arg-type]
+            self.kept.append(layer.packed.data)
             return layer.packed.matrix(bias)
         assert isinstance(layer, Linear | torch.nn.Embedding)
         weight = layer.weight.detach().contiguous()

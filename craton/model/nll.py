@@ -10,12 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from craton.model import kernels, ops
+from craton.model.gpu import train_kernels
 from craton.model.plain import Pair
-
-try:
-    from craton.model import triton_kernels
-except ImportError:  # no Triton, as on machines without a GPU
-    triton_kernels = None  # type: ignore[assignment]
 
 IGNORE = -100  # a target for which there is no loss
 _SLICE_BYTES = {"cpu": 32 << 20}  # of fp32 logits held at once; what stays near the cores
@@ -66,8 +62,8 @@ def _slices(x: Tensor, vocabulary: int) -> list[slice]:
 def _loss_and_gradient(products: Tensor, target: Tensor, weight: Tensor, softcap: float | None) -> Pair:
     """Products (rows, vocabulary), not yet capped -> weight times the gradient of the nll by them, in their place where
     that is possible, and nll (rows,) fp32."""
-    if products.device.type == "cuda" and triton_kernels is not None:
-        return products, triton_kernels.cross_entropy(products, target, weight, softcap)
+    if products.device.type == "cuda" and train_kernels is not None:
+        return products, train_kernels.cross_entropy(products, target, weight, softcap)
     logits = _capped(products.float(), softcap)
     gradient, nll = _softmax_gradient(logits if softcap is None else logits.clone(), target, weight)
     return gradient if softcap is None else gradient * (1 - (logits / softcap).square()), nll

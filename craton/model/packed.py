@@ -126,7 +126,7 @@ class PackedMatrix(nn.Module):
     def product(self, x: Tensor) -> Tensor:
         """x (..., cols) times the matrix transposed -> (..., rows)."""
         if torch.is_grad_enabled() and x.requires_grad:
-            return _FrozenProduct.apply(x, self)
+            return FrozenProduct.apply(x, self)
         if self.native and modes.rounds_activations():
             return torch.ops.craton.packed_linear(x.float(), self.data, self.rows, self.kind)
         if self.written is not None:
@@ -138,11 +138,11 @@ class PackedMatrix(nn.Module):
         return torch.arange(self.rows).split(max(1, _PIECE // self.cols))
 
 
-class _FrozenProduct(torch.autograd.Function):
+class FrozenProduct(torch.autograd.Function):
     """A product whose matrix is kept: it is written out anew for the gradient, not held until then."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, matrix: PackedMatrix) -> Tensor:
+    def forward(ctx: Any, x: Tensor, matrix: Any) -> Tensor:
         ctx.matrix = matrix
         return matrix.product(x)
 
@@ -157,16 +157,16 @@ class _FrozenProduct(torch.autograd.Function):
 
 
 class PackedLinear(nn.Module):
-    """A Linear with a packed weight; for inference only."""
+    """A Linear with a packed weight; for inference only. On a GPU its matrix is grouped (grouped.py)."""
 
-    def __init__(self, weight: PackedMatrix, bias: Tensor | None = None):
+    def __init__(self, weight: Any, bias: Tensor | None = None):
         super().__init__()
         self.packed = weight
         self.register_buffer("bias", None if bias is None else bias.float(), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.packed.product(x)
-        return y if self.bias is None else y + self.bias.to(y.dtype)  # type: ignore[operator]
+        return y if self.bias is None else y + self.bias.to(y.dtype)
 
     def plain_weight(self) -> Tensor | None:
         """The weight in fp32, if it is written out and a product with it is all that the layer is."""
@@ -177,12 +177,17 @@ class PackedLinear(nn.Module):
 class PackedEmbedding(nn.Module):
     """An Embedding with a packed weight; for inference only."""
 
-    def __init__(self, weight: PackedMatrix):
+    def __init__(self, weight: Any):
         super().__init__()
         self.packed = weight
 
     def forward(self, ids: Tensor) -> Tensor:
         return self.packed.take(ids)
+
+
+def holds_packed(network: nn.Module) -> bool:
+    """Whether any layer is packed, for whatever device."""
+    return any(isinstance(m, PackedMatrix | PackedLinear) for m in network.modules())
 
 
 def replace(network: nn.Module, name: str, layer: nn.Module) -> None:

@@ -151,7 +151,8 @@ def choose_tokens(
     rank = torch.arange(x.shape[1], device=x.device)[None, :]
     kept = rank < torch.where(top_k > 0, top_k, x.shape[1])[:, None]
     p = torch.softmax(values.masked_fill(~kept, -math.inf), -1)
-    kept &= (p.cumsum(-1) - p < top_p.double()[:, None]) & (p >= min_p.double()[:, None] * p[:, :1])
+    share = torch.where(top_p < 1, top_p.double(), math.inf)[:, None]  # sums that round to 1 drop nothing
+    kept &= (p.cumsum(-1) - p < share) & (p >= min_p.double()[:, None] * p[:, :1])
     kept[:, 0] = True
     p = torch.softmax(values.masked_fill(~kept, -math.inf), -1)
     p = torch.zeros_like(p).scatter_(-1, ids, p)  # back in the order of the ids

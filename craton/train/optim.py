@@ -16,13 +16,9 @@ from torch.distributed.tensor import DTensor
 
 from craton.base import UserError
 from craton.model import kernels, ops
+from craton.model.gpu import train_kernels
 from craton.train.distributed import Box, box, local
 from craton.train.recipe import OptimizerPart
-
-try:
-    from craton.model import triton_kernels
-except ImportError:  # no Triton, as on machines without a GPU
-    triton_kernels = None  # type: ignore[assignment]
 
 # Each line turns singular values a bit nearer to 1 by s -> a s + b s^3 + c s^5; made for these five in this order.
 POLAR_EXPRESS = (
@@ -68,7 +64,7 @@ class Muon(torch.optim.Optimizer):
         for group in self.param_groups:
             with_gradient = [p for p in group["params"] if p.grad is not None]
             for same in _by_shape(with_gradient):
-                if triton_kernels is not None and same[0].is_cuda and not isinstance(same[0], DTensor):
+                if train_kernels is not None and same[0].is_cuda and not isinstance(same[0], DTensor):
                     self._step_together(same, group)
                     continue
                 updates = [self._momentum(p, group["momentum"]) for p in same]
@@ -85,10 +81,8 @@ class Muon(torch.optim.Optimizer):
         for at in range(0, len(same), many):
             some = same[at : at + many]
             gradients = [p.grad for p in some if p.grad is not None]
-            stack = triton_kernels.nesterov(
-                [self._state(p) for p in some], gradients, group["momentum"], torch.bfloat16
-            )
-            triton_kernels.muon_update(
+            stack = train_kernels.nesterov([self._state(p) for p in some], gradients, group["momentum"], torch.bfloat16)
+            train_kernels.muon_update(
                 [p.data for p in some], orthogonalise(stack).contiguous(), group["lr"] * group["weight_decay"], rate
             )
 

@@ -17,7 +17,7 @@ from craton.corpus.store import Corpus
 from craton.engine.model import Model, load_model, single_file, weights_hash
 from craton.model import kernels
 from craton.model.config import ModelConfig
-from craton.model.packed import PackedMatrix
+from craton.model.packed import holds_packed
 from craton.train import explain, machine, memory, record
 from craton.train.checkpoint import OLD
 from craton.train.distributed import Processes, open_processes
@@ -127,7 +127,7 @@ def _documents(text: str) -> str | None:
 def _open_base(asked: _Asked) -> Model:
     """The model that is trained further. UserError if its weights are packed, or the corpora have other tokens."""
     model = load_model(asked.base)
-    if any(isinstance(m, PackedMatrix) for m in model.network.modules()):
+    if holds_packed(model.network):
         raise UserError(f"--from {asked.base}: its weights are packed into few bits; give the unquantised folder")
     own = model.tokenizer.backend.get_vocab(with_added_tokens=True)
     if other := next((c for c in asked.corpora if c.tokenizer.backend.get_vocab(with_added_tokens=True) != own), None):

@@ -234,7 +234,7 @@ def load_network(folder: Path, device: str = "cpu", dtype: torch.dtype | None = 
         network = Decoder(config)
     scheme = stored.scheme(raw.get("quantization_config"), folder / "config.json")
     if scheme.kind == "packed":
-        stored.put_packed(network, tensors)
+        stored.put_packed(network, tensors, device)
     names = stored.prepare(scheme, network, tensors.shapes)
     _check(network, names, folder)
     load_into(network, lambda name: stored.get(scheme, tensors, name), folder)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from craton.base import Progress, UserError, amount, say
 from craton.model.config import ModelConfig
 from craton.model.decoder import Decoder, Experts, Linear
+from craton.model.grouped import hold
 from craton.model.packed import PackedEmbedding, PackedLinear, PackedMatrix, can_pack, replace
 from craton.text.tokenizer import Tokenizer
 from craton.weights.gguf_config import read_config
@@ -26,13 +27,14 @@ from craton.weights.gguf_tokenizer import read_tokenizer
 _PLAIN = {Type.F32: torch.float32, Type.F16: torch.float16, Type.BF16: torch.bfloat16}
 
 
-def read(path: Path) -> tuple[Decoder, Tokenizer]:
-    """Network and tokenizer of a GGUF file. UserError if it is damaged, or of a kind that is not read here."""
+def read(path: Path, device: str = "cpu") -> tuple[Decoder, Tokenizer]:
+    """Network and tokenizer of a GGUF file, packed weights on a device, the others on the CPU. UserError if it is
+    damaged, or of a kind that is not read here."""
     config, fields, tensors = _opened(path)
     tokenizer = read_tokenizer(path, fields)
     with torch.device("meta"):
         network = Decoder(config)
-    _Filling(path, network, fields["general.architecture"], tensors).run()
+    _Filling(path, network, fields["general.architecture"], tensors, device).run()
     return network.eval(), tokenizer
 
 
@@ -54,7 +56,8 @@ def _opened(path: Path) -> tuple[ModelConfig, dict[str, Any], dict[str, Stored]]
 class _Filling:
     """The file's tensors on their way into a network on the meta device."""
 
-    def __init__(self, path: Path, network: Decoder, architecture: str, tensors: dict[str, Stored]):
+    def __init__(self, path: Path, network: Decoder, architecture: str, tensors: dict[str, Stored], device: str):
+        self.device = device
         self.path, self.network, self.architecture, self.tensors = path, network, architecture, tensors
         self.config, self.tied = network.config, network.config.tie_word_embeddings
         self.parameters = dict(network.state_dict(keep_vars=True))
@@ -116,7 +119,8 @@ class _Filling:
             and isinstance(layer, Linear | nn.Embedding)
             and not name.endswith("kv_b_proj.weight")  # of which parts are multiplied
         ):
-            matrix = PackedMatrix(torch.from_numpy(np.array(paired(first.data, heads, True))), first.tensor_type)
+            blocks = torch.from_numpy(np.array(paired(first.data, heads, True)))
+            matrix = hold(blocks, first.tensor_type, self.device, f"{self.path}: tensor {first.name}")
             if isinstance(layer, nn.Embedding):
                 replace(self.network, module, PackedEmbedding(matrix))
             else:

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from craton.base import UserError
 from craton.model.decoder import Decoder, Linear
-from craton.model.packed import GROUP, OF_BITS, PackedLinear, PackedMatrix, blocks_of, can_pack, replace
+from craton.model.grouped import hold
+from craton.model.packed import GROUP, OF_BITS, PackedLinear, blocks_of, can_pack, replace
 
 
 @dataclass(frozen=True)
@@ -129,7 +130,7 @@ def read_packed(tensors: Any, name: str) -> tuple[Tensor, Tensor, int]:
     return words.view(torch.uint8), scales.half(), bits
 
 
-def put_packed(network: Decoder, tensors: Any) -> None:
+def put_packed(network: Decoder, tensors: Any, device: str = "cpu") -> None:
     """Replace the network's projections that the folder holds packed."""
     for name in packed_names(tensors.files):
         where = f"{tensors.folder}: tensor {name}"
@@ -151,7 +152,7 @@ def put_packed(network: Decoder, tensors: Any) -> None:
             bias = tensors.get(f"{name}.bias")
             if not bias.is_floating_point() or not bias.isfinite().all():
                 raise UserError(f"{where}.bias holds NaN, infinity or no numbers at all; the file is damaged")
-        matrix = PackedMatrix(blocks_of(values, scales, bits), OF_BITS[bits])
+        matrix = hold(blocks_of(values, scales, bits), OF_BITS[bits], device, where)
         replace(network, name, PackedLinear(matrix, bias))
 
 

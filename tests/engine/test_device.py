@@ -1,18 +1,25 @@
 """The engine's way on a GPU: kernels, steps that follow each other on the device, padded graphs. Where there is no GPU
 the kernels are interpreted, and a graph is the function that it was made of."""
 
+import copy
+import itertools
+
 import pytest
 import torch
 
 from craton.engine.engine import Engine
 from craton.engine.request import Sampling
 from craton.model.config import ModelConfig
-from craton.model.decoder import Decoder
+from craton.model.decoder import Decoder, Linear
+from craton.model.grouped import GroupedMatrix
 from craton.model.initialise import initialise
+from craton.model.lora import LoraSpec, adapted, put_adapters
+from craton.model.packed import PackedEmbedding, PackedLinear, replace
+from tests.model.blocks import random_blocks
 
 pytest.importorskip("triton")
 from craton.model.cache import PagedCache
-from craton.model.device_step import CudaGraphs, DeviceStep, fits
+from craton.model.gpu.step import CudaGraphs, DeviceStep, fits
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -51,6 +58,7 @@ def device_engine(n, **more):
 
         runner.device_step = DeviceStep(n, runner.cache, engine.context, trash, torch.float32, capture)
         engine.captured = captured
+        engine.weights_changed()
     return engine
 
 
@@ -71,16 +79,87 @@ def test_the_same_answers_as_on_a_cpu(family):
         torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)
 
 
-def test_requests_that_the_device_cannot_serve_alone():
-    """Filters, penalties and top log-probabilities go through the host, beside others that do not."""
+def test_filters_are_the_devices_own():
+    """By bf16's ties and without, beside greedy answers; and what goes through the host beside others that do not."""
     n = network("llama")
-    sampling = [
-        Sampling(5, 1.0, seed=1, top_p=0.8, top_k=9), Sampling(5, 0.0, repetition_penalty=1.3),
-        Sampling(5, 0.0, logprobs=3, min_tokens=3),
-    ]  # fmt: skip
-    wanted = Engine(n, cache_bytes=1 << 20).generate(PROMPTS, sampling)
-    found = device_engine(n).generate(PROMPTS, sampling)
-    assert [c.token_ids for (c,) in found] == [c.token_ids for (c,) in wanted]
+    filtered = [Sampling(9, 1.0, seed=1, top_p=0.8), Sampling(6, 0.0), Sampling(9, 0.7, seed=2, top_k=9, min_p=0.05)]
+    mixed = [Sampling(5, 1.0, seed=1, top_p=0.8, top_k=9), Sampling(5, 0.0, repetition_penalty=1.3),
+             Sampling(5, 0.0, logprobs=3, min_tokens=3)]  # fmt: skip
+    for sampling in (filtered, mixed):
+        wanted = Engine(n, cache_bytes=1 << 20).generate(PROMPTS, sampling)
+        found = device_engine(n).generate(PROMPTS, sampling)
+        assert [c.token_ids for (c,) in found] == [c.token_ids for (c,) in wanted]
+        assert all(c.finish_reason for (c,) in found)
+
+
+def grouped(n, kinds):
+    """The network's projections and embedding packed in these of GGUF's types, in turn; and the same written out."""
+    packed, dense = copy.deepcopy(n), copy.deepcopy(n)
+    turn = itertools.cycle(kinds)
+    for name, layer in n.named_modules():
+        if isinstance(layer, Linear | torch.nn.Embedding):
+            matrix = GroupedMatrix.of_blocks(random_blocks(kind := next(turn), *layer.weight.shape), kind, DEVICE)
+            scale = 0.1 / float(matrix.take(torch.arange(matrix.rows)).std())
+            halves = matrix.scales.view(torch.float16)
+            matrix.scales = (halves * scale).half().view(torch.int32)
+            whole = matrix.take(torch.arange(matrix.rows))
+            dense.get_submodule(name).weight.data = whole.cpu()
+            if isinstance(layer, Linear):
+                put = PackedLinear(matrix, None if layer.bias is None else layer.bias.detach())
+            else:
+                put = PackedEmbedding(matrix)
+            replace(packed, name, put)
+    return packed, dense
+
+
+@pytest.mark.parametrize(("family", "kinds"), [("llama", [2]), ("qwen", [2, 8, 3]), ("gemma", [2, 2, 8])])
+def test_packed_weights(family, kinds):
+    """Of one type, and of types in turn, which lie in one matrix where they are multiplied with the same."""
+    torch.manual_seed(0)
+    packed, dense = grouped(network(family), kinds)
+    sampling = [Sampling(2, 0.0, logprobs=0, ignore_eos=True) for _ in PROMPTS]
+    wanted = Engine(dense, cache_bytes=1 << 20).generate(PROMPTS, sampling)
+    for some in (PROMPTS, PROMPTS[:1]):
+        found = device_engine(packed).generate(some, sampling[: len(some)])
+        for (a,), (b,) in zip(wanted, found, strict=False):
+            assert a.token_ids == b.token_ids
+            one, other = (torch.tensor([x.logprob for x in c.logprobs]) for c in (a, b))
+            torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-3)
+
+
+def with_adapter(n, seed):
+    """A copy of the network with an adapter that changes its answers, and the adapter's parts."""
+    tuned = copy.deepcopy(n)
+    put_adapters(tuned, LoraSpec(4, targets=("q_proj", "v_proj", "down_proj") if seed else ()), seed)
+    for name, p in tuned.named_parameters():
+        if name.endswith("lora_B"):
+            p.data = 0.5 * torch.randn(p.shape, generator=torch.Generator().manual_seed(seed))
+    return tuned, {name: layer.adapter for name, layer in adapted(tuned)}
+
+
+def test_adapters_beside_each_other():
+    """Each answer by its own adapter, or none; one that comes later; and the network's own, which is trained."""
+    n = network("llama")
+    tuned = [with_adapter(n, seed) for seed in (0, 1)]
+    sampling = Sampling(3, 0.0, ignore_eos=True)
+    wanted = [Engine(t.cpu(), cache_bytes=1 << 20).generate(PROMPTS, sampling) for t, _ in [(n, 0), *tuned]]
+    engine = device_engine(n)
+    engine.put_adapter("0", tuned[0][1])
+    for names in ([None, "0", "0"], [None, "0", "1"], ["1"], ["0"]):
+        if "1" in names and "1" not in engine.runner.numbers:
+            engine.put_adapter("1", tuned[1][1])
+        found = engine._run([engine.add(p, sampling, adapter=a) for p, a in zip(PROMPTS, names, strict=False)])
+        for i, (name, (own,)) in enumerate(zip(names, found, strict=True)):
+            assert own.token_ids == wanted[0 if name is None else int(name) + 1][i][0].token_ids, (names, i)
+    own = device_engine(tuned[0][0])
+    assert [c.token_ids for (c,) in own.generate(PROMPTS, sampling)] == [c.token_ids for (c,) in wanted[1]]
+    with torch.no_grad():
+        for p in tuned[0][0].parameters():
+            p.mul_(0.7)
+    own.weights_changed()
+    again = Engine(copy.deepcopy(tuned[0][0]).cpu(), cache_bytes=1 << 20).generate(PROMPTS, sampling)
+    assert [c.token_ids for (c,) in own.generate(PROMPTS, sampling)] == [c.token_ids for (c,) in again]
+    assert [c.token_ids for (c,) in again] != [c.token_ids for (c,) in wanted[1]]
 
 
 def test_prompts_alone_and_guesses():

