@@ -2,19 +2,25 @@
 
     python benchmarks/gpu.py --out FOLDER                      at most 8 minutes, from a source tree, no network
     python benchmarks/gpu.py --out FOLDER --only decode,train  some parts
+    python benchmarks/gpu.py --gpt-fast FOLDER --nanochat FOLDER   beside their code too
     python benchmarks/gpu.py --wheels                          packages that a bare machine lacks, to be carried there
 
-A part that fails says so and the others go on; the exit code is 1 then. Limits are measured in the run: a product of
+A part that fails says so and the others go on; the exit code is 1 then. What would begin after 7 minutes is left out,
+and said. Limits are measured in the run: a product of
 8192 x 8192 bf16 matrices of random numbers, and a copy of 4 GB, counting what is read and written.
 """
 
 import argparse
 import gc
+import http.client
 import importlib.util
 import json
+import math
+import random
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 import traceback
 from collections.abc import Callable
@@ -22,7 +28,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "benchmarks")]
+import gpu_peers  # noqa: E402
+
 NEEDED = {
     "rensa": "rensa", "ftfy": "ftfy", "chardet": "chardet", "pypdf": "pypdf", "py3langid": "py3langid",
     "zstandard": "zstandard", "llguidance": "llguidance", "gguf": "gguf", "fastapi": "fastapi",
@@ -40,7 +48,10 @@ TRAINED = {
     "1.1B": (2048, 22, 32, 4, 5632, 32000, 2048, 262_144),
 }
 DECODED = (2048, 22, 32, 4, 5632, 32000, 4096)
+SHARES = {"105M": 0.38, "443M": 0.52, "1.1B": 0.55}
+MOST_SECONDS = 420  # after which no part begins
 results: dict[str, Any] = {}
+asked = argparse.Namespace(out=".", only="", gpt_fast="", nanochat="")
 
 
 def torch_() -> Any:
@@ -88,7 +99,8 @@ def limits() -> dict[str, float]:
 
 def check_tests() -> dict[str, Any]:
     """The tests that a GPU decides."""
-    files = ["tests/test_cuda.py", "tests/model/test_triton.py", "tests/engine/test_device.py"]
+    files = ["tests/test_cuda.py", "tests/model/test_triton.py", "tests/model/test_grouped.py"]
+    files.append("tests/engine/test_device.py")
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=200)
     lines = done.stdout.strip().splitlines()
@@ -234,50 +246,62 @@ def train() -> dict[str, Any]:
     return out
 
 
-def train_peer() -> dict[str, Any]:
-    """transformers' Llama, compiled, with fused AdamW in bf16 autocast."""
-    torch = torch_()
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    hidden, layers, heads, kv, ffn, vocabulary, length, tokens = TRAINED["105M"]
+def train_peers() -> dict[str, Any]:
+    """transformers' Llama, compiled, with fused AdamW in bf16 autocast; nanochat where its folder is given."""
     free()
-    config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=kv, max_position_embeddings=length, attn_implementation="sdpa",
-    )  # fmt: skip
-    with torch.device("cuda"):
-        model = LlamaForCausalLM(config)
-    model = torch.compile(model)
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-4, fused=True)
-    micro = 32768
-
-    def step() -> None:
-        for _ in range(tokens // micro):
-            ids = torch.randint(vocabulary, (micro // length, length), device="cuda")
-            with torch.autocast("cuda", torch.bfloat16):
-                loss = model(input_ids=ids, labels=ids).loss
-            (loss / (tokens // micro)).backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-
-    seconds = median_seconds(step, 3, 2)
-    matrices = layers * hidden * (2 * hidden + 2 * kv * hidden // heads + 3 * ffn) + vocabulary * hidden
-    rate = tokens / seconds
-    return {"tokens_per_second": rate, "peak_share": rate * 6 * matrices / results["limits"]["bf16_flops"]}
+    shape = TRAINED["105M"]
+    step = gpu_peers.transformers_step(shape, 32768, compiled=True, checkpointing=False)
+    rate = shape[7] / median_seconds(step, 3, 2)
+    peak = results["limits"]["bf16_flops"]
+    out = {"transformers": {"tokens_per_second": rate, "peak_share": rate * 6 * gpu_peers.matrices(shape) / peak}}
+    del step
+    free()
+    if asked.nanochat:
+        own = gpu_peers.nanochat(Path(asked.nanochat), 12, 32768, shape[7])
+        out["nanochat"] = own | {"peak_share": own["flops"] / peak}
+    return out
 
 
-def generating(network: Any, batch: int, tokens: int, prompt: int = 32, **more: Any) -> float:
-    """Tokens a second of a whole engine, prompts not counted."""
+def memory() -> dict[str, Any]:
+    """Peak memory of a step of the 1.1B model, 8,192 tokens in rows of 2,048, what can be computed again not kept."""
+    torch = torch_()
+    from craton.train.recipe import Recipe
+
+    out, shape = {}, (*TRAINED["1.1B"][:7], 8192)
+    free()
+    recipe = Recipe()
+    recipe.run.precision, recipe.data.micro_tokens, recipe.run.recompute = "bf16", 8192, "on"
+    run, step = trained(shape, "cuda", recipe, compiled=False)
+    step(), step()
+    out["craton"] = torch.cuda.max_memory_allocated() / 1e9
+    del run, step
+    free()
+    step = gpu_peers.transformers_step(shape, 8192, compiled=False, checkpointing=True)
+    step(), step()
+    out["transformers"] = torch.cuda.max_memory_allocated() / 1e9
+    del step
+    free()
+    return out
+
+
+def generating(
+    network: Any, batch: int, tokens: int, adapters: Any = (), sampling: dict[str, Any] | None = None, **more: Any
+) -> float:
+    """Tokens a second of a whole engine, prompts not counted. adapters: an answer's each."""
     torch = torch_()
     from craton.engine.engine import Engine
     from craton.engine.request import Sampling
 
     engine = Engine(network, step_tokens=8192, cache_bytes=8 << 30, **more)
-    prompts = torch.randint(3, 30000, (batch, prompt), generator=torch.Generator().manual_seed(0)).tolist()
+    prompts = torch.randint(3, 30000, (batch, 32), generator=torch.Generator().manual_seed(0)).tolist()
+    names = [str(i) for i in range(len(adapters))] or [None] * batch
+    for name, parts in zip(names, adapters, strict=False):
+        engine.put_adapter(name, parts)
     seconds = {}
     for n in (2, tokens, 2, tokens):  # the first two capture graphs
-        seconds[n] = sync_seconds(lambda n=n: engine.generate(prompts, Sampling(n, 0.0, ignore_eos=True)))
+        how = Sampling(n, **({"temperature": 0.0} | (sampling or {})), ignore_eos=True)
+        asks = lambda h=how: [engine.add(p, h, adapter=a) for p, a in zip(prompts, names, strict=True)]  # noqa: E731
+        seconds[n] = sync_seconds(lambda a=asks: engine._run(a()))
     return batch * (tokens - 2) / (seconds[tokens] - seconds[2])
 
 
@@ -292,7 +316,124 @@ def decode() -> dict[str, Any]:
         share = rate / batch * weights * 2 / results["limits"]["copy_bytes"]
         out[str(batch)] = {"tokens_per_second": rate, "memory_share": share}
         print(f"  decode, batch {batch}: {rate:.0f} tok/s, weights read at {share:.1%} of the copy's speed", flush=True)
+    out["filtered"] = generating(network, 64, 128, sampling={"temperature": 1.0, "top_k": 50, "top_p": 0.9})
+    print(f"  batch 64 with top_k and top_p: {out['filtered']:.0f} tok/s", flush=True)
+    if asked.gpt_fast:
+        del network
+        free()
+        out["gpt_fast"] = gpu_peers.gpt_fast(Path(asked.gpt_fast), DECODED)
+        print(f"  gpt-fast, batch 1: {out['gpt_fast']['tokens_per_second']:.0f} tok/s", flush=True)
     return out
+
+
+def packed_network(shape: tuple[int, ...], bits: int, device: str = "cuda") -> Any:
+    """A decoder of random packed projections, in groups of 32; embedding and norms in bf16."""
+    torch = torch_()
+    from craton.model.decoder import Linear
+    from craton.model.grouped import GroupedMatrix
+    from craton.model.packed import PackedLinear, replace
+
+    network = decoder(shape, device).to(torch.bfloat16).requires_grad_(False)
+    for name, layer in list(network.named_modules()):
+        if isinstance(layer, Linear):
+            rows, cols = layer.weight.shape
+            words = torch.randint(-(2**31), 2**31, (rows, cols // 32, bits), dtype=torch.int32, device=device)
+            factor = 4.0 * cols**-0.5 / 2**bits  # spread evenly over about a width of 1 / sqrt(cols)
+            pair = torch.tensor([factor, -factor * 2 ** (bits - 1)], device=device).half().view(torch.int32)
+            matrix = GroupedMatrix(words, pair.expand(rows, cols // 32).contiguous(), bits, 32)
+            replace(network, name, PackedLinear(matrix))
+    return network
+
+
+def packed() -> dict[str, Any]:
+    """Decoding with weights of 4 and of 8 bits."""
+    out: dict[str, Any] = {}
+    for bits in (4, 8):
+        free()
+        network = packed_network(DECODED, bits)
+        for batch in (1, 8, 64):
+            rate = generating(network, batch, 160)
+            out[f"{bits} bits, {batch}"] = rate
+            print(f"  {bits} bits, batch {batch}: {rate:.0f} tok/s", flush=True)
+        del network
+    return out
+
+
+def adapters() -> dict[str, Any]:
+    """40 adapters of rank 8 beside a model, an answer of each at a time, against as many answers of the base."""
+    torch = torch_()
+    from craton.model.lora import LowRank, shape_of, targets_of
+
+    free()
+    network = decoder(DECODED, "cuda").to(torch.bfloat16).requires_grad_(False)
+    parts = []
+    for i in range(40):
+        g = torch.Generator().manual_seed(i)
+        parts.append({})
+        for name in targets_of(network, ()):
+            rows, cols = shape_of(network.get_submodule(name))
+            low = torch.randn(8, cols, generator=g) * cols**-0.5, 0.02 * torch.randn(rows, 8, generator=g)
+            parts[-1][name] = LowRank(*low, 2.0)
+    base, own = generating(network, 40, 96), generating(network, 40, 96, adapters=parts)
+    return {"base": base, "adapters": own, "ratio": own / base}
+
+
+def served() -> dict[str, Any]:
+    """A folder behind `craton serve`: the first token of a request alone, and an answer in a schema."""
+    torch = torch_()
+    from craton.text.tokenizer import train_tokenizer
+    from craton.weights.folder import write_network
+
+    free()
+    texts = [p.read_text(errors="ignore") for p in sorted((ROOT / "craton").rglob("*.py"))]
+    tokenizer = train_tokenizer(texts, 8192)
+    shape = (*DECODED[:5], -(-tokenizer.vocab_size // 16) * 16, DECODED[6])
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "m"
+        write_network(folder, decoder(shape, "cuda").to(torch.bfloat16).cpu())
+        tokenizer.save(folder)
+        free()
+        port = random.randrange(20_000, 60_000)
+        command = [sys.executable, "-m", "craton", "serve", f"m={folder}", "--port", str(port)]
+        with open(Path(asked.out) / "serve.log", "wb") as log:
+            began = time.perf_counter()
+            server = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
+        try:
+            while _request(port, "GET", "/ready")[0] != 200:
+                if server.poll() is not None or time.perf_counter() - began > 90:
+                    raise RuntimeError("the server did not start; see serve.log")
+                time.sleep(0.1)
+            started = time.perf_counter() - began
+            firsts = []
+            for i in range(24):
+                prompt = f"{i} " + "def run(self, value): return value\n" * 20
+                ask = {"model": "m", "prompt": prompt, "max_tokens": 16, "stream": True, "ignore_eos": True}
+                firsts.append(_request(port, "POST", "/v1/completions", ask)[1])
+            schema = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+            form = {"json": schema}
+            ask = {"model": "m", "prompt": "x", "max_tokens": 100, "temperature": 0, "structured_outputs": form}
+            text = json.loads(_request(port, "POST", "/v1/completions", ask)[2])["choices"][0]["text"]
+            assert isinstance(json.loads(text)["a"], int), text
+        finally:
+            server.terminate()
+            server.wait(20)
+    return {"first_token_ms": 1e3 * statistics.median(firsts[4:]), "started_seconds": started, "structured": text}
+
+
+def _request(port: int, method: str, path: str, body: dict[str, Any] | None = None) -> tuple[int, float, bytes]:
+    """Status, seconds until the first line of the answer's body, and all of it."""
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    began = time.perf_counter()
+    try:
+        data = None if body is None else json.dumps(body)
+        connection.request(method, path, data, {"Content-Type": "application/json"})
+        answer = connection.getresponse()
+        first = answer.readline()
+        return answer.status, time.perf_counter() - began, first + answer.read()
+    except OSError:
+        return 0, 0.0, b""
+    finally:
+        connection.close()
 
 
 def prefill() -> dict[str, Any]:
@@ -362,15 +503,54 @@ def kernels() -> dict[str, Any]:
 
 
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {
-    "tests": check_tests, "logits": check_logits, "loss": check_training, "kernels": kernels, "decode": decode,
-    "prefill": prefill, "sampling": sampling, "rollouts": rollouts, "train": train, "train_peer": train_peer,
+    "logits": check_logits, "loss": check_training, "tests": check_tests, "decode": decode, "packed": packed,
+    "prefill": prefill, "sampling": sampling, "rollouts": rollouts, "served": served, "train": train,
+    "train_peers": train_peers, "memory": memory, "adapters": adapters, "kernels": kernels,
 }  # fmt: skip
 
 
+def table() -> str:
+    """What was asked of each, and what it is."""
+    r = results
+
+    def number(*keys: str) -> float:
+        found: Any = r
+        for key in keys:
+            found = found.get(key, {}) if isinstance(found, dict) else {}
+        return found if isinstance(found, int | float) else math.nan
+
+    one, sampled = number("decode", "1", "tokens_per_second"), number("sampling", "microseconds")
+    step = 1e6 * 64 / number("decode", "64", "tokens_per_second")
+    peer = number("train_peers", "transformers", "tokens_per_second")
+    rows = [(f"train {n}, share of the peak", number("train", n, "peak_share"), f">= {w}") for n, w in SHARES.items()]
+    rows += [
+        ("train 105M / transformers compiled", number("train", "105M", "tokens_per_second") / peer, ">= 1.3"),
+        ("memory 1.1B / transformers'", number("memory", "craton") / number("memory", "transformers"), "<= 1"),
+        ("decode, batch 1, tok/s", one, ">= 1000"),
+        ("decode, batch 64, tok/s", number("decode", "64", "tokens_per_second"), ">= 20000"),
+        ("decode, batch 256, tok/s", number("decode", "256", "tokens_per_second"), ">= 50000"),
+        ("4 bits / bf16, batch 1", number("packed", "4 bits, 1") / one, ">= 1.6"),
+        ("prefill 8 x 1500, tok/s", number("prefill", "8x1500"), ">= 150000"),
+        ("first token of a served request, ms", number("served", "first_token_ms"), "< 50"),
+        ("sampling 64 x 131072, share of a step", sampled / (step + sampled), "< 0.05"),
+        ("rollouts of a 105M network, tok/s", number("rollouts", "tokens_per_second"), ">= 20000"),
+    ]
+    lines = []
+    for name, value, wanted in rows:
+        relation, bound = wanted.split()
+        holds = value >= float(bound) if ">" in relation else value <= float(bound)
+        said = "not measured" if math.isnan(value) else f"{value:.4g} {'' if holds else '  <-- NOT'}"
+        lines.append(f"{name:<40} {wanted:>9}   {said}")
+    return "\n".join(lines)
+
+
 def main() -> int:
+    global asked
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default=".")
     parser.add_argument("--only", default="")
+    parser.add_argument("--gpt-fast", default="")
+    parser.add_argument("--nanochat", default="")
     parser.add_argument("--wheels", action="store_true")
     asked = parser.parse_args()
     missing = [package for module, package in NEEDED.items() if importlib.util.find_spec(module) is None]
@@ -380,11 +560,15 @@ def main() -> int:
             return 0
     torch = torch_()
     began, failed = time.perf_counter(), []
+    Path(asked.out).mkdir(parents=True, exist_ok=True)
     results["machine"] = {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__}
     results["limits"] = limits()
     print(json.dumps(results), flush=True)
     for name in [n for n in PARTS if not asked.only or n in asked.only.split(",")]:
         start = time.perf_counter()
+        if start - began > MOST_SECONDS:
+            print(f"{name}: left out, {start - began:.0f} s are over", flush=True)
+            continue
         try:
             results[name] = PARTS[name]()
         except Exception:
@@ -394,7 +578,7 @@ def main() -> int:
         results[name]["seconds"] = time.perf_counter() - start
         print(name, json.dumps(results[name])[:1500], flush=True)
         Path(asked.out, "gpu.json").write_text(json.dumps(results, indent=1))
-    print(f"{time.perf_counter() - began:.0f} s; failed: {', '.join(failed) or 'none'}")
+    print(table(), f"{time.perf_counter() - began:.0f} s; failed: {', '.join(failed) or 'none'}", sep="\n")
     return 1 if failed else 0
 
 

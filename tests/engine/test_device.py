@@ -25,10 +25,10 @@ CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
 LLAMA = dict(eos_token_id=0, max_position_embeddings=128)
 FAMILIES = {
-    "llama": ModelConfig(320, 32, 32, 2, 2, 1, 16, **LLAMA),
-    "qwen": ModelConfig(320, 32, 32, 2, 2, 1, 16, attention_bias=True, qk_norm="head", **LLAMA),
+    "llama": ModelConfig(112, 32, 32, 2, 2, 1, 16, **LLAMA),
+    "qwen": ModelConfig(112, 32, 32, 2, 2, 1, 16, attention_bias=True, qk_norm="head", **LLAMA),
     "gemma": ModelConfig(
-        320, 32, 32, 2, 2, 1, 16, norm_placement="both", qk_norm="head", norm_unit_offset=True, embedding_scale=8.0,
+        112, 32, 32, 2, 2, 1, 16, norm_placement="both", qk_norm="head", norm_unit_offset=True, embedding_scale=8.0,
         hidden_act="gelu_pytorch_tanh", tie_word_embeddings=True, **LLAMA
     ),
 }  # fmt: skip
@@ -62,7 +62,7 @@ def device_engine(n, **more):
     return engine
 
 
-PROMPTS = [[(5 * i + 3 * j) % 300 + 3 for j in range(3 + 9 * i)] for i in range(3)]
+PROMPTS = [[(5 * i + 3 * j) % 100 + 3 for j in range(3 + 9 * i)] for i in range(3)]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
