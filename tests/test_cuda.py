@@ -101,4 +101,17 @@ def test_training_learns(tmp_path):
         assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (tmp_path / "m" / "metrics.jsonl").read_text().splitlines()]
     assert rows[-1]["loss"] < 0.6 * rows[0]["loss"] and not math.isnan(rows[-1]["gradient_norm"])
+    pairs = [{"prompt": f"{a} plus {b} is ", "completion": f"{a + b}."} for a in range(9) for b in range(9)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(p) + "\n" for p in pairs))
+    rest = [tmp_path / "pairs.jsonl", "--steps", "6", "--out"]
+    commands = [
+        [*craton, "tune", tmp_path / "m", *rest, tmp_path / "a", "--lora", "4"],
+        [*craton, "tune", tmp_path / "m", *rest, tmp_path / "f", "--full"],
+        [*craton, "quantize", tmp_path / "m", "--bits", "8", "--out", tmp_path / "q"],
+        [*craton, "tune", tmp_path / "q", *rest, tmp_path / "qa", "--lora", "4"],
+        [*craton, "generate", tmp_path / "q", "3 plus 4 is ", "--max-tokens", "5"],
+    ]
+    for command in commands:
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True, env=environment, timeout=300)
+        assert done.returncode == 0, (command, done.stderr)
     assert ops.matmul_t(torch.ones(2, 3, device="cuda"), torch.ones(4, 3, device="cuda")).sum() == 24

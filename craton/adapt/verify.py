@@ -37,12 +37,12 @@ def check(out: Path, opened: Opened, network: Any) -> dict[str, Any]:
         if not changed:
             return {"changed": False}
         stored, live = read_tensors(out / adapter.WEIGHTS), adapter.published(dict(adapter.lora_tensors(network)))
-        same = stored.keys() == live.keys() and all(torch.equal(stored[n], t) for n, t in live.items())
+        same = stored.keys() == live.keys() and all(torch.equal(stored[n], t.cpu()) for n, t in live.items())
         gaps["stored"] = 0.0 if same else math.inf
         if not holds_packed(network):  # those cannot hold the sum
-            reloaded = open_base(opened.given.model).network.to(device)
+            reloaded = open_base(opened.given.model).network
             adapter.merge(reloaded, out)
-            gaps["merged"] = _gap(reloaded(ids), wanted, spread)
+            gaps["merged"] = _gap(reloaded.to(device)(ids), wanted, spread)
     else:
         changed = not torch.equal(open_base(opened.given.model).network.to(device)(ids), wanted)
         gaps["reloaded"] = _gap(load_model(str(out)).network.float().to(device)(ids), wanted, spread)

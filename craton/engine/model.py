@@ -1,6 +1,7 @@
 """A model folder opened for use: network and tokenizer together."""
 
 import re
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -59,10 +60,10 @@ def load_model(path: str, device: str | None = "cpu", adapter: str | None = None
     if folder.suffix == ".gguf":
         from craton.weights import gguf  # its package takes half a second to import
 
-        where = device or _device_for(gguf.config_of(folder)[0])
+        where = device or _device_for(lambda: gguf.config_of(folder)[0])
         network, tokenizer = gguf.read(folder, where)
     else:
-        where = device or _device_for(read_config(folder))
+        where = device or _device_for(lambda: read_config(folder))
         network, tokenizer = load_network(folder, where), Tokenizer.open(folder)
     packed = holds_packed(network)
     if where != "cpu" and any(isinstance(m, PackedMatrix) for m in network.modules()):
@@ -74,7 +75,7 @@ def load_model(path: str, device: str | None = "cpu", adapter: str | None = None
     if adapter is not None and packed:
         attach(network, Path(adapter))  # packed weights cannot hold the sum
     elif adapter is not None:
-        merge(network, Path(adapter))
+        merge(network.cpu(), Path(adapter))
     check_fit(network.config, tokenizer, folder)
     network.to(where)
     if where == "cpu" and not fits(network.config):
@@ -82,9 +83,9 @@ def load_model(path: str, device: str | None = "cpu", adapter: str | None = None
     return Model(network, tokenizer, engine_options)
 
 
-def _device_for(config: ModelConfig) -> str:
+def _device_for(config: Callable[[], ModelConfig]) -> str:
     """A GPU where there is one and it has kernels for the steps of such models."""
-    return "cuda" if torch.cuda.is_available() and fits_device(config) else "cpu"
+    return "cuda" if torch.cuda.is_available() and fits_device(config()) else "cpu"
 
 
 def single_file(path: Path) -> Path:

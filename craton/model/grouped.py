@@ -55,8 +55,8 @@ class GroupedMatrix(nn.Module):
         bits, group = 4 if _NUMBERS[kind][3] < 16 else 8, 16 if kind in _OF_16 else 32
         cols = blocks.shape[1] // width * size
         many = max(16, _PIECE // cols // 16 * 16)
-        parts = [_turned(piece, kind, bits, group) for piece in blocks.split(many)]
-        words, scales = (torch.cat(t).to(device) for t in zip(*parts, strict=True))
+        parts = [_turned(piece, kind, bits, group, device) for piece in blocks.split(many)]
+        words, scales = (torch.cat(t) for t in zip(*parts, strict=True))
         return cls(words, scales, bits, group)
 
     def as_(self, bits: int, group: int) -> "GroupedMatrix":
@@ -108,16 +108,17 @@ def _words(numbers: Tensor, bits: int) -> Tensor:
     return (columns << shifts[:, None]).sum(-2, dtype=torch.int32)  # each bit is set once
 
 
-def _turned(blocks: Tensor, kind: int, bits: int, group: int) -> tuple[Tensor, Tensor]:
-    """words and scales of some rows. What a scale is, is read off the lowest and the highest numbers' values."""
+def _turned(blocks: Tensor, kind: int, bits: int, group: int, device: str | torch.device) -> tuple[Tensor, Tensor]:
+    """words and scales of some rows, made on their device. What a scale is, is read off the lowest and the highest
+    numbers' values."""
     where, lowest, highest, steps = _NUMBERS[kind]
     rows = torch.arange(blocks.shape[0])
-    whole = PackedMatrix(blocks, kind).take(rows).unflatten(-1, (-1, group))
+    whole = PackedMatrix(blocks, kind).take(rows).to(device).unflatten(-1, (-1, group))
     ends = []
     for byte in (lowest, highest):
         probe = blocks.unflatten(-1, (-1, BLOCKS[kind][1])).clone()
         probe[..., where] = byte
-        ends.append(PackedMatrix(probe.flatten(-2), kind).take(rows).unflatten(-1, (-1, group))[..., 0])
+        ends.append(PackedMatrix(probe.flatten(-2), kind).take(rows).to(device).unflatten(-1, (-1, group))[..., 0])
     low, factor = ends[0], (ends[1] - ends[0]) / steps
     inverse = torch.where(factor == 0, 0.0, 1 / factor)
     numbers = ((whole - low[..., None]) * inverse[..., None]).round().clamp(0, steps)
@@ -132,6 +133,8 @@ def _turned(blocks: Tensor, kind: int, bits: int, group: int) -> tuple[Tensor, T
 def joined(matrices: Sequence[GroupedMatrix]) -> GroupedMatrix:
     """One matrix with the rows of all, of which they become parts: nothing is held twice."""
     bits, group = max(m.bits for m in matrices), min(m.group for m in matrices)
+    if (together := _together(matrices)) is not None:
+        return together
     same = [m.as_(bits, group) for m in matrices]
     whole = GroupedMatrix(torch.cat([m.words for m in same]), torch.cat([m.scales for m in same]), bits, group)
     at = 0
@@ -141,3 +144,17 @@ def joined(matrices: Sequence[GroupedMatrix]) -> GroupedMatrix:
         matrix.bits, matrix.group = bits, group
         at += rows
     return whole
+
+
+def _together(matrices: Sequence[GroupedMatrix]) -> GroupedMatrix | None:
+    """The whole that matrices were made parts of before, if they were."""
+    first, rows = matrices[0], sum(m.rows for m in matrices)
+    for name in ("words", "scales"):
+        parts = [getattr(m, name) for m in matrices]
+        end = parts[0].data_ptr()
+        for part in parts:
+            if part.data_ptr() != end or part.untyped_storage().data_ptr() != parts[0].untyped_storage().data_ptr():
+                return None
+            end += part.numel() * part.element_size()
+    words, scales = (t.as_strided((rows, *t.shape[1:]), t.stride()) for t in (first.words, first.scales))
+    return GroupedMatrix(words, scales, first.bits, first.group)

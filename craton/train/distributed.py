@@ -195,6 +195,8 @@ def fill(network: nn.Module, device: str, rows: Callable[[str, tuple[int, ...], 
     shape, first row, number of rows)`, and buffers that are stored likewise."""
     if any(p.is_meta for p in network.parameters()):
         _materialise(network, device)
+    else:
+        network.to(device)
     for name, p in [*network.named_parameters(), *stored_buffers(network)]:
         (first, *_), (count, *_) = box(p)
         if count:

@@ -1,5 +1,5 @@
-"""Compiles the GPU kernels as their callers launch them, for a card that need not be there. Prints a line for each: its
-name, bytes of shared memory, registers, and bytes of stack, which registers that did not fit take.
+"""Compiles the GPU kernels as their callers launch them in bf16, for a card that need not be there. Prints a line for
+each: its name, bytes of shared memory, registers, and bytes of stack, which registers that did not fit take.
 
     python -m tests.model.compile_kernels 90        compute capability 9.0
 """
@@ -87,6 +87,11 @@ def products() -> None:
                 label = f"{bits} bits, {rows} rows"
                 packed.packed_rows(half(rows, 2048), matrix, half(rows, 11264))
             packed.written_out(matrix, torch.bfloat16)
+            label = f"{bits} bits, groups of 16 {gate}"
+            words = torch.zeros(11264, 128, bits // 2, dtype=torch.int32)
+            small = GroupedMatrix(words, torch.zeros(11264, 128, dtype=torch.int32), bits, 16)
+            packed.packed_row(x, small, half(1, 5632 if gate else 11264), gate=gate, **around)
+            packed.packed_rows(half(64, 2048), small, half(64, 11264))
     label = "16 ranks"
     which = torch.zeros(4, dtype=torch.int32)
     low_rank.add_low_rank(half(4, 2048), half(3, 16, 2048), half(3, 512, 16), which, half(4, 512))

@@ -53,6 +53,8 @@ def test_matrices_of_several_types_become_one():
     wanted = torch.cat([values for _, values in parts])
     whole = joined([matrix for matrix, _ in parts])
     assert torch.equal(whole.take(torch.arange(48)), wanted)
+    again = joined([matrix for matrix, _ in parts])
+    assert again.words.data_ptr() == whole.words.data_ptr() and torch.equal(again.words, whole.words)
     for matrix, values in parts:
         assert torch.equal(matrix.take(torch.arange(16)), values)
         assert matrix.words.untyped_storage().data_ptr() == whole.words.untyped_storage().data_ptr()

@@ -191,7 +191,7 @@ def choose_tokens(
     more["PADDED"] = triton.next_power_of_2(blocks)
     if filters is not None:
         _filter_kernel[(rows,)](
-            logits, temperature, *filters, *ends, size, BITS=more["BITS"], B=_VOCABULARY, num_warps=16
+            logits, temperature, *filters, *ends, size, BITS=more["BITS"], B=2 * _VOCABULARY, num_warps=32
         )
     _highest_kernel[(rows, blocks)](logits, highest, place, size, **shape)
     _mass_kernel[(rows, blocks)](logits, highest, temperature, min_p, *ends, *mass, size, **shape, **more)

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from craton.base import UserError
 from craton.model.cache import PagedCache, TokenBatch
 from craton.model.decoder import MLP, Attention, Decoder, Linear
 from craton.model.fused import fits_gpu
@@ -26,7 +27,7 @@ from craton.model.lora import LoraLinear, LowRank, shape_of
 from craton.model.packed import PackedEmbedding, PackedLinear
 from craton.model.paging import AHEAD, BLOCK
 
-_MOST_GRAPHS = 64  # that are kept
+_MOST_GRAPHS = 256  # that are kept
 _BATCHES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128, 160, 192, 224, 256)
 _FEW = 1  # rows up to which our own product is used, with all around it joined; measured beside the library's
 
@@ -256,11 +257,13 @@ class DeviceStep:
     def _graph(self, rows: int, length: int, kind: _Kind) -> _Held:
         split = split_of(length)
         key = rows, split[0] * split[1], kind
-        if key not in self.graphs:
+        held = self.graphs.pop(key, None)
+        if held is None:
             if len(self.graphs) == _MOST_GRAPHS:
-                del self.graphs[next(iter(self.graphs))]  # the oldest
-            self.graphs[key] = self._captured(rows, split, kind)
-        return self.graphs[key]
+                del self.graphs[next(iter(self.graphs))]  # not used for the longest time
+            held = self._captured(rows, split, kind)
+        self.graphs[key] = held
+        return held
 
     def _captured(self, rows: int, split: tuple[int, int], kind: _Kind) -> _Held:
         blocks = split[0] * split[1] // BLOCK
@@ -332,33 +335,39 @@ class DeviceStep:
 
     # ---- adapters ----
 
-    def put_adapter(self, number: int, parts: Mapping[str, LowRank]) -> None:
-        """Make an adapter known by a number; parts by the names of layers. An adapter that is changed is put again."""
-        self.adapters[number] = parts
-        names = {name for known in self.adapters.values() for name in known}
-        ranks = [low.lora_A.shape[0] for known in self.adapters.values() for low in known.values()]
-        rank, many = _power_of_two(max(16, *ranks)), _power_of_two(max(self.adapters) + 1)
-        held = next(iter(self.lows.values()), None)
-        if held is None or held.a.shape[:2] != (many, rank) or len(self.lows) != len(names):
-            self.graphs.clear()  # they point to what was there
-            self.lows = {}
-            for name in names:
-                layer = self.network.get_submodule(name)
-                outputs, inputs = shape_of(_base(layer))
-                a = torch.zeros(many, rank, inputs, dtype=self.dtype, device=self.device)
-                self.lows[layer] = _Low(a, torch.zeros(many, outputs, rank, dtype=self.dtype, device=self.device))
-            for known, own in self.adapters.items():
-                self._copy(known, own)
-        else:
-            self._copy(number, parts)
-
     @torch.no_grad()
-    def _copy(self, number: int, parts: Mapping[str, LowRank]) -> None:
-        for low in self.lows.values():
+    def put_adapter(self, number: int, parts: Mapping[str, LowRank]) -> None:
+        """Make an adapter known by a number; parts by the names of layers. An adapter that is changed is put again.
+        UserError where the memory does not hold it; the others stay as they are."""
+        known = self.adapters | {number: parts}
+        layers = {self.network.get_submodule(name) for own in known.values() for name in own}
+        rank = _power_of_two(max(16, *(low.lora_A.shape[0] for own in known.values() for low in own.values())))
+        many = _power_of_two(max(known) + 1)
+        held = next(iter(self.lows.values()), None)
+        if held is not None and held.a.shape[0] >= many and held.a.shape[1] >= rank and layers <= self.lows.keys():
+            self._copy(self.lows, number, parts)
+            self.adapters = known
+            return
+        try:
+            made = {layer: self._room(layer, many, rank) for layer in layers}
+            for other, own in known.items():
+                self._copy(made, other, own)
+        except torch.OutOfMemoryError:
+            raise UserError(f"no memory for {len(known)} adapters of rank {rank}; drop one, or give --cache") from None
+        self.adapters, self.lows = known, made
+        self.graphs.clear()  # they point to what was there
+
+    def _room(self, layer: nn.Module, many: int, rank: int) -> _Low:
+        outputs, inputs = shape_of(_base(layer))
+        a = torch.zeros(many, rank, inputs, dtype=self.dtype, device=self.device)
+        return _Low(a, torch.zeros(many, outputs, rank, dtype=self.dtype, device=self.device))
+
+    def _copy(self, lows: Mapping[nn.Module, _Low], number: int, parts: Mapping[str, LowRank]) -> None:
+        for low in lows.values():
             low.a[number].zero_()
             low.b[number].zero_()
         for name, part in parts.items():
-            low, rank = self.lows[self.network.get_submodule(name)], part.lora_A.shape[0]
+            low, rank = lows[self.network.get_submodule(name)], part.lora_A.shape[0]
             low.a[number, :rank].copy_(part.lora_A)
             low.b[number, :, :rank].copy_(part.lora_B * part.scale)
 
