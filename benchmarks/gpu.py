@@ -310,6 +310,8 @@ def generating(
 
 def decode() -> dict[str, Any]:
     torch = torch_()
+    from craton.model.gpu import layers
+
     free()
     network = decoder(DECODED, "cuda").to(torch.bfloat16).requires_grad_(False)
     weights = sum(p.numel() for p in network.parameters()) - network.model.embed_tokens.weight.numel()
@@ -320,6 +322,11 @@ def decode() -> dict[str, Any]:
         out[str(batch)] = {"tokens_per_second": rate, "memory_share": share}
         print(f"  decode, batch {batch}: {rate:.0f} tok/s, weights read at {share:.1%} of the copy's speed", flush=True)
     out["filtered"] = generating(network, 64, 128, sampling={"temperature": 1.0, "top_k": 50, "top_p": 0.9})
+    for tile in ((4, 256, 1), (8, 256, 1), (4, 512, 2)):  # how else the products of a row could be cut
+        layers.ROW, kept = tile, layers.ROW
+        out[f"row {tile}"] = generating(network, 1, 128)
+        layers.ROW = kept
+        print(f"  batch 1 by tiles {tile}: {out[f'row {tile}']:.0f} tok/s", flush=True)
     print(f"  batch 64 with top_k and top_p: {out['filtered']:.0f} tok/s", flush=True)
     if asked.gpt_fast:
         del network
