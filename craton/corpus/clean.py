@@ -17,7 +17,7 @@ from craton.corpus import quality
 from craton.corpus.evaluation import Evaluation
 from craton.corpus.offsets import Offsets
 from craton.corpus.pages import html_text
-from craton.corpus.papers import docx_text, pdf_pages
+from craton.corpus.papers import pages_of
 from craton.corpus.sources import PAPERS, Document, parts, plain
 from craton.corpus.words import Words, mix, ngrams
 
@@ -148,13 +148,11 @@ class _Batch:
     def _opened(self, document: Document, pages: list[int]) -> bool:
         """The text of a paper; pages: where each begins."""
         try:
-            if document.kind == "pdf":
-                texts, failed = pdf_pages(plain(Path(document.path)), document.name)
-                self.bad += failed
+            texts, failed = pages_of(document.kind, plain(Path(document.path)), document.name)
+            self.bad += failed
+            document.text = "\n\n".join(texts)
+            if document.kind != "docx":  # which has no pages
                 pages += [0, *np.cumsum([len(t) + 2 for t in texts])[:-1].tolist()]
-                document.text = "\n\n".join(texts)
-            else:
-                document.text = docx_text(plain(Path(document.path)), document.name)
         except UserError as error:
             if document.named and not self.cleaning.skip_bad:
                 raise

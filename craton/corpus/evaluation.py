@@ -10,7 +10,7 @@ import numpy as np
 from craton.base import UserError, say
 from craton.corpus import records, sources
 from craton.corpus.decode import Decoder
-from craton.corpus.papers import docx_text, pdf_pages
+from craton.corpus.papers import pages_of
 from craton.corpus.words import Words, ngrams
 
 NGRAM, SHORTEST = 13, 8
@@ -61,10 +61,8 @@ def _values(file: sources.SourceFile) -> Iterator[Any]:
     """The records of an evaluation file as they are, or its texts."""
     name = sources.shown(file.path)
     decoder = Decoder(name, kind=file.kind)
-    if file.kind == "pdf":
-        yield from pdf_pages(sources.plain(file.path), name)[0]
-    elif file.kind == "docx":
-        yield docx_text(sources.plain(file.path), name)
+    if file.kind in sources.PAPERS:
+        yield from pages_of(file.kind, sources.plain(file.path), name)[0]
     elif file.kind == "parquet":
         yield from records.parquet_rows(sources.plain(file.path), name)
     elif file.kind in ("jsonl", "json", "table"):

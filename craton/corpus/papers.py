@@ -1,9 +1,95 @@
-"""The text of PDF and Word documents."""
+"""The text of PDF, Word, PowerPoint and Excel documents."""
 
 import logging
+import zipfile
+from collections.abc import Callable
 from typing import Any
 
-from craton.base import UserError
+from craton.base import UserError, amount
+
+_MOST_UNPACKED = 1 << 30  # bytes of an Office document, which is a zip file
+
+
+def pages_of(kind: str, path: Any, name: str) -> tuple[list[str], list[str]]:
+    """The text of each page (slide, sheet; of a Word document the whole), and what is wrong with those that cannot be
+    read. path: a file's, or an open one. UserError if it has no text, or cannot be read at all."""
+    if kind == "pdf":
+        return pdf_pages(path, name)
+    _check_size(path, name)
+    try:
+        return _OFFICE[kind](path, name), []
+    except UserError:
+        raise
+    except Exception as error:  # of many kinds, on files that are damaged in as many ways
+        problem = str(error).partition("\n")[0] or type(error).__name__
+        what = f"not a readable {_NAMES[kind]} document ({problem}); --skip-bad passes over it"
+        raise UserError(f"{name}: {what}") from None
+
+
+def _check_size(path: Any, name: str) -> None:
+    """UserError for a file that unpacks to more than any document."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            size = sum(entry.file_size for entry in archive.infolist())
+    except (zipfile.BadZipFile, OSError) as error:
+        raise UserError(f"{name}: not a readable document ({error}); --skip-bad passes over it") from None
+    if size > _MOST_UNPACKED:
+        most = f"it unpacks to {amount(size, 'B')}, at most {amount(_MOST_UNPACKED, 'B')}"
+        raise UserError(f"{name}: {most}; --skip-bad passes over it")
+    if hasattr(path, "seek"):
+        path.seek(0)
+
+
+def _docx(path: Any, name: str) -> list[str]:
+    return [docx_text(path, name)]
+
+
+def _pptx(path: Any, name: str) -> list[str]:
+    """Text of each slide in the order of its shapes, tables row by row, then its notes."""
+    try:
+        import pptx
+    except ImportError:
+        raise UserError(f"{name}: reading PowerPoint needs python-pptx; pip install 'craton[office]'") from None
+    return [
+        "\n\n".join(t for t in _shapes(slide.shapes) + _notes(slide) if t.strip())
+        for slide in pptx.Presentation(path).slides
+    ]
+
+
+def _shapes(shapes: Any) -> list[str]:
+    out: list[str] = []
+    for shape in shapes:
+        if getattr(shape, "shapes", None) is not None:  # a group
+            out += _shapes(shape.shapes)
+        elif shape.has_text_frame:
+            out.append(shape.text_frame.text)
+        elif getattr(shape, "has_table", False) and shape.has_table:
+            rows = (" | ".join(cell.text for cell in row.cells) for row in shape.table.rows)
+            out.append("\n".join(rows))
+    return out
+
+
+def _notes(slide: Any) -> list[str]:
+    return [slide.notes_slide.notes_text_frame.text] if slide.has_notes_slide else []
+
+
+def _xlsx(path: Any, name: str) -> list[str]:
+    """Each sheet's rows as they were last computed, cells side by side, its name before the first."""
+    try:
+        import openpyxl
+    except ImportError:
+        raise UserError(f"{name}: reading Excel needs openpyxl; pip install 'craton[office]'") from None
+    book, out = openpyxl.load_workbook(path, read_only=True, data_only=True), []
+    for sheet in book.worksheets:
+        rows = (["" if v is None else str(v) for v in row] for row in sheet.iter_rows(values_only=True))
+        lines = [" | ".join(row).rstrip(" |") for row in rows if any(row)]
+        out.append(f"{sheet.title}: " + "\n".join(lines) if lines else "")
+    book.close()
+    return out
+
+
+_OFFICE: dict[str, Callable[[Any, str], list[str]]] = {"docx": _docx, "pptx": _pptx, "xlsx": _xlsx}
+_NAMES = {"docx": "Word", "pptx": "PowerPoint", "xlsx": "Excel"}
 
 
 def pdf_pages(path: Any, name: str) -> tuple[list[str], list[str]]:

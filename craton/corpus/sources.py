@@ -33,12 +33,13 @@ CODE = set(
 KINDS = {
     "prose": PROSE, "html": HTML, "code": CODE, "jsonl": {".jsonl", ".ndjson", ".jsonlines"}, "json": {".json"},
     "table": {".csv", ".tsv"}, "notebook": {".ipynb"}, "parquet": {".parquet"}, "pdf": {".pdf"}, "docx": {".docx"},
+    "pptx": {".pptx"}, "xlsx": {".xlsx"},
 }  # fmt: skip
-READ = "text, Markdown, HTML, PDF, Word, source code, .jsonl, .json, .csv, .ipynb, .parquet"
+READ = "text, Markdown, HTML, PDF, Word, PowerPoint, Excel, source code, .jsonl, .json, .csv, .ipynb, .parquet"
 RECORDS: dict[str, Any] = {
     "jsonl": records.json_lines, "json": records.json_file, "table": records.table, "notebook": records.notebook
 }  # fmt: skip
-PAPERS = ("pdf", "docx")  # taken out of their files in the workers
+PAPERS = ("pdf", "docx", "pptx", "xlsx")  # taken out of their files in the workers
 COMPRESSED = {".gz", ".xz", ".zst", ".bz2"}
 PART_CHARACTERS = 128 << 10  # a longer document is cut at a paragraph into parts, so that memory stays bounded
 MOST_HTML = 256 << 20  # characters of a page, which is taken apart whole
@@ -46,8 +47,8 @@ MOST_HTML = 256 << 20  # characters of a page, which is taken apart whole
 
 @dataclass
 class Document:
-    """One text. name: where it came from (file, file:line); kind: 'prose', 'html', 'code', 'unknown', or 'pdf' or
-    'docx', whose text is still in the file."""
+    """One text. name: where it came from (file, file:line); kind: 'prose', 'html', 'code', 'unknown', or one of
+    PAPERS, whose text is still in the file."""
 
     name: str
     text: str
@@ -249,7 +250,9 @@ def _told(f: Any, path: Path) -> str:
         return "parquet"
     if head.startswith(b"PK\x03\x04") and zipfile.is_zipfile(path):
         with zipfile.ZipFile(path) as archive:
-            return "docx" if "word/document.xml" in archive.namelist() else "prose"
+            inside = set(archive.namelist())
+        known = {"docx": "word/document.xml", "pptx": "ppt/presentation.xml", "xlsx": "xl/workbook.xml"}
+        return next((kind for kind, name in known.items() if name in inside), "prose")
     if head[257:262] == b"ustar":
         raise UserError(f"{shown(path)}: an archive (tar); unpack it and give the folder", code="not_text")
     if head.startswith(b"{\\rtf"):

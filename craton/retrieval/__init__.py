@@ -1,0 +1,1 @@
+"""Documents to passages, an index of them, and answers that cite them."""
