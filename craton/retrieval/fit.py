@@ -10,7 +10,7 @@ import numpy as np
 from craton.base import Progress, UserError, amount
 from craton.retrieval.index import Index
 from craton.retrieval.passages import sentences
-from craton.retrieval.search import fused, ndcg
+from craton.retrieval.search import LEXICAL_SHARE, fused, ndcg
 
 _SHARES = [round(0.05 * i, 2) for i in range(21)]
 _MADE = 200  # questions of an index's own
@@ -35,7 +35,9 @@ def fit(index: Index, queries: Sequence[tuple[str, str]], relevant: Mapping[str,
         progress.show(f"fitting: {amount(done, '')} of {amount(len(known), '')} questions")
     progress.clear()
     means = sums / len(known)
-    share = _SHARES[int(means.argmax())]
+    share = min(
+        (s for s, m in zip(_SHARES, means, strict=True) if m == means.max()), key=lambda s: abs(s - LEXICAL_SHARE)
+    )
     curve = {str(s): round(float(m), 4) for s, m in zip(_SHARES, means, strict=True)}
     return {"share": share, "by": f"{len(known)} questions", "ndcg@10": curve}
 
