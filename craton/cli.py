@@ -301,6 +301,9 @@ def tune(
         from craton.train.loop import Interrupted
         from craton.train.machine import process_began
 
+        if method == "contrastive":
+            from craton.retrieval.contrast import tune as run
+
     if full and lora:
         raise UserError("--full and --lora exclude each other", field="lora")
     flags = {f"run.{k}": v for k, v in dict(budget=budget, steps=steps, seed=seed).items()}
@@ -318,7 +321,8 @@ def tune(
         _emit(json_, {"out": str(out), "status": "interrupted", "signal": str(signal)})
         raise typer.Exit(130 if str(signal) == "SIGINT" else 143) from None
     if result:
-        say(f"{write_tuning(out)}: how it went")
+        if method != "contrastive":
+            say(f"{write_tuning(out)}: how it went")
         _emit(json_, result)
 
 
@@ -560,6 +564,10 @@ def serve(
         list[str] | None,
         Option(metavar="NAME=DIR", help="A LoRA adapter of the first MODEL; requests name it. Repeatable."),
     ] = None,
+    index: Annotated[
+        list[str] | None,
+        Option(metavar="NAME=DIR", help="An index (craton index) for /v1/search and /v1/ask. Repeatable."),
+    ] = None,
     host: Annotated[str, Option(help="Where to listen; anything but this machine needs an API key.")] = "127.0.0.1",
     port: Annotated[int, Option(help="0: any that is free.")] = 8000,
     api_keys: Annotated[Path | None, Option(help="A file with one API key a line; also CRATON_API_KEY.")] = None,
@@ -618,6 +626,7 @@ def serve(
         settings,
         lambda facts: _emit(json_, facts),
         adapter or [],
+        index or [],
         **options,
     )
 

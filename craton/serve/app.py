@@ -12,7 +12,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.routing import Route
 
-from craton.serve import about, adapters, anthropic, openai_chat, openai_text, responses, schema, tokens
+from craton.serve import about, adapters, anthropic, grounded, openai_chat, openai_text, responses, schema, tokens
 from craton.serve import schema_anthropic as anthropic_schema
 from craton.serve import schema_responses as responses_schema
 from craton.serve.guard import Guard, Settings, error_body
@@ -35,7 +35,12 @@ def create_app(models: dict[str, Served], settings: Settings, metrics: Metrics) 
     )
     app.state.craton = state
     dialects = (openai_chat, openai_text, responses, anthropic, tokens)
-    routers = [*(d.routes(state) for d in dialects), adapters.routes(state), about.routes(state, page)]
+    routers = [
+        *(d.routes(state) for d in dialects),
+        adapters.routes(state),
+        grounded.routes(state),
+        about.routes(state, page),
+    ]
     for router in routers:
         app.include_router(router)
     routes = [route for router in routers for route in router.routes if isinstance(route, Route)]

@@ -41,6 +41,7 @@ class Settings:
     log_prompts: bool = False
     votes: Path | None = None
     aliases: dict[str, str] = field(default_factory=dict)  # further names of models
+    indexes: dict[str, Any] = field(default_factory=dict)  # of documents, by name (grounded.py)
 
 
 def error_body(path: str, error: ApiError) -> Json:

@@ -18,6 +18,7 @@ import uvicorn
 
 from craton.base import UserError, count, local, read_text, say
 from craton.model.paging import BLOCK
+from craton.serve import grounded
 from craton.serve.app import create_app
 from craton.serve.guard import Protocol, Settings
 from craton.serve.metrics import Metrics
@@ -97,6 +98,7 @@ def serve(
     settings: Settings,
     ready: Callable[[dict[str, Any]], None] = lambda facts: None,
     adapters: Sequence[str] = (),
+    indexes: Sequence[str] = (),
     **options: Any,
 ) -> None:
     """Until SIGTERM or SIGINT. ready: is told the address and the models when requests are taken. options: of the
@@ -106,6 +108,7 @@ def serve(
     _log_to_stderr()
     served: dict[str, Served] = {}
     metrics = Metrics(served)
+    settings.indexes = grounded.open_shelves(list(indexes))
     for names, path in paths.items():
         name, *aliases = names.split(",")
         _open(served, name, path, where, metrics, **options)

@@ -306,6 +306,23 @@ class VoteRequest(Strict):
     vote: Literal["left", "right", "tie", "neither"]
 
 
+class SearchRequest(Strict):
+    """POST /v1/search."""
+
+    query: Annotated[str, Field(min_length=1, max_length=10_000)]
+    index: str | None = None
+    max_num_results: Annotated[int, Field(ge=1, le=1000)] = 10
+    filters: dict[str, str] = {}
+
+
+class AskRequest(Strict):
+    """POST /v1/ask."""
+
+    question: Annotated[str, Field(min_length=1, max_length=10_000)]
+    index: str | None = None
+    filters: dict[str, str] = {}
+
+
 class LoadAdapterRequest(Strict):
     """POST /v1/load_lora_adapter, as vLLM has it: a name, and a folder of the machine that serves."""
 

@@ -97,7 +97,7 @@ class SchedulePart:
 class TunePart:
     """How a model is adapted (docs/tune.md)."""
 
-    method: Literal["sft", "dpo", "ipo", "kto", "orpo", "simpo", "reward", "grpo", "distill"] = "sft"
+    method: Literal["sft", "dpo", "ipo", "kto", "orpo", "simpo", "reward", "grpo", "distill", "contrastive"] = "sft"
     lora: int | None = _from_zero(None)  # rank of the adapter; 0 trains all weights
     alpha: float = 32.0  # of the adapter: its scale is alpha / rank
     rank_stabilised: bool = False  # alpha / sqrt(rank)
