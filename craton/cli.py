@@ -672,6 +672,9 @@ def search(
     k: Annotated[int, Option("-k", help="Results.")] = 10,
     queries: Annotated[Path | None, Option(help="Many at once (BEIR's JSON lines), with --run.")] = None,
     run: Annotated[Path | None, Option(help="A TREC run to write: the best documents of each of --queries.")] = None,
+    qrels: Annotated[
+        Path | None, Option(help="What answers --queries (BEIR's TSV or TREC's): the run is scored.")
+    ] = None,
     where: WHERE = None,
     reranker: RERANKER = None,
     json_: Json = False,
@@ -684,7 +687,7 @@ def search(
     """
     from craton.retrieval import show
 
-    _emit(json_, show.search(index, query, k, queries, run, where or [], reranker, quiet=json_))
+    _emit(json_, show.search(index, query, k, queries, run, where or [], reranker, qrels, quiet=json_))
 
 
 @app.command()

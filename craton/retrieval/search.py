@@ -1,6 +1,5 @@
 """Searching an index: by words, by vectors, and by both at once with weights that were fitted."""
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -112,18 +111,18 @@ def ranked(index: Index, query: str, count: int) -> list[tuple[str, float]]:
     return [(names[number], score) for number, score in order]
 
 
-def write_run(index: Index, queries: Sequence[tuple[str, str]], out: Path, count: int = 1000) -> int:
-    """A TREC run: for each query its best documents, a line each (`query Q0 document rank score craton`). Returns how
-    many."""
-    progress, lines = Progress(), 0
+def write_run(index: Index, queries: Sequence[tuple[str, str]], out: Path, count: int = 1000) -> dict[str, list[str]]:
+    """A TREC run: for each query its best documents, a line each (`query Q0 document rank score craton`). Returns
+    them."""
+    progress, found = Progress(), dict[str, list[str]]()
     with publish(out) as temporary, open(temporary, "w", encoding="utf-8") as f:
         for done, (number, text) in enumerate(queries, 1):
             for rank, (name, score) in enumerate(ranked(index, text, count), 1):
                 f.write(f"{_word(number)} Q0 {_word(name)} {rank} {score:.6f} craton\n")
-                lines += 1
+                found.setdefault(number, []).append(name)
             progress.show(f"queries: {amount(done, '')} of {amount(len(queries), '')}")
     progress.clear()
-    return lines
+    return found
 
 
 def _word(name: str) -> str:
@@ -154,6 +153,25 @@ def ndcg(ranking: Iterable[str], relevant: Mapping[str, int], count: int = 10) -
     return float(np.dot(gains, discounts[: len(gains)])) / most if most else 0.0
 
 
-def as_json(hits: Sequence[Hit]) -> str:
-    """Hits as one line."""
-    return json.dumps([said(h) for h in hits], ensure_ascii=False)
+def judged(
+    rankings: Mapping[str, Sequence[str]], relevant: Mapping[str, Mapping[str, int]]
+) -> dict[str, dict[str, float]]:
+    """nDCG@10, recall@100 and MRR@10 over the queries that have judgements, as trec_eval has them: mean, and half the
+    width of its 95 % interval."""
+    each: dict[str, list[float]] = {"ndcg@10": [], "recall@100": [], "mrr@10": []}
+    for number, own in relevant.items():
+        wanted = {name for name, score in own.items() if score > 0}
+        if number not in rankings or not wanted:
+            continue
+        ranking = list(rankings[number])
+        first = next((rank for rank, name in enumerate(ranking[:10], 1) if name in wanted), 0)
+        each["ndcg@10"].append(ndcg(ranking, own))
+        each["recall@100"].append(len(wanted & set(ranking[:100])) / len(wanted))
+        each["mrr@10"].append(1 / first if first else 0.0)
+    if not each["ndcg@10"]:
+        raise UserError("none of the queries has a judged document; do --queries and --qrels belong together?")
+    out = {}
+    for name, values in each.items():
+        half = 1.96 * float(np.std(values, ddof=1)) / len(values) ** 0.5 if len(values) > 1 else float("nan")
+        out[name] = {"mean": round(float(np.mean(values)), 5), "interval": round(half, 5), "queries": len(values)}
+    return out

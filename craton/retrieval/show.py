@@ -8,7 +8,7 @@ from craton.retrieval import answer
 from craton.retrieval.documents import read_queries
 from craton.retrieval.encode import TextEncoder
 from craton.retrieval.index import Hit, Index
-from craton.retrieval.search import said, write_run
+from craton.retrieval.search import judged, read_qrels, said, write_run
 from craton.retrieval.search import search as find
 
 
@@ -31,10 +31,11 @@ def search(
     run: Path | None,
     where: list[str],
     reranker: Path | None,
+    qrels: Path | None = None,
     *,
     quiet: bool,
 ) -> dict[str, Any]:
-    """Print the passages found, or write a run. Returns them."""
+    """Print the passages found, or write a run, and score it where qrels say what is right. Returns them."""
     if (queries is None) != (run is None) or (query is None) == (queries is None):
         raise UserError("give a QUERY, or --queries FILE with --run FILE")
     if count < 1:
@@ -42,9 +43,16 @@ def search(
     opened, filters = Index(folder), _filters(where)
     try:
         if queries is not None and run is not None:
-            lines = write_run(opened, read_queries(queries), run, count)
+            relevant = read_qrels(qrels) if qrels is not None else None
+            rankings = write_run(opened, read_queries(queries), run, count)
+            lines = sum(map(len, rankings.values()))
             say(f"{run}: {lines} lines")
-            return {"run": str(run), "lines": lines}
+            out: dict[str, Any] = {"run": str(run), "lines": lines}
+            if relevant is not None:
+                out["scores"] = judged(rankings, relevant)
+                for name, score in out["scores"].items():
+                    print(f"{name:<11} {score['mean']:.4f} ± {score['interval']:.4f}  ({score['queries']} queries)")
+            return out
         assert query is not None
         order = TextEncoder(reranker) if reranker is not None else None
         hits = find(opened, query, count, filters, order)

@@ -94,3 +94,33 @@ def test_gains(tmp_path):
     (tmp_path / "bad").write_text("q1 d1 2\nq1 d1\n")
     with pytest.raises(UserError, match="bad:2"):
         read_qrels(tmp_path / "bad")
+
+
+def test_scores_are_trec_evals(records, tmp_path):
+    pytrec_eval = pytest.importorskip("pytrec_eval")
+    folder, _, queries = records
+    draw = random.Random(1)
+    rows = [(q["_id"], str(draw.randrange(300)), draw.randrange(3)) for q in queries for _ in range(40)]
+    (tmp_path / "qrels.tsv").write_text(
+        "query-id\tcorpus-id\tscore\n" + "".join(f"{a}\t{b}\t{c}\n" for a, b, c in rows)
+    )
+    command = [
+        "search",
+        folder / "index",
+        "--queries",
+        folder / "queries.jsonl",
+        "--run",
+        tmp_path / "run",
+        "-k",
+        "100",
+    ]
+    done = craton(*command, "--qrels", tmp_path / "qrels.tsv", "--json")
+    found = json.loads(done.stdout)["scores"]
+    run, relevant = {}, read_qrels(tmp_path / "qrels.tsv")
+    for line in (tmp_path / "run").read_text().splitlines():
+        query, _, name, rank, *_ = line.split()
+        run.setdefault(query, {})[name] = -float(rank)
+    theirs = pytrec_eval.RelevanceEvaluator(relevant, {"ndcg_cut.10", "recall.100", "recip_rank"}).evaluate(run)
+    for ours, name in (("ndcg@10", "ndcg_cut_10"), ("recall@100", "recall_100")):
+        assert found[ours]["mean"] == pytest.approx(np.mean([t[name] for t in theirs.values()]), abs=1e-4)
+    assert found["mrr@10"]["queries"] == len(theirs) and found["mrr@10"]["interval"] > 0
