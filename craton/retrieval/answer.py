@@ -98,10 +98,10 @@ def candidates(
     named = evidence.named(terms, passages, weigher.stem)
     if not named:
         return passages
-    numbers = index.store.passages_titled(named, _MOST_OF_TITLE)
-    lexical = index.lexical.scores(question)[np.searchsorted(index.numbers[:, 0], numbers)]
-    order = np.argsort(-lexical, kind="stable")
-    return index.store.passages([numbers[i] for i in order])
+    known = np.asarray(index.numbers[:, 0])
+    places = np.flatnonzero(np.isin(known, index.store.passages_titled(named, _MOST_OF_TITLE)))
+    order = np.argsort(-index.lexical.scores(question)[places], kind="stable")
+    return index.store.passages(known[places[order]].tolist())
 
 
 def _citation(span: Span, holds: bool) -> Citation:

@@ -185,8 +185,8 @@ def _encode(store: Store, encoder: TextEncoder) -> None:
 
 def write_search(store: Store) -> None:
     """What searches need beside the documents, made anew if they have changed."""
-    folder = store.folder / _SEARCH
-    if (folder / "made.json").is_file() and read_json(folder / "made.json").get("generation") == store.generation:
+    folder = store.folder / f"{_SEARCH}-{store.generation}"
+    if (folder / "made.json").is_file():
         return
     numbers: list[tuple[int, int]] = []
 
@@ -204,8 +204,11 @@ def write_search(store: Store) -> None:
         np.save(temporary / "numbers.npy", np.array(numbers, np.int64))
         if store.get("encoder_hash") is not None:
             _write_vectors(store, temporary / "vectors.npy", len(numbers))
-        write_json(temporary / "made.json", {"generation": store.generation, "language": language})
+        write_json(temporary / "made.json", {"language": language})
         shutil.rmtree(folder, ignore_errors=True)
+    for older in store.folder.glob(f"*{_SEARCH}-*"):
+        if older != folder:
+            shutil.rmtree(older, ignore_errors=True)
 
 
 def _write_vectors(store: Store, path: Path, count: int) -> None:
@@ -223,15 +226,21 @@ class Index:
     def __init__(self, folder: Path):
         self.store = Store(folder)
         self.folder = folder
-        made = folder / _SEARCH / "made.json"
-        if not made.is_file() or read_json(made).get("generation") != self.store.generation:
-            raise UserError(f"{folder}: not brought up to date; run craton index on it again")
-        self.language = str(read_json(made)["language"])
-        self.lexical = Lexical(folder / _SEARCH / "words", self.language)
-        self.numbers = np.load(folder / _SEARCH / "numbers.npy", mmap_mode="r")
-        path = folder / _SEARCH / "vectors.npy"
+        made = self._made()
+        self.language = str(read_json(made / "made.json")["language"])
+        self.lexical = Lexical(made / "words", self.language)
+        self.numbers = np.load(made / "numbers.npy", mmap_mode="r")
+        path = made / "vectors.npy"
         self.vectors = np.load(path, mmap_mode="r") if path.is_file() else None
         self._encoder: TextEncoder | None = None
+
+    def _made(self) -> Path:
+        """What was last made for searches: of the documents as they are, or, while they are brought up to date, as they
+        were before. UserError if there is none."""
+        found = [p for p in self.folder.glob(f"{_SEARCH}-*") if (p / "made.json").is_file()]
+        if not found:
+            raise UserError(f"{self.folder}: not made to its end; run craton index on it again")
+        return max(found, key=lambda p: int(p.name.rpartition("-")[2]))
 
     @property
     def encoder(self) -> TextEncoder:

@@ -56,10 +56,11 @@ def search(
     numbers = index.numbers[places, 0]
     hits = []
     for start in range(0, len(places), 512):
-        for place, passage in zip(
-            places[start : start + 512], index.store.passages(numbers[start : start + 512].tolist()), strict=True
-        ):
-            if where and not _matches(passage, where):
+        some = places[start : start + 512]
+        held = {p.number: p for p in index.store.passages(numbers[start : start + 512].tolist())}
+        for place in some:
+            passage = held.get(int(index.numbers[place, 0]))
+            if passage is None or (where and not _matches(passage, where)):  # None: dropped since it was opened
                 continue
             own = 0.0 if dense is None else float(dense[place])
             hits.append(Hit(passage, float(scores[place]), float(lexical[place]), own))
@@ -108,7 +109,7 @@ def ranked(index: Index, query: str, count: int) -> list[tuple[str, float]]:
         wanted *= 2
     order = list(found.items())[:count]
     names = index.document_names
-    return [(names[number], score) for number, score in order]
+    return [(names[number], score) for number, score in order if number in names]
 
 
 def write_run(index: Index, queries: Sequence[tuple[str, str]], out: Path, count: int = 1000) -> dict[str, list[str]]:
