@@ -34,16 +34,23 @@ def fsync(path: Path) -> None:
 
 @contextlib.contextmanager
 def publish(path: Path) -> Iterator[Path]:
-    """Yields a temporary name to write; on success it is fsynced and renamed to path, on failure removed."""
+    """Yields a temporary name to write, a file or a folder; on success it is fsynced, with all in it, and renamed to
+    path, on failure removed."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
         with contextlib.suppress(PermissionError):  # a file system without modes
-            os.chmod(temporary, 0o666 & ~_UMASK)  # some libraries write files that only their owner can read
+            # Some libraries write files that only their owner can read.
+            os.chmod(temporary, (0o777 if temporary.is_dir() else 0o666) & ~_UMASK)
+        for inside in temporary.rglob("*") if temporary.is_dir() else ():
+            fsync(inside)
         fsync(temporary)
         os.replace(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        if temporary.is_dir():
+            shutil.rmtree(temporary, ignore_errors=True)
+        else:
+            temporary.unlink(missing_ok=True)
         raise
     fsync(path.parent)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from craton.base import UserError, amount
 
+_MOST_COLUMNS, _MOST_BLANK = 1000, 10_000  # of a sheet; what lies behind so many blank rows is left out
 _MOST_UNPACKED = 1 << 30  # bytes of an Office document, which is a zip file
 
 
@@ -81,8 +82,14 @@ def _xlsx(path: Any, name: str) -> list[str]:
         raise UserError(f"{name}: reading Excel needs openpyxl; pip install 'craton[office]'") from None
     book, out = openpyxl.load_workbook(path, read_only=True, data_only=True), []
     for sheet in book.worksheets:
-        rows = (["" if v is None else str(v) for v in row] for row in sheet.iter_rows(values_only=True))
-        lines = [" | ".join(row).rstrip(" |") for row in rows if any(row)]
+        lines, blank = [], 0
+        for row in sheet.iter_rows(values_only=True, max_col=min(sheet.max_column or _MOST_COLUMNS, _MOST_COLUMNS)):
+            cells = ["" if v is None else str(v) for v in row]
+            blank = 0 if any(cells) else blank + 1
+            if blank > _MOST_BLANK:  # a cell at the sheet's far end would take hours
+                break
+            if any(cells):
+                lines.append(" | ".join(cells).rstrip(" |"))
         out.append(f"{sheet.title}: " + "\n".join(lines) if lines else "")
     book.close()
     return out

@@ -271,6 +271,12 @@ def _one_value(f: Any) -> bool:
     return bool(start.startswith(b"[") or start.partition(b"\n")[0].strip() == b"{")
 
 
+def holds_one_value(path: Path) -> bool:
+    """Whether a file of JSON lines is one value over several lines instead."""
+    with open_binary(path) as f:
+        return _one_value(f)
+
+
 def plain(path: Path) -> Any:
     """A file for readers that need to seek: its path, or what is in it where it is compressed or no file on a disk."""
     with open_binary(path) as f:

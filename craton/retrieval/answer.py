@@ -13,7 +13,7 @@ from craton.retrieval.encode import TextEncoder
 from craton.retrieval.evidence import Span
 from craton.retrieval.index import Index
 from craton.retrieval.passages import sentences
-from craton.retrieval.search import search
+from craton.retrieval.search import matches, search
 from craton.retrieval.store import Stored
 
 NOT_FOUND = "Not in the documents."
@@ -66,7 +66,9 @@ class Weigher:
         return word if self._stem is None else str(self._stem(word))
 
     def weight(self, word: str) -> float:
-        """More for rarer words."""
+        """More for rarer words, nothing for stop words."""
+        if len(word) > 1 and word.isalpha() and not self.index.lexical.words.of(word):
+            return 0.0  # a stop word of the index's language
         number = self.known.get(self.stem(word.lower()))
         holding = 0 if number is None else int(self.holders[number + 1] - self.holders[number])
         return evidence.rarity(len(self.index.numbers), holding)
@@ -101,7 +103,8 @@ def candidates(
     known = np.asarray(index.numbers[:, 0])
     places = np.flatnonzero(np.isin(known, index.store.passages_titled(named, _MOST_OF_TITLE)))
     order = np.argsort(-index.lexical.scores(question)[places], kind="stable")
-    return index.store.passages(known[places[order]].tolist())
+    found = index.store.passages(known[places[order]].tolist())
+    return [p for p in found if not where or matches(p, where)]
 
 
 def _citation(span: Span, holds: bool) -> Citation:

@@ -89,6 +89,8 @@ def read_pairs(paths: Sequence[str]) -> Pairs:
             own = out.relevant[asked[question]]
             if places[text] not in own:
                 own.append(places[text])
+    if len(out.passages) < 2 * _ROWS:
+        raise UserError(f"{', '.join(paths)}: {len(out.passages)} passages; at least {2 * _ROWS} are needed")
     if len(out.questions) < 2 * _ROWS:
         raise UserError(
             f"{', '.join(paths)}: {len(out.questions)} questions with a passage; at least {2 * _ROWS} are needed"
@@ -110,6 +112,7 @@ def _rows(path: Path) -> Iterable[tuple[str, str]]:
     if not path.is_file():
         raise UserError(f"{path}: no such file or folder")
     for number, row in _lines(path):
+        row = row if isinstance(row, dict) else {}
         pair = [next((row[k] for k in keys if isinstance(row.get(k), str)), None) for keys in (_QUESTIONS, _PASSAGES)]
         if pair[0] is None or pair[1] is None:
             wanted = f"{' or '.join(_QUESTIONS)}, and {' or '.join(_PASSAGES)}"
@@ -125,6 +128,8 @@ def _beir(folder: Path, place: Any) -> Iterable[tuple[str, str]]:
         raise UserError(f"{folder}: not in BEIR's layout: corpus.jsonl, queries.jsonl and qrels/train.tsv")
     texts = {}
     for _, row in _lines(found["corpus"]):  # type: ignore[arg-type]
+        if not isinstance(row, dict) or "_id" not in row:
+            raise UserError(f"{found['corpus']}: a row without _id")
         texts[str(row["_id"])] = f"{row.get('title') or ''} {row.get('text') or ''}".strip()
         place(texts[str(row["_id"])])
     relevant = read_qrels(qrels)

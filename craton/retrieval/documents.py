@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -33,7 +34,7 @@ class Source:
 def read(file: SourceFile, reading: Reading) -> Iterator[Source]:
     """The documents of a file, none longer than what fits into memory. UserError for a file that cannot be read."""
     name = sources.shown(file.path)
-    if file.kind == "jsonl":
+    if file.kind == "jsonl" and not sources.holds_one_value(file.path):
         yield from _records(file, reading, name)
         return
     kind = file.kind
@@ -66,24 +67,29 @@ def _records(file: SourceFile, reading: Reading, name: str) -> Iterator[Source]:
                 continue
             where = f"{name}:{number}"
             try:
-                row = records.loads(line)
-            except (ValueError, RecursionError) as error:
-                problem = UserError(f"{where}: not JSON ({error}); mend it, or pass --skip-bad")
+                yield _record(_row(line, where), where, reading)
+            except UserError as error:
                 if not reading.skip_bad:
-                    raise problem from None
-                reading.bad.append(str(problem))
-                continue
-            yield _record(row, where, reading)
+                    raise
+                reading.bad.append(str(error))
         reading.note(decoder)
+
+
+def _row(line: str, where: str) -> Any:
+    try:
+        return records.loads(line)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{where}: not JSON ({error}); mend it, or pass --skip-bad") from None
 
 
 def _record(row: Any, where: str, reading: Reading) -> Source:
     fields = row if isinstance(row, dict) else {}
     own = next((str(fields[k]) for k in _IDS if isinstance(fields.get(k), str | int) and fields[k] != ""), where)
     title = next((fields[k] for k in _TITLES if isinstance(fields.get(k), str)), "")
-    text = records.text_of(row, where, reading.fields)[0]
+    text = records.text_of(row, where, reading.fields)[0].encode("utf-8", "replace").decode()
     small = fields.get("metadata") if isinstance(fields.get("metadata"), dict) else {}
     more = {k: v for k, v in fields.items() if isinstance(v, str | int | float) and len(str(v)) < 100}
+    more = {k: v for k, v in more.items() if not isinstance(v, float) or math.isfinite(v)}
     taken = {*_IDS, *_TITLES, *records.TEXT_FIELDS}
     return Source(
         own, text, "record", title, [], {**{k: v for k, v in more.items() if k not in taken}, **(small or {})}
@@ -102,6 +108,7 @@ def read_queries(path: Path) -> list[tuple[str, str]]:
                 row = json.loads(line)
             except ValueError as error:
                 raise UserError(f"{path}:{number}: not JSON ({error})") from None
+            row = row if isinstance(row, dict) else {}
             text = next((row[k] for k in ("text", "question", "query") if isinstance(row.get(k), str)), None)
             if text is None:
                 raise UserError(f"{path}:{number}: no text, question or query there")

@@ -1,13 +1,14 @@
 """Vectors of texts, and scores of pairs, by an encoder's folder."""
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from craton.base import Progress, UserError, amount
+from craton.base import Progress, UserError, amount, digest
 from craton.model import kernels
 from craton.model.encoder import pooled
 from craton.weights.encoder import encoder_hash, read_encoder
@@ -27,8 +28,10 @@ class TextEncoder:
     which moves a vector by about 1e-4 of its length. UserError as of read_encoder."""
 
     def __init__(self, folder: Path, exact: bool = False):
-        self.folder, self.hash = folder, encoder_hash(folder)
+        self.folder = folder
         self.network, self.tokenizer, self.settings = read_encoder(folder)
+        self.hash = digest([encoder_hash(folder), asdict(self.settings)])  # a prefix may come from the folder's name
+        self.cut_off = 0  # texts of the last call that were longer than what is taken
         if not exact and _multiplies_bf16():
             self.network.bfloat16()
         self.tokenizer.enable_truncation(self.settings.max_length)
@@ -58,9 +61,10 @@ class TextEncoder:
         if self.network.config.labels:
             raise UserError(f"{self.folder}: a classifier, which gives no vectors; give an encoder's folder")
         out = np.empty((len(texts), self.size), np.float32)
-        s = self.settings
+        s, self.cut_off = self.settings, 0
         for start in range(0, len(texts), _AHEAD):
             encoded = self.tokenizer.encode_batch_fast(texts[start : start + _AHEAD])
+            self.cut_off += sum(bool(e.overflowing) for e in encoded)
             done = start
             for rows in _batches([len(e.ids) for e in encoded]):
                 ids, lengths, _ = self._padded([encoded[i] for i in rows])

@@ -1,8 +1,10 @@
 """Whether a piece of text answers a question or supports a statement, told from the words, numbers and names in it. No
 model is asked, so that a model cannot be wrong about it."""
 
+import itertools
 import math
 import re
+import unicodedata
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
@@ -18,7 +20,22 @@ _ASKING = frozenset(
 )
 _TOKEN = re.compile(r"\d[\d.,]*\d|\d|[^\W\d_]+(?:['’][^\W\d_]+)?", re.UNICODE)
 _NUMBER = re.compile(r"\d")
-_PRONOUN = re.compile(r"(?:He|She|It|They|This|These|Its|His|Her|Their|The)\b")
+_PRONOUN = re.compile(r"(?:He|She|It|They|Its|His|Her|Their)\b")
+_DENIED = re.compile(
+    r"\b(?:not|never|no|nobody|none|nothing|neither|nor|without|cannot|denie[sd]|deny|myth|false|unless|if)\b|n['’]t\b",
+    re.I,
+)
+_HOW_MANY = re.compile(
+    r"\b(?:when|how (?:many|much|old|long|far|tall|high|large|often)|(?:what|which) (?:year|date|day))\b", re.I
+)
+_WHO = re.compile(r"\b(?:who|whom|whose)\b", re.I)
+_WHY = re.compile(r"\bwhy\b", re.I)
+_REASON = re.compile(r"\b(?:because|since|due|owing|reasons?|caused?|therefore|so that|in order)\b", re.I)
+_DATES = frozenset(
+    "january february march april may june july august september october november december monday tuesday wednesday "
+    "thursday friday saturday sunday".split()
+)
+_WORDS_FOR = dict(zip("two three four five six seven eight nine ten eleven twelve".split(), range(2, 13), strict=True))
 _LABEL = re.compile(r"[^\n.!?]{1,80}:\s*$")
 _BEFORE = 2  # sentences whose words count for the one after them, for what it speaks of may stand there
 _LABELLED = 0.12  # for words of a question that a line is labelled by
@@ -26,7 +43,7 @@ _STRANGE = 0.02  # for each word of a title that shares a name with the question
 _BESIDE = 0.015  # for each word of a label that was not asked about, at most six
 FOUND = 0.72  # of the weight of a question's words, that an answer's sentence and what stands above it hold at least
 ASKED = 0.67  # and of the weight of those that are no names
-SUPPORTED = 0.6  # of the weight of a statement's words, that its citation holds at least
+SUPPORTED = 0.8  # of the weight of a statement's words, that its citation holds at least
 
 
 @dataclass(frozen=True)
@@ -49,6 +66,7 @@ class Terms:
 
     weights: dict[str, float]
     names: set[str] = field(default_factory=set)
+    question: str = ""
     first: str = ""  # a capital letter begins it as it begins a sentence, so that it may be a name
 
     @property
@@ -61,24 +79,37 @@ Weight = Callable[[str], float]
 
 
 def numbers_in(text: str) -> set[str]:
-    """Numbers as they are compared: without separators of thousands."""
-    return {re.sub(r",(?=\d{3}\b)", "", t).rstrip(".,") for t in _TOKEN.findall(text) if _NUMBER.match(t)}
+    """Numbers as they are compared: without separators of thousands, in digits, with their sign."""
+    out = set()
+    for match in _TOKEN.finditer(text):
+        token = match[0]
+        if _NUMBER.match(token):
+            plain = re.sub(r",(?=\d{3}\b)", "", token).rstrip(".,")
+            out.add("-" + plain if re.search(r"(?:^|\s)[-−]$", text[: match.start()]) else plain)
+        elif token.lower() in _WORDS_FOR:
+            out.add(str(_WORDS_FOR[token.lower()]))
+    return out
 
 
 def words_in(text: str, stem: Stem) -> set[str]:
     """Stemmed words and numbers of a text."""
+    text = unicodedata.normalize("NFC", text)
     return {stem(t.lower()) for t in _TOKEN.findall(text) if not _NUMBER.match(t)} | numbers_in(text)
 
 
 def terms_of(question: str, stem: Stem, weight: Weight) -> Terms:
     """What a question asks about. Names: numbers, and words that begin with a capital letter but for the first."""
-    out = Terms({})
+    question = unicodedata.normalize("NFC", question)
+    out = Terms({}, question=question)
     for place, match in enumerate(_TOKEN.finditer(question)):
         token = match[0]
         if token.lower() in _ASKING or (len(token) == 1 and not token.isdigit() and token.isascii()):
             continue
         key = stem(token.lower()) if not _NUMBER.match(token) else next(iter(numbers_in(token)), token)
-        out.weights[key] = weight(token)
+        weighs = weight(token)
+        if not weighs:
+            continue
+        out.weights[key] = weighs
         if _NUMBER.match(token) or (token[0].isupper() and place > 0):
             out.names.add(key)
             if place == 1 and out.first and token[0].isupper():
@@ -118,6 +149,7 @@ def _spans(question: Terms, passage: Stored, stem: Stem) -> Iterable[Span]:
     above = title | words_in(passage.heading, stem)
     before: list[set[str]] = []
     label: tuple[int, set[str]] | None = None
+    last = 0
     below = 0  # how many lines or clauses under it
     whole = [(a, b) for a, b in sentences(passage.text)]
     for a, b in sentences(passage.text, clauses=True):
@@ -126,7 +158,10 @@ def _spans(question: Terms, passage: Stored, stem: Stem) -> Iterable[Span]:
         if text.startswith("#"):
             label, before = None, []
             continue
-        if _LABEL.match(text):  # of the lines below it
+        if "\n\n" in passage.text[last:a]:
+            label = None  # it is of the lines below it, up to a blank one
+        last = b
+        if _LABEL.match(text):
             label, before, below = (a, own), [], 0
             continue
         below += 1
@@ -139,7 +174,7 @@ def _spans(question: Terms, passage: Stored, stem: Stem) -> Iterable[Span]:
             | dict.fromkeys(above, 0.95)
         )
         held |= dict.fromkeys(own if not title or title - question.weights.keys() else own | title, 1.0)
-        if not own - question.weights.keys() or not _answers(question, held, title):
+        if not own - question.weights.keys() or not _answers(question, held, title) or not _fits(question, text):
             continue  # a line that only repeats the question tells nothing
         says = _label_of(text, stem) | labelled
         score = _share(question.weights, held) + _LABELLED * _share(question.weights, dict.fromkeys(says, 1.0))
@@ -154,6 +189,22 @@ def _spans(question: Terms, passage: Stored, stem: Stem) -> Iterable[Span]:
 
 def _share(weights: dict[str, float], held: dict[str, float]) -> float:
     return sum(w * held.get(t, 0.0) for t, w in weights.items()) / (sum(weights.values()) or 1.0)
+
+
+def _fits(question: Terms, text: str) -> bool:
+    """Whether a text is of the kind that is asked for: a number for when and how many, a name for who, a reason for
+    why; and denies nothing that the question does not."""
+    asked = question.question
+    if bool(_DENIED.search(text)) and not _DENIED.search(asked):
+        return False
+    if _HOW_MANY.search(asked) and not numbers_in(text) - numbers_in(asked):
+        return False
+    if _WHO.search(asked):
+        known = {t.lower() for t in _TOKEN.findall(asked)}
+        others = [t for t in _TOKEN.findall(text) if t[0].isupper() and t.lower() not in known | _ASKING]
+        if not others:
+            return False
+    return not _WHY.search(asked) or bool(_REASON.search(text))
 
 
 def _answers(question: Terms, held: dict[str, float], title: set[str]) -> bool:
@@ -181,8 +232,40 @@ def supports(statement: str, quote: str, context: str, stem: Stem, weight: Weigh
         return False  # perhaps a name
     if not terms.weights or not terms.names <= held or not numbers_in(statement) <= held:
         return False
+    if bool(_DENIED.search(statement)) != bool(_DENIED.search(quote)) or not words:
+        return False
+    if not _counted(statement, stem) <= _counted(quote, stem) or not _in_order(statement, quote, terms.names, stem):
+        return False
     covered = sum(w for t, w in terms.weights.items() if t in held)
     return covered >= SUPPORTED * terms.total
+
+
+def _counted(text: str, stem: Stem) -> set[tuple[str, str]]:
+    """Each number with the word after it, which says of what: 5 million, 20 pounds."""
+    out = set()
+    tokens = [m[0] for m in _TOKEN.finditer(text)]
+    for token, after in itertools.pairwise(tokens):
+        if (_NUMBER.match(token) or token.lower() in _WORDS_FOR) and after.lower() not in _ASKING:
+            out |= {(number, stem(after.lower())) for number in numbers_in(token)}
+    return out
+
+
+def _in_order(statement: str, quote: str, names: set[str], stem: Stem) -> bool:
+    """Whether the names that both texts hold come in the same order, and so the numbers, so that who did it to whom is
+    the same."""
+    said, there = _order(statement, names, stem), _order(quote, names, stem)
+    return all([k for k in a if k in b] == [k for k in b if k in a] for a, b in zip(said, there, strict=True))
+
+
+def _order(text: str, names: set[str], stem: Stem) -> tuple[list[str], list[str]]:
+    """Names and numbers of a text as they come. Months and days may stand anywhere."""
+    words, numbers = dict[str, None](), dict[str, None]()
+    for token in _TOKEN.findall(text):
+        if _NUMBER.match(token):
+            numbers |= dict.fromkeys(numbers_in(token))
+        elif token.lower() not in _DATES and stem(token.lower()) in names:
+            words[stem(token.lower())] = None
+    return list(words), list(numbers)
 
 
 def rarity(documents: int, holding: int) -> float:

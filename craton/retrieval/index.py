@@ -4,14 +4,14 @@ import itertools
 import os
 import shutil
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from craton.base import Progress, UserError, amount, digest, publish, read_json, sha256, write_json
+from craton.base import Progress, UserError, amount, digest, publish, read_json, say, sha256, write_json
 from craton.corpus import sources
 from craton.corpus.sources import Reading, SourceFile
 from craton.retrieval import documents
@@ -61,12 +61,16 @@ def build(given: list[str], out: Path, encoder: Path | None = None, reading: Rea
     try:
         opened = _encoder(store, encoder)
         change = _update(store, files, given, reading, opened)
+        if store.counts()["passages"] == 0 and change.failed:
+            raise UserError(change.failed[0])
         if opened is not None:
             _encode(store, opened)
         store.tidy()
         if store.counts()["passages"] == 0:
             raise UserError(f"{out}: none of the {len(files)} files holds text; nothing can be found in it")
         write_search(store)
+        if change.failed:  # of files that were named by hand; all others are in the index
+            raise UserError(change.failed[0])
         facts: dict[str, Any] = {
             **store.counts(),
             "added": change.added,
@@ -74,7 +78,8 @@ def build(given: list[str], out: Path, encoder: Path | None = None, reading: Rea
             "dropped": change.dropped,
         }
         facts |= {"unchanged": change.unchanged, "failed": reading.bad, "passed": [*passed, *reading.passed]}
-        return facts | {"language": store.get("language"), "encoder": store.get("encoder")}
+        language = read_json(store.folder / f"{_SEARCH}-{store.generation}" / "made.json")["language"]
+        return facts | {"language": language, "encoder": store.get("encoder")}
     finally:
         store.close()
 
@@ -100,19 +105,36 @@ def _update(
     store: Store, files: list[SourceFile], given: list[str], reading: Reading, encoder: TextEncoder | None
 ) -> _Change:
     known, change, progress = store.files(), _Change(), Progress()
-    here = {os.path.abspath(f.path) for f in files}
-    roots = [os.path.abspath(g) for g in given if Path(g).is_dir()]
+    here = {os.path.realpath(f.path) for f in files}
+    roots = [os.path.realpath(g) for g in given if Path(g).is_dir()]
     for path in known:
-        gone = path not in here and (not os.path.exists(path) or any(path.startswith(r + os.sep) for r in roots))
-        if gone:
+        if path not in here and _gone(path, roots):
             with store.change():
                 store.drop_file(path)
             change.dropped += 1
     for number, file in enumerate(files, 1):
         progress.show(f"reading: {amount(number, '')} of {amount(len(files), '')} files")
-        _take(store, file, known.get(os.path.abspath(file.path)), reading, change, encoder)
+        if file.kind == "hub" or str(file.path) == "-":
+            raise UserError(f"{file.path}: an index is made of files; save them first")
+        file = replace(
+            file, path=Path(os.path.realpath(file.path))
+        )  # a document has one name, from wherever it is read
+        _take(store, file, known.get(str(file.path)), reading, change, encoder)
     progress.clear()
     return change
+
+
+def _gone(path: str, roots: list[str]) -> bool:
+    """Whether a file is there no more, or is no longer one of those that its folder is indexed by. Nothing is gone that
+    cannot be seen, as on a disk that is not there."""
+    parent = os.path.dirname(path)
+    while not os.path.isdir(parent):
+        parent = os.path.dirname(parent)
+    inside = any(parent == root or parent.startswith(root + os.sep) for root in roots)
+    seen = os.access(parent, os.R_OK | os.X_OK)
+    if os.path.exists(path):
+        return inside and seen
+    return seen and (inside or parent == os.path.dirname(path))
 
 
 def _take(
@@ -124,9 +146,7 @@ def _take(
     encoder: TextEncoder | None,
 ) -> None:
     """One file's documents into the store, if they are not there."""
-    path = os.path.abspath(file.path)
-    if file.kind == "hub" or str(file.path) == "-":
-        raise UserError(f"{file.path}: an index is made of files; save them first")
+    path = str(file.path)
     try:
         status = os.stat(path)
         if known is not None and known[1:3] == (status.st_size, status.st_mtime_ns):
@@ -143,9 +163,10 @@ def _take(
                 _add(store, number, source, encoder)
     except (UserError, *sources.UNREADABLE) as error:
         text = str(error) if isinstance(error, UserError) else f"{sources.shown(file.path)}: cannot be read ({error})"
-        if file.named and not reading.skip_bad:
-            raise UserError(text) from None
+        text += "; its text from before stays in the index" if known is not None else ""
         reading.bad.append(text)
+        if file.named and not reading.skip_bad:
+            change.failed.append(text)
         return
     change.added += known is None
     change.updated += known is not None
@@ -175,12 +196,16 @@ def _add(store: Store, file: int, source: documents.Source, encoder: TextEncoder
 
 def _encode(store: Store, encoder: TextEncoder) -> None:
     """Vectors of what has none. Those that are made are kept, so that a call that was cut off goes on."""
-    missing, progress = store.without_vector(), Progress()
+    missing, progress, cut_off = store.without_vector(), Progress(), 0
     for start in range(0, len(missing), _AT_ONCE):
         some = missing[start : start + _AT_ONCE]
         store.put_vectors([key for key, _ in some], encoder.passages([text for _, text in some]))
+        cut_off += encoder.cut_off
         progress.show(f"vectors: {amount(start + len(some), '')} of {amount(len(missing), '')} passages")
     progress.clear()
+    if cut_off:
+        most = f"the {encoder.settings.max_length} tokens that the encoder takes"
+        say(f"{cut_off} passages are longer than {most}; what is beyond is found by words alone")
 
 
 def write_search(store: Store) -> None:
@@ -195,8 +220,8 @@ def write_search(store: Store) -> None:
             numbers.append((number, document))
             yield text
 
-    sample = [text for (_, _, text, _), _ in zip(store.texts(), range(64), strict=False)]
-    language = language_of(sample)
+    every = max(1, store.counts()["passages"] // 64)
+    language = language_of(text for _, _, text, _ in itertools.islice(store.texts(), 0, None, every))
     with publish(folder) as temporary:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir()

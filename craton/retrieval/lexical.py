@@ -1,6 +1,7 @@
 """Search by words: BM25 as Lucene scores it, by the bm25s package."""
 
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -66,6 +67,7 @@ class Words:
         return list(self._taken([text], "string")[0])
 
     def _taken(self, texts: list[str], what: str) -> Any:
+        texts = [unicodedata.normalize("NFC", t) for t in texts]
         texts = [_UNSPACED.sub(_pairs, t) for t in texts] if self.pairs else texts
         how = {"update_vocab": True, "return_as": what, "show_progress": False, "allow_empty": False}
         return self.tokenizer.tokenize(texts, **how) if texts else []

@@ -9,7 +9,7 @@ from craton.retrieval import fit
 from craton.retrieval.documents import read_queries
 from craton.retrieval.index import Index, build, write_search
 from craton.retrieval.search import LEXICAL_SHARE, read_qrels
-from craton.retrieval.store import Store
+from craton.retrieval.store import Store, guarded
 
 
 def index(
@@ -25,10 +25,11 @@ def index(
     if (queries is None) != (qrels is None):
         raise UserError("--queries and --qrels go together", field="queries" if queries is None else "qrels")
     questions = None if queries is None or qrels is None else (read_queries(queries), read_qrels(qrels))
-    facts = build(documents, out, encoder, reading)
-    _say(facts, out)
-    if facts["encoder"] is not None:
-        facts["fit"] = _fitted(out, questions)
+    with guarded(out):
+        facts = build(documents, out, encoder, reading)
+        _say(facts, out)
+        if facts["encoder"] is not None:
+            facts["fit"] = _fitted(out, questions)
     return {"index": str(out), **facts}
 
 

@@ -60,7 +60,7 @@ def search(
         held = {p.number: p for p in index.store.passages(numbers[start : start + 512].tolist())}
         for place in some:
             passage = held.get(int(index.numbers[place, 0]))
-            if passage is None or (where and not _matches(passage, where)):  # None: dropped since it was opened
+            if passage is None or (where and not matches(passage, where)):  # None: dropped since it was opened
                 continue
             own = 0.0 if dense is None else float(dense[place])
             hits.append(Hit(passage, float(scores[place]), float(lexical[place]), own))
@@ -81,7 +81,8 @@ def _best(scores: np.ndarray, lexical: np.ndarray, dense: np.ndarray | None, cou
     return best(scores - scores.min() + 1.0, count)
 
 
-def _matches(passage: Any, where: Mapping[str, str]) -> bool:
+def matches(passage: Any, where: Mapping[str, str]) -> bool:
+    """Whether a passage's document says what is asked for."""
     known = {k: str(v) for k, v in passage.metadata.items()}
     return all(passage.document.startswith(v) if k == "name" else known.get(k) == v for k, v in where.items())
 
@@ -109,7 +110,11 @@ def ranked(index: Index, query: str, count: int) -> list[tuple[str, float]]:
         wanted *= 2
     order = list(found.items())[:count]
     names = index.document_names
-    return [(names[number], score) for number, score in order if number in names]
+    best_of: dict[str, float] = {}
+    for number, score in order:
+        if number in names:
+            best_of.setdefault(names[number], score)  # two files may hold one id
+    return list(best_of.items())
 
 
 def write_run(index: Index, queries: Sequence[tuple[str, str]], out: Path, count: int = 1000) -> dict[str, list[str]]:

@@ -1,5 +1,6 @@
 """`craton search` and `craton ask`: what they find, said."""
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ from craton.retrieval.encode import TextEncoder
 from craton.retrieval.index import Hit, Index
 from craton.retrieval.search import judged, read_qrels, said, write_run
 from craton.retrieval.search import search as find
+from craton.retrieval.store import guarded
 
 
 def _filters(given: list[str]) -> dict[str, str]:
@@ -40,8 +42,8 @@ def search(
         raise UserError("give a QUERY, or --queries FILE with --run FILE")
     if count < 1:
         raise UserError(f"-k is {count}, must be 1 or more", field="k")
-    opened, filters = Index(folder), _filters(where)
-    try:
+    filters = _filters(where)
+    with guarded(folder), contextlib.closing(Index(folder)) as opened:
         if queries is not None and run is not None:
             relevant = read_qrels(qrels) if qrels is not None else None
             rankings = write_run(opened, read_queries(queries), run, count)
@@ -62,8 +64,6 @@ def search(
             if not hits:
                 print("nothing found")
         return {"query": query, "results": [said(h) for h in hits]}
-    finally:
-        opened.close()
 
 
 def _line(number: int, hit: Hit) -> str:
@@ -79,8 +79,8 @@ def ask(
     """Print an answer with its citations. Returns it."""
     if not question.strip():
         raise UserError("the question is empty")
-    opened, filters = Index(folder), _filters(where)
-    try:
+    filters = _filters(where)
+    with guarded(folder), contextlib.closing(Index(folder)) as opened:
         order = TextEncoder(reranker) if reranker is not None else None
         if model is None:
             found = answer.extract(opened, question, filters, order)
@@ -91,8 +91,6 @@ def ask(
         if not quiet:
             _print(found)
         return {"question": question, **found.said()}
-    finally:
-        opened.close()
 
 
 def _print(found: answer.Answer) -> None:

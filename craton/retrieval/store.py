@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import numpy as np
 
@@ -20,17 +21,28 @@ _TABLES = """
 CREATE TABLE IF NOT EXISTS meta (key TEXT PRIMARY KEY, value TEXT NOT NULL);
 CREATE TABLE IF NOT EXISTS files (id INTEGER PRIMARY KEY, path TEXT UNIQUE NOT NULL, size INTEGER, mtime INTEGER,
     hash TEXT);
-CREATE TABLE IF NOT EXISTS documents (id INTEGER PRIMARY KEY, file INTEGER NOT NULL, name TEXT NOT NULL, title TEXT,
-    kind TEXT, metadata TEXT);
+CREATE TABLE IF NOT EXISTS documents (id INTEGER PRIMARY KEY AUTOINCREMENT, file INTEGER NOT NULL,
+    name TEXT NOT NULL, title TEXT, kind TEXT, metadata TEXT);
 CREATE INDEX IF NOT EXISTS documents_of_files ON documents (file);
 CREATE INDEX IF NOT EXISTS documents_by_name ON documents (name);
 CREATE INDEX IF NOT EXISTS documents_by_title ON documents (title);
-CREATE TABLE IF NOT EXISTS passages (id INTEGER PRIMARY KEY, document INTEGER NOT NULL, start INTEGER, page INTEGER,
-    heading TEXT, text TEXT NOT NULL, key TEXT);
+CREATE TABLE IF NOT EXISTS passages (id INTEGER PRIMARY KEY AUTOINCREMENT, document INTEGER NOT NULL,
+    start INTEGER, page INTEGER, heading TEXT, text TEXT NOT NULL, key TEXT);
 CREATE INDEX IF NOT EXISTS passages_of_documents ON passages (document);
 CREATE INDEX IF NOT EXISTS passages_by_key ON passages (key);
 CREATE TABLE IF NOT EXISTS vectors (key TEXT PRIMARY KEY, vector BLOB NOT NULL);
 """
+
+
+@contextmanager
+def guarded(folder: Path) -> Iterator[None]:
+    """Inside, what SQLite says of a damaged or locked index becomes a UserError."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise UserError(f"{folder / FILE}: damaged, or in use ({error}); make the index anew if it stays so") from None
+    except (EOFError, ValueError) as error:
+        raise UserError(f"{folder}: damaged ({error}); make the index anew") from None
 
 
 @dataclass
@@ -63,7 +75,7 @@ class Store:
             self._own()
         elif not self.path.is_file():
             raise UserError(f"{folder}: no index there; make one with craton index DOCS --out {folder}")
-        self.database = sqlite3.connect(self.path, timeout=30, isolation_level=None, check_same_thread=False)
+        self.database = self._connected("rwc" if write else "rw")
         try:
             if write:
                 self.database.execute("PRAGMA journal_mode = WAL")
@@ -78,6 +90,21 @@ class Store:
         if form != _FORM:
             self.close()
             raise UserError(f"{self.path}: an index of another version of craton ({form}); make it anew")
+
+    def _connected(self, mode: str) -> sqlite3.Connection:
+        place = f"file:{quote(str(self.path))}?mode={mode}"
+        how: dict[str, Any] = {"timeout": 30, "isolation_level": None, "check_same_thread": False, "uri": True}
+        opened = sqlite3.connect(place, **how)
+        try:
+            opened.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        except sqlite3.OperationalError as error:
+            if "readonly" not in str(error) and "unable to open" not in str(error):
+                return opened  # which says itself what is wrong
+            opened.close()
+            opened = sqlite3.connect(f"{place.partition('?')[0]}?mode=ro&immutable=1", **how)
+        except sqlite3.DatabaseError:
+            return opened
+        return opened
 
     def _own(self) -> None:
         self.lock = open(self.folder / ".lock", "w")  # noqa: SIM115 (held until the end)

@@ -13,6 +13,7 @@ from craton.base import UserError, say
 from craton.retrieval import answer
 from craton.retrieval.index import Index
 from craton.retrieval.search import said, search
+from craton.retrieval.store import guarded
 from craton.serve import shapes
 from craton.serve.reply import State
 from craton.serve.schema import AskRequest, SearchRequest
@@ -40,7 +41,7 @@ class Shelf:
             raise ApiError(400, str(error)) from None
 
     def _locked(self, work: Callable[[Index], Any]) -> Any:
-        with self.lock:
+        with self.lock, guarded(self.index.folder):
             return work(self.index)
 
 

@@ -2,6 +2,7 @@
 transformers')."""
 
 import dataclasses
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,9 @@ _FAMILIES = {"bert": 0, "roberta": 1, "xlm-roberta": 1}  # whether positions beg
 _ACTIVATIONS = ("gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
 # What published encoders want before a question and before a passage, where their folders do not say it.
 _PREFIXES = {"e5": ("query: ", "passage: "), "bge": ("Represent this sentence for searching relevant passages: ", "")}
+
+
+_NAMED = {"e5": r"\be5-(small|base|large)", "bge": r"\bbge-(small|base|large)-en"}
 
 
 @dataclass(frozen=True)
@@ -122,7 +126,7 @@ def _settings(folder: Path, raw: dict[str, Any], config: EncoderConfig) -> Encod
     given["passage_prefix"] = next((prompts[k] for k in ("passage", "document", "corpus") if k in prompts), "")
     name = f"{raw.get('_name_or_path', '')} {folder.resolve().name}".lower().replace("_", "-")
     for family, (query, passage) in _PREFIXES.items():
-        if not any(prompts.values()) and f"{family}-" in name and not config.labels:
+        if not any(prompts.values()) and re.search(_NAMED[family], name) and not config.labels:
             given |= {"query_prefix": query, "passage_prefix": passage}
             before = f"{query!r} goes before questions, {passage!r} before passages"
             say(f"{folder}: an {family} encoder by its name: {before}")

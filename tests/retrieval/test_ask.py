@@ -109,8 +109,53 @@ def test_statements_are_borne_out_or_not(planted):
     assert not holds("Mira Vale bought a house in the hills for her mother.") and not holds("Yes.")
 
 
-def test_a_named_document_is_looked_into_whole(planted):
-    assert candidates(planted[0], "nothing of this kind is there", Weigher(planted[0])) is not None
+@pytest.mark.parametrize(
+    ("statement", "quote"),
+    [
+        ("The drug is safe for children.", "The drug is not safe for children."),
+        ("Peter Brown killed Mary Jones.", "Mary Jones killed Peter Brown."),
+        ("It costs 5 million euros.", "It costs 5 thousand euros."),
+        ("It weighs 90 kilograms.", "It weighs 90 pounds."),
+        ("She has three children.", "She has five children."),
+        ("It fell to -5 degrees.", "It rose to 5 degrees."),
+        ("Output fell from 20 to 10 million.", "Output rose from 10 to 20 million."),
+        ("5.", "The ferry weighs 5 tons."),
+        ("It is 1939.", "Germany invaded Poland in 1939."),
+    ],
+)
+def test_what_a_quote_contradicts_is_not_borne_out(planted, statement, quote):
+    w = Weigher(planted[0])
+    assert not evidence.supports(statement, quote, "", w.stem, w.weight)
+    assert evidence.supports(quote, quote, "", w.stem, w.weight) or quote.startswith("It")
+
+
+def test_near_misses_are_not_answers(tmp_path):
+    said = {
+        "Who invented the telescope?": "Anna Smith did not invent the telescope.",
+        "Who caused the spill at Acme?": "Nobody has proved that Acme caused the spill.",
+        "When was the bridge at Lund finished?": "The bridge at Lund was never finished in 1931.",
+        "When was Carl Voss born?": "Carl Voss was born in Lund.",
+        "Why did Helga Thun die?": "Helga Thun died in Oslo after a long illness.",
+        "When was Anna Beck killed?": "Anna Beck was born in Lund. The mayor was killed in 1931.",
+        "How many crowns did the boss of Zenit Corp earn?": "Zenit Corp opened. The boss of Alta earned 900 crowns.",
+    }
+    for i, text in enumerate(said.values()):
+        (tmp_path / f"{i}.txt").write_text(text + "\n")
+    build([str(tmp_path)], tmp_path / "i")
+    index = Index(tmp_path / "i")
+    for question in said:
+        assert not extract(index, question).found, question
+
+
+def test_filters_hold_for_documents_that_are_named(tmp_path):
+    rows = [{"_id": f"g{i}", "title": "Guinea", "level": level, "text": text} for i, (level, text) in enumerate(
+        [("secret", "Capital:\nname: Conakry\n"), ("open", "Area:\ntotal: 5 sq km\n")])]  # fmt: skip
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    build([str(tmp_path / "c.jsonl")], tmp_path / "i")
+    index = Index(tmp_path / "i")
+    assert extract(index, "What is the capital of Guinea?").found
+    assert not extract(index, "What is the capital of Guinea?", {"level": "open"}).found
+    assert {p.document for p in candidates(index, "the area of Guinea", Weigher(index), {"level": "open"})} == {"g1"}
 
 
 def test_from_the_command_line(planted, model_folder):

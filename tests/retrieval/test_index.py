@@ -1,7 +1,6 @@
 """Indexes are brought up to date, survive whatever ends a process, and say what is wrong."""
 
 import json
-import os
 import random
 import signal
 import subprocess
@@ -75,6 +74,15 @@ def random_change(folder: Path, draw: random.Random) -> None:
         path.write_text(" ".join(draw.choice(TOPICS) for _ in range(draw.randrange(1, 60))) + ".\n")
 
 
+def store_has(folder: Path, path: str) -> bool:
+    """Whether a file's document is there, whole, as it was when it was taken."""
+    store = Store(folder)
+    try:
+        return len(store.document_text(path) or "") > 0
+    finally:
+        store.close()
+
+
 def test_killed_again_and_again(tmp_path):
     """What was said to be there is there; and an index with a history finds what a new one finds."""
     docs, out, draw = tmp_path / "docs", tmp_path / "index", random.Random(0)
@@ -96,7 +104,7 @@ def test_killed_again_and_again(tmp_path):
             known = set(store.files())
             store.close()
             now = {str(p) for p in docs.iterdir()}
-            assert all(p in now or not os.path.exists(p) for p in known)
+            assert known and all(store_has(out, p) for p in known & now)
     build([str(docs)], out)
     build([str(docs)], tmp_path / "new")
     old, new = Index(out), Index(tmp_path / "new")
@@ -136,6 +144,10 @@ def test_bad_input(tmp_path):
     for name in ("locked.pdf", "scanned.pdf", "broken.docx"):
         with pytest.raises(UserError, match=name):
             build([str(docs / name)], tmp_path / "i")
+    write(tmp_path / "more", {"new.txt": "A comet."})
+    with pytest.raises(UserError, match="locked.pdf"):  # the other one is indexed all the same
+        build([str(docs / "locked.pdf"), str(tmp_path / "more" / "new.txt")], tmp_path / "j")
+    assert names(Index(tmp_path / "j"), "comet") == ["new.txt"]
     with pytest.raises(UserError, match="no such file"):
         build([str(tmp_path / "gone")], tmp_path / "i")
     assert texts_of(Index(tmp_path / "i")) == before
@@ -197,3 +209,49 @@ def test_records_are_named_by_their_ids(tmp_path):
     index = Index(tmp_path / "i")
     assert [h.passage.document for h in search(index, "violin")] == ["r6"]
     assert [h.passage.document for h in search(index, "about", where={"year": "1993"})] == ["r3"]
+
+
+def test_others_can_read_it(tmp_path):
+    """What is made can be read and searched by whoever may read the folder, while it is brought up to date too."""
+    docs = tmp_path / "d"
+    write(docs, {"a.txt": "A heron.", "b.txt": "Granite."})
+    build([str(docs)], tmp_path / "i")
+    for path in (tmp_path / "i").rglob("*"):
+        mode = path.stat().st_mode & 0o777
+        assert mode & 0o500 == 0o500 if path.is_dir() else mode & 0o400, path
+    index = Index(tmp_path / "i")
+    write(docs, {"b.txt": "A comet.", "c.txt": "A heron too."})
+    build([str(docs)], tmp_path / "i")
+    assert names(index, "heron") == ["a.txt"] and names(index, "granite") == []  # what is gone is not found as another
+    assert sorted(names(Index(tmp_path / "i"), "heron")) == ["a.txt", "c.txt"]
+
+
+def test_a_folder_that_is_not_there_drops_nothing(tmp_path):
+    write(tmp_path / "disk" / "d", {"a.txt": "A heron."})
+    write(tmp_path / "other", {"b.txt": "Granite."})
+    build([str(tmp_path / "disk" / "d")], tmp_path / "i")
+    (tmp_path / "disk" / "d").rename(tmp_path / "gone")
+    (tmp_path / "disk").rmdir()
+    assert build([str(tmp_path / "other")], tmp_path / "i")["dropped"] == 0
+    assert names(Index(tmp_path / "i"), "heron") == ["a.txt"]
+
+
+def test_rows_that_are_wrong(tmp_path):
+    (tmp_path / "c.jsonl").write_text(
+        '{"_id": "a", "text": "heron", "v": NaN}\n{"x": 1}\n[1]\n{"_id": "b", "text": "granite"}\n'
+    )
+    with pytest.raises(UserError, match="c.jsonl:2"):
+        build([str(tmp_path / "c.jsonl")], tmp_path / "i")
+    done = build([str(tmp_path / "c.jsonl")], tmp_path / "i", reading=Reading(skip_bad=True))
+    assert done["documents"] == 2 and len(done["failed"]) == 2
+    json.dumps([h.passage.metadata for h in search(Index(tmp_path / "i"), "heron")], allow_nan=False)
+    (tmp_path / "array.jsonl").write_text('[{"text": "comet"},\n {"text": "violin"}]\n')
+    assert build([str(tmp_path / "array.jsonl")], tmp_path / "k")["documents"] == 2
+
+
+def test_a_cell_at_the_end_of_a_sheet(tmp_path):
+    openpyxl = pytest.importorskip("openpyxl")
+    book = openpyxl.Workbook()
+    book.active["A1"], book.active["XFD1048576"] = "heron", "far"
+    book.save(tmp_path / "far.xlsx")
+    assert build([str(tmp_path / "far.xlsx")], tmp_path / "i")["documents"] == 1
