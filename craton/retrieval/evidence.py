@@ -174,9 +174,11 @@ def _spans(question: Terms, passage: Stored, stem: Stem) -> Iterable[Span]:
             | dict.fromkeys(above, 0.95)
         )
         held |= dict.fromkeys(own if not title or title - question.weights.keys() else own | title, 1.0)
-        if not own - question.weights.keys() or not _answers(question, held, title) or not _fits(question, text):
-            continue  # a line that only repeats the question tells nothing
         says = _label_of(text, stem) | labelled
+        if not own - question.weights.keys() or not _answers(question, held, title):
+            continue  # a line that only repeats the question tells nothing
+        if not _fits(question, text, labelled=bool(says & question.weights.keys() - title)):
+            continue
         score = _share(question.weights, held) + _LABELLED * _share(question.weights, dict.fromkeys(says, 1.0))
         score -= _BESIDE * min(6, len(says - question.weights.keys() - title - _ASKING))
         if title & question.names:
@@ -191,11 +193,12 @@ def _share(weights: dict[str, float], held: dict[str, float]) -> float:
     return sum(w * held.get(t, 0.0) for t, w in weights.items()) / (sum(weights.values()) or 1.0)
 
 
-def _fits(question: Terms, text: str) -> bool:
+def _fits(question: Terms, text: str, labelled: bool) -> bool:
     """Whether a text is of the kind that is asked for: a number for when and how many, a name for who, a reason for
-    why; and denies nothing that the question does not."""
+    why; and denies nothing that the question does not, unless it is labelled by what is asked for (armed forces:
+    none)."""
     asked = question.question
-    if bool(_DENIED.search(text)) and not _DENIED.search(asked):
+    if not labelled and _DENIED.search(text) and not _DENIED.search(asked):
         return False
     if _HOW_MANY.search(asked) and not numbers_in(text) - numbers_in(asked):
         return False
