@@ -80,13 +80,17 @@ class Store:
             if write:
                 self.database.execute("PRAGMA journal_mode = WAL")
                 self.database.execute("PRAGMA synchronous = FULL")
-                self.database.executescript(_TABLES)
-                if self.get("form") is None:
-                    self.put("form", _FORM)
-            form = self.get("form")
+                self.database.executescript(
+                    f"BEGIN; {_TABLES} INSERT OR IGNORE INTO meta VALUES ('form', '{_FORM}'); COMMIT;"
+                )
+            begun = self.database.execute("SELECT 1 FROM sqlite_master WHERE name = 'meta'").fetchone()
+            form = self.get("form") if begun else None
         except sqlite3.DatabaseError as error:
             self.close()
             raise UserError(f"{self.path}: not an index, or damaged ({error}); make it anew") from None
+        if form is None:
+            self.close()
+            raise UserError(f"{folder}: not made to its end; run craton index on it again")
         if form != _FORM:
             self.close()
             raise UserError(f"{self.path}: an index of another version of craton ({form}); make it anew")
