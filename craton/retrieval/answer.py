@@ -83,7 +83,7 @@ def extract(
     span = evidence.best_span(terms, candidates(index, question, weigher, where, reranker), weigher.stem)
     if span is None:
         return Answer(NOT_FOUND, False)
-    return Answer(" ".join(span.quote.split()), True, [_citation(span, True)])
+    return Answer(" ".join(span.quote.split()), True, [_citation(span)])
 
 
 def candidates(
@@ -107,10 +107,9 @@ def candidates(
     return [p for p in found if not where or matches(p, where)]
 
 
-def _citation(span: Span, holds: bool) -> Citation:
-    p = span.passage
-    page = p.page
-    return Citation(p.document, span.start, span.end, page, span.quote, holds)
+def _citation(span: Span) -> Citation:
+    """Of a span that was found to bear out what it is cited for: no other is ever made."""
+    return Citation(span.passage.document, span.start, span.end, span.passage.page, span.quote, True)
 
 
 # ---- by a model ---------------------------------------------------------------------------------------------------
@@ -148,7 +147,7 @@ def ask(
         if span is None:
             out.own.append(statement)
         else:
-            out.citations.append(_citation(span, True))
+            out.citations.append(_citation(span))
     out.found = bool(out.citations) and not _refuses(out.answer)
     if not out.found:
         out.citations = []

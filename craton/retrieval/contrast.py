@@ -31,7 +31,7 @@ from craton.retrieval.lexical import Words, language_of
 from craton.retrieval.search import read_qrels
 from craton.train import machine
 from craton.train.distributed import Processes, open_processes
-from craton.train.job import Cost, Job, Looked, Losses
+from craton.train.job import Cost, Job, Looked, Losses, on
 from craton.train.loop import Run
 from craton.train.recipe import Recipe, as_dict
 from craton.weights.encoder import write_encoder
@@ -289,8 +289,9 @@ def _tuned(given: Given, encoder: TextEncoder, pairs: Pairs, processes: Processe
         return Losses(total, rows, {"right": (right, rows)})
 
     def look(network: Any, _: Processes) -> Looked:
+        batch = on(looked_at, next(network.parameters()).device.type)
         with torch.no_grad():
-            scores = scores_of(network, looked_at, how).masked_fill(looked_at.known, -torch.inf)
+            scores = scores_of(network, batch, how).masked_fill(batch.known, -torch.inf)
         own = scores[torch.arange(len(scores)), 2 * torch.arange(len(scores))]
         rank = (scores > own[:, None]).sum(1) + 1
         mrr = float((1 / rank.float()).mean())

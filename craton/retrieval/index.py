@@ -95,9 +95,10 @@ def _encoder(store: Store, folder: Path | None) -> TextEncoder | None:
     if known is not None and opened.hash != known:
         fix = f"give --encoder {named}, or a new folder for --out"
         raise UserError(f"{store.folder}: made by another encoder ({named}) than {opened.folder}; {fix}")
-    with store.change():
-        store.put("encoder_hash", opened.hash)
-        store.put("encoder", str(opened.folder.resolve()))
+    if known is None:
+        with store.change():  # what searches need is made anew, with vectors
+            store.put("encoder_hash", opened.hash)
+    store.put("encoder", str(opened.folder.resolve()))
     return opened
 
 

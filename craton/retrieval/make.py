@@ -7,7 +7,7 @@ from craton.base import UserError, count, say
 from craton.corpus.sources import Reading
 from craton.retrieval import fit
 from craton.retrieval.documents import read_queries
-from craton.retrieval.index import Index, build, write_search
+from craton.retrieval.index import Index, build
 from craton.retrieval.search import LEXICAL_SHARE, read_qrels
 from craton.retrieval.store import Store, guarded
 
@@ -42,9 +42,7 @@ def _fitted(out: Path, questions: Any) -> dict[str, Any]:
     share = found["share"] if found["share"] is not None else LEXICAL_SHARE
     store = Store(out, write=True)
     try:
-        with store.change():
-            store.put("share", str(share))
-        write_search(store)
+        store.put("share", str(share))  # of no document, so that nothing is made anew for it
     finally:
         store.close()
     say(f"words count {share:.0%} beside vectors, by {found['by']}")

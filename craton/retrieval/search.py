@@ -10,8 +10,8 @@ from craton.base import Progress, UserError, amount, publish
 from craton.retrieval.encode import TextEncoder
 from craton.retrieval.index import Hit, Index, best
 
-# The share of words beside vectors, unless an index was fitted: the best on average over questions of five sets with a
-# small encoder (docs/ground.md).
+# The share of words beside vectors where an index is too small to be fitted: between the best of four sets of questions
+# (docs/ground.md).
 LEXICAL_SHARE = 0.3
 _COMPARED = 1000  # of the highest scores, whose mean and spread a leg's scores are compared by
 _RERANKED = 50

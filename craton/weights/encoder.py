@@ -75,8 +75,7 @@ def _config(raw: Any, path: Path) -> EncoderConfig:
 
 def _fill(network: Encoder, stored: Stored, folder: Path) -> None:
     """Every parameter from the folder; a prefix such as `bert.` before the names is passed over."""
-    own = {name.split("embeddings.word_embeddings")[0] for name in stored.files if "embeddings.word_embeddings" in name}
-    prefix = min(own, default="")
+    prefix = _prefix(stored)
     for name, parameter in network.state_dict().items():
         for published, part in layout(name, parameter):
             wanted = published if published.startswith("classifier") else prefix + published
@@ -88,6 +87,12 @@ def _fill(network: Encoder, stored: Stored, folder: Path) -> None:
                 raise UserError(f"{folder}: tensor {wanted} holds NaN or infinity; the file is damaged")
             part.copy_(tensor)
     stored.progress.clear()
+
+
+def _prefix(stored: Stored) -> str:
+    """What stands before the names of a folder's tensors, such as `bert.`."""
+    mark = "embeddings.word_embeddings"
+    return min((name.partition(mark)[0] for name in stored.files if mark in name), default="")
 
 
 def _tokenizer(folder: Path) -> tokenizers.Tokenizer:
@@ -153,10 +158,7 @@ def write_encoder(network: Encoder, source: Path, out: Path) -> None:
         target = out / path.relative_to(source)
         target.parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(path, target)
-    names = Stored(source).files
-    own = min(
-        (n.split("embeddings.word_embeddings")[0] for n in names if "embeddings.word_embeddings" in n), default=""
-    )
+    own = _prefix(Stored(source))
     tensors: dict[str, Tensor] = {}
     with torch.no_grad():
         for name, parameter in network.state_dict().items():
